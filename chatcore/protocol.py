@@ -1,0 +1,327 @@
+"""The wire protocol, version 1: every message, error and close code in one place.
+
+``PROTOCOL.md`` is the document; ``tests/test_protocol_doc.py`` holds the two
+together. Inbound requests are typed structs that msgspec decodes and validates
+in one pass; outbound messages are made with orjson, except for log entries,
+which are assembled from bytes that are already JSON (:func:`encode_entry`).
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+import orjson
+
+from .errors import BadRequest
+
+VERSION: Final = 1
+SUBPROTOCOL: Final = "chatcore.v1"
+
+# Integers stay below 2^53 so that JavaScript clients hold them exactly.
+MAX_INT: Final = 2**53 - 1
+# No server message is larger; a page is cut at it and says ``more``.
+MAX_SERVER_MESSAGE_BYTES: Final = 256 * 1024
+
+ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,64}$"
+
+Id = Annotated[str, msgspec.Meta(pattern=ID_PATTERN)]
+Seq = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
+RequestId = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Limit = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)]
+
+Kind = Literal["dm", "group", "channel"]
+Role = Literal["none", "banned", "member", "admin", "owner"]
+Level = Literal["all", "mentions", "none"]
+
+#: Roles whose holder is in the conversation, by rising power.
+MEMBER_ROLES: Final = ("member", "admin", "owner")
+
+
+class CloseCode(IntEnum):
+    """Close codes. 1xxx and 40xx: come back; 41xx: only when something changed."""
+
+    GOING_AWAY = 1001
+    PROTOCOL_ERROR = 1002
+    UNSUPPORTED = 1003
+    NOT_UTF8 = 1007
+    TOO_BIG = 1009
+    RESTART = 1012
+    OVER_CAPACITY = 1013
+    INTERNAL = 4000
+    TOO_SLOW = 4002
+    NO_PONG = 4003
+    FLOODING = 4004
+    NO_AUTH = 4005
+    BAD_TOKEN = 4101
+    BAD_VERSION = 4102
+    MALFORMED = 4103
+    TOO_MANY_CONNECTIONS = 4104
+
+
+class Request(msgspec.Struct, tag_field="t", frozen=True, gc=False):
+    """What every request has: ``id`` (without it nothing is answered)."""
+
+    id: RequestId | None = None
+
+
+class Auth(Request, tag="auth"):
+    """Log in on this connection, or renew the token of a live session."""
+
+    token: str
+    v: int = VERSION
+    sync: str | None = None
+    have: dict[Id, Seq] | None = None
+    only: list[Id] | None = None
+    ping_ms: Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)] | None = None
+
+
+class Send(Request, tag="send"):
+    """Append a message. ``files`` are named so that they are refused, not lost."""
+
+    c: Id
+    cid: Id
+    body: str
+    re: Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)] | None = None
+    data: str | None = None
+    files: list[Id] | None = None
+
+
+class History(Request, tag="history"):
+    """One page of entries, ascending; the newest page without a bound."""
+
+    c: Id
+    before: Seq | None = None
+    after: Seq | None = None
+    limit: Limit = 50
+    raw: bool = False
+
+
+class Attach(Request, tag="attach"):
+    """Replace the choice of attached conversations, or add more ``have``."""
+
+    only: list[Id] | None = None
+    have: dict[Id, Seq] | None = None
+
+
+class Read(Request, tag="read"):
+    """Move the own read mark (it never moves back)."""
+
+    c: Id
+    upto: Seq
+
+
+class Typing(Request, tag="typing"):
+    """Tell the others that this user is typing."""
+
+    c: Id
+
+
+class Open(Request, tag="open"):
+    """Make a conversation, or find the one this very request made before."""
+
+    kind: Kind
+    cid: Id
+    title: str | None = None
+    members: list[Id] | None = None
+
+
+class Member(Request, tag="member"):
+    """Join, invite, leave, remove, ban, appoint."""
+
+    c: Id
+    user: Id
+    role: Role
+
+
+class Meta(Request, tag="meta"):
+    """Change the title."""
+
+    c: Id
+    cid: Id
+    title: str
+
+
+class Notify(Request, tag="notify"):
+    """Set which messages of a conversation notify this user."""
+
+    c: Id
+    level: Level
+
+
+class Members(Request, tag="members"):
+    """A page of the members, by user id."""
+
+    c: Id
+    after: Id | None = None
+    limit: Limit = 50
+
+
+class Users(Request, tag="users"):
+    """Look up users by id; unknown ones are left out of the answer."""
+
+    ids: list[Id]
+
+
+class Channels(Request, tag="channels"):
+    """A page of the public directory of channels, by title."""
+
+    prefix: str | None = None
+    after: str | None = None
+    limit: Limit = 50
+
+
+class Watch(Request, tag="watch"):
+    """Replace the set of users whose presence is pushed."""
+
+    users: list[Id]
+
+
+class Block(Request, tag="block"):
+    """Refuse direct messages from a user, or allow them again."""
+
+    user: Id
+    on: bool
+
+
+class Ping(Request, tag="ping"):
+    """A liveness check for clients that see no WebSocket pings."""
+
+
+AnyRequest = (
+    Auth
+    | Send
+    | History
+    | Attach
+    | Read
+    | Typing
+    | Open
+    | Member
+    | Meta
+    | Notify
+    | Members
+    | Users
+    | Channels
+    | Watch
+    | Block
+    | Ping
+)
+
+REQUESTS: Final[tuple[type[Request], ...]] = (
+    Auth,
+    Send,
+    History,
+    Attach,
+    Read,
+    Typing,
+    Open,
+    Member,
+    Meta,
+    Notify,
+    Members,
+    Users,
+    Channels,
+    Watch,
+    Block,
+    Ping,
+)
+
+#: Pushes and replies that this version can send, by ``t``.
+PUSHES: Final = ("hello", "ok", "error", "conv", "ready", "msg", "member", "meta", "typing", "read", "presence", "user")
+#: Those of them that are entries of a log.
+ENTRY_TYPES: Final = ("msg", "member", "meta")
+
+
+class Malformed(Exception):
+    """Not a JSON object: the connection is closed with 4103."""
+
+
+class _Envelope(msgspec.Struct, gc=False):
+    t: str
+    id: RequestId | None = None
+
+
+class _IdOnly(msgspec.Struct, gc=False):
+    id: RequestId | None = None
+
+
+_decoder: Final[msgspec.json.Decoder[AnyRequest]] = msgspec.json.Decoder(AnyRequest)
+_envelope: Final = msgspec.json.Decoder(_Envelope)
+_id_only: Final = msgspec.json.Decoder(_IdOnly)
+
+
+class InvalidRequest(BadRequest):
+    """A JSON object that is no valid request; ``id`` as far as it had one."""
+
+    def __init__(self, message: str, id: int | None) -> None:
+        super().__init__(message)
+        self.id = id
+
+
+def decode(data: bytes) -> AnyRequest:
+    """Decode and validate one request.
+
+    :raises InvalidRequest: a JSON object, but not a valid request.
+    :raises Malformed: not a JSON object at all.
+    """
+    try:
+        return _decoder.decode(data)
+    except msgspec.ValidationError as exc:
+        why = str(exc)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
+        raise Malformed(str(exc)) from None
+    try:
+        envelope = _envelope.decode(data)
+    except msgspec.ValidationError as exc:
+        if not data.lstrip().startswith(b"{"):
+            raise Malformed("not a JSON object") from None
+        raise InvalidRequest(str(exc), request_id(data)) from None
+    raise InvalidRequest(f"{envelope.t[:32]}: {why}", envelope.id)
+
+
+def request_id(data: bytes) -> int | None:
+    """The ``id`` of a request that is not going to be looked at further."""
+    try:
+        return _id_only.decode(data).id
+    except msgspec.MsgspecError:
+        return None
+
+
+dumps = orjson.dumps
+
+
+def ok(id: int, fields: dict[str, Any] | None = None) -> bytes:
+    """The reply to a request that succeeded."""
+    if not fields:
+        return b'{"t":"ok","id":%d}' % id
+    return orjson.dumps({"t": "ok", "id": id, **fields})
+
+
+def ok_sent(id: int, seq: int, ts: int, dup: bool) -> bytes:
+    """The reply to ``send`` (hot: no dict)."""
+    if dup:
+        return b'{"t":"ok","id":%d,"s":%d,"ts":%d,"dup":true}' % (id, seq, ts)
+    return b'{"t":"ok","id":%d,"s":%d,"ts":%d}' % (id, seq, ts)
+
+
+def error(id: int | None, code: str, message: str, retry_after_ms: int | None = None) -> bytes:
+    """The reply to a request that was refused."""
+    fields: dict[str, Any] = {"t": "error", "code": code, "message": message}
+    if id is not None:
+        fields["id"] = id
+    if retry_after_ms is not None:
+        fields["retry_after_ms"] = retry_after_ms
+    return orjson.dumps(fields)
+
+
+def encode_entry(t: str, conv: str, seq: int, sender: str, ts: int, cid: str, fields: bytes) -> bytes:
+    """A log entry as it goes over the wire.
+
+    ``fields`` is a JSON object (``{…}``) with what the type adds; ids and cids
+    match :data:`ID_PATTERN`, so nothing here needs escaping.
+    """
+    head = f'{{"t":"{t}","c":"{conv}","s":{seq},"from":"{sender}","ts":{ts},"cid":"{cid}"'.encode()
+    if len(fields) > 2:
+        return b"%b,%b" % (head, fields[1:])
+    return head + b"}"
