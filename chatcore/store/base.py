@@ -1,0 +1,263 @@
+"""The store: what every implementation offers, and the values that go in and out.
+
+All methods are called on the worker's loop. Whatever raises :class:`ChatError`
+changed nothing, except that ``Unavailable`` from a write means *unknown*: the
+caller repeats it with the same ids, and finds out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class NewEntry:
+    """An entry that somebody wants to append.
+
+    ``fields`` is the JSON object with what the type adds to the common fields;
+    ``digest`` is a hash of type and fields: the same ``cid`` with another digest
+    is a conflict. ``user`` and ``role`` are set for ``member`` entries, ``title``
+    for ``meta``: what the projection of the entry needs.
+    """
+
+    conv: str
+    sender: str
+    cid: str
+    t: str
+    fields: bytes
+    digest: bytes
+    user: str | None = None
+    role: str | None = None
+    title: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """The outcome of an append. ``seq`` is 0 if there was nothing to do (a role already held)."""
+
+    seq: int
+    ts: int
+    dup: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A committed entry. ``wire`` is its JSON as pushed.
+
+    ``msgs`` counts the messages of the conversation up to and including this
+    entry, ``last_msg`` is the seq of the newest of them (0: none): with both in
+    every entry, unread counts and last messages cost one index look-up.
+    """
+
+    conv: str
+    seq: int
+    t: str
+    sender: str
+    msgs: int
+    last_msg: int
+    wire: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page of a log, ascending. ``head``: the newest seq when it was read."""
+
+    entries: list[Entry]
+    more: bool
+    head: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One user's view of one conversation: all that a ``conv`` push says.
+
+    ``rev`` is the change counter of the row (see :class:`Changes`), ``head_id``
+    that of the newest entry.
+    """
+
+    conv: str
+    kind: str
+    title: str | None
+    with_id: str | None
+    with_name: str | None
+    role: str
+    members: int
+    notify: str
+    head: int
+    read: int
+    unread: int
+    last: bytes | None
+    rev: int
+    head_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What changed after a position: the newest seq of each conversation with new
+    entries, the (user, conversation) rows, and the revoked tokens and users.
+
+    ``position`` is where to go on from; ``more``: there is more right now.
+    """
+
+    position: int
+    heads: list[tuple[str, int]]
+    rows: list[tuple[str, str]]
+    revoked_tokens: list[bytes]
+    revoked_users: list[str]
+    more: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class User:
+    """An account, as others may see it."""
+
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """An account as the login needs it. ``password`` is an argon2id hash."""
+
+    id: str
+    name: str
+    password: str
+    disabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A session token, looked up by its hash. Times in Unix ms."""
+
+    user: User
+    expires: int
+    disabled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """One member in a page of members."""
+
+    user: str
+    role: str
+    read: int
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """The outcome of ``open``. ``created`` is False if it was there already."""
+
+    conv: str
+    created: bool
+
+
+class Store(Protocol):
+    """Everything durable. One per worker, made after the fork in the running loop."""
+
+    #: What `ctl status` calls it: "sqlite", "mongodb".
+    name: str
+
+    @property
+    def store_id(self) -> str: ...
+
+    @property
+    def healthy(self) -> bool: ...
+
+    async def start(self) -> None: ...
+
+    async def close(self) -> None:
+        """Finish what is queued, answer it, end threads and connections."""
+
+    # --- the log -----------------------------------------------------------
+    def append(self, entry: NewEntry) -> asyncio.Future[Appended]:
+        """Append durably. The future fails with ChatError. New entries are given to
+        ``on_commit`` (set at construction) before their futures are resolved."""
+
+    async def open(self, conv: Opening) -> Opened: ...
+
+    async def heads(self, convs: Sequence[str]) -> dict[str, int]:
+        """The newest committed seq of each (0: no such conversation)."""
+
+    async def entries(self, conv: str, after: int, limit: int, max_bytes: int) -> list[Entry]:
+        """Dense from ``after`` + 1, up to ``limit`` entries or ``max_bytes`` (at least one)."""
+
+    async def page(
+        self, user: str, conv: str, before: int | None, after: int | None, limit: int, max_bytes: int
+    ) -> Page:
+        """A page for a member (NotFound for anybody else)."""
+
+    async def position(self) -> int:
+        """The newest position of the change counter."""
+
+    async def changes(self, after: int) -> Changes: ...
+
+    # --- conversations -----------------------------------------------------
+    async def conversations(self, user: str) -> list[str]:
+        """Ids of the conversations that the user is in."""
+
+    async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
+        """The position as of which, and the user's views, newest first (of those named, or all).
+        A conversation that the user is not in is left out."""
+
+    async def members(self, user: str, conv: str, after: str | None, limit: int) -> tuple[list[Peer], str | None]: ...
+
+    async def channels(
+        self, prefix: str | None, after: str | None, limit: int
+    ) -> tuple[list[dict[str, Any]], str | None]: ...
+
+    async def join_or_leave(self, user: str, conv: str, role: str) -> bool:
+        """A channel, by oneself: the row alone. False: nothing to do."""
+
+    async def set_read(self, user: str, conv: str, upto: int) -> bool: ...
+
+    async def set_notify(self, user: str, conv: str, level: str) -> None: ...
+
+    async def block(self, user: str, other: str, on: bool) -> None: ...
+
+    async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
+        """Those of ``others`` who share a conversation with the user."""
+
+    # --- accounts ----------------------------------------------------------
+    async def add_user(self, name: str, password: str) -> User: ...
+
+    async def update_user(self, user: str, name: str | None, password: str | None) -> User: ...
+
+    async def set_disabled(self, name: str, disabled: bool) -> None: ...
+
+    async def account(self, name: str) -> Account | None: ...
+
+    async def account_by_id(self, user: str) -> Account | None: ...
+
+    async def users(self, ids: Sequence[str]) -> list[User]: ...
+
+    async def seen(self, ids: Sequence[str]) -> dict[str, int]:
+        """When each was last online (Unix ms; left out if never)."""
+
+    async def mark_seen(self, users: Sequence[str]) -> None: ...
+
+    async def add_token(self, token_hash: bytes, user: str, expires: int) -> None: ...
+
+    async def token(self, token_hash: bytes) -> Token | None: ...
+
+    async def extend_token(self, token_hash: bytes, expires: int) -> None: ...
+
+    async def revoke_token(self, token_hash: bytes) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """A conversation to make or find. ``digest`` covers the whole request."""
+
+    creator: str
+    cid: str
+    kind: str
+    title: str | None
+    members: tuple[str, ...]
+    digest: bytes
+
+
+#: Told of new entries as soon as they are durable, before anybody is answered.
+OnCommit = Callable[[list[Entry]], None]
