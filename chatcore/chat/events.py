@@ -1,0 +1,79 @@
+"""What workers tell each other over the bus, as bytes.
+
+Two kinds: an entry of a log (already encoded as it goes to clients, so that a
+worker which receives it decodes no JSON), and a state (typing, read marks,
+presence), which is at most once. Channels: ``c:<conversation>``, ``u:<user>``
+(what concerns one user's own sessions), ``p:<user>`` (presence, for watchers).
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+from ..store.base import Entry
+
+# kind, seq, msgs, last_msg, length of t, length of sender
+_ENTRY: Final = struct.Struct("<cQQQBB")
+_STATE: Final = struct.Struct("<cB")
+ENTRY: Final = b"e"
+STATE: Final = b"s"
+
+
+def conv_channel(conv: str) -> str:
+    """The channel of a conversation."""
+    return "c:" + conv
+
+
+def user_channel(user: str) -> str:
+    """The channel of what concerns one user's own sessions."""
+    return "u:" + user
+
+
+def presence_channel(user: str) -> str:
+    """The channel of one user's presence."""
+    return "p:" + user
+
+
+def pack_entry(e: Entry) -> bytes:
+    """An entry for the channel of its conversation."""
+    t, sender = e.t.encode(), e.sender.encode()
+    return b"%b%b%b%b" % (
+        _ENTRY.pack(ENTRY, e.seq, e.msgs, e.last_msg, len(t), len(sender)),
+        t,
+        sender,
+        e.wire,
+    )
+
+
+def unpack_entry(conv: str, payload: bytes) -> Entry:
+    """The inverse of :func:`pack_entry`.
+
+    :raises ValueError: not such a payload.
+    """
+    try:
+        _, seq, msgs, last_msg, n_t, n_sender = _ENTRY.unpack_from(payload)
+    except struct.error as exc:
+        raise ValueError(str(exc)) from None
+    at = _ENTRY.size + n_t
+    t = payload[_ENTRY.size : at].decode()
+    sender = payload[at : at + n_sender].decode()
+    return Entry(conv, seq, t, sender, msgs, last_msg, payload[at + n_sender :])
+
+
+def pack_state(skip_user: str, wire: bytes) -> bytes:
+    """A state push for all attached to a conversation but ``skip_user`` ("": nobody)."""
+    user = skip_user.encode()
+    return b"%b%b%b" % (_STATE.pack(STATE, len(user)), user, wire)
+
+
+def unpack_state(payload: bytes) -> tuple[str, bytes]:
+    """The inverse of :func:`pack_state`: who is skipped, and the push.
+
+    :raises ValueError: not such a payload.
+    """
+    try:
+        _, n = _STATE.unpack_from(payload)
+    except struct.error as exc:
+        raise ValueError(str(exc)) from None
+    return payload[2 : 2 + n].decode(), payload[2 + n :]
