@@ -60,7 +60,7 @@ class CloseCode(IntEnum):
     TOO_MANY_CONNECTIONS = 4104
 
 
-class Request(msgspec.Struct, tag_field="t", frozen=True, gc=False):
+class Request(msgspec.Struct, tag_field="t", frozen=True, gc=False, kw_only=True):
     """What every request has: ``id`` (without it nothing is answered)."""
 
     id: RequestId | None = None

@@ -198,14 +198,19 @@ class Store(Protocol):
     async def conversations(self, user: str) -> list[str]:
         """Ids of the conversations that the user is in."""
 
+    async def left_since(self, user: str, after: int) -> list[str]:
+        """Ids of the conversations that the user left, or was removed from, after a position."""
+
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
         """The position as of which, and the user's views, newest first (of those named, or all).
         A conversation that the user is not in is left out."""
 
+    async def member_count(self, conv: str) -> int: ...
+
     async def members(self, user: str, conv: str, after: str | None, limit: int) -> tuple[list[Peer], str | None]: ...
 
     async def channels(
-        self, prefix: str | None, after: str | None, limit: int
+        self, user: str, prefix: str | None, after: str | None, limit: int
     ) -> tuple[list[dict[str, Any]], str | None]: ...
 
     async def join_or_leave(self, user: str, conv: str, role: str) -> bool:

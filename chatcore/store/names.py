@@ -1,0 +1,28 @@
+"""Names of users: what is allowed, and when two are the same."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from ..errors import BadRequest
+
+
+def name_key(name: str) -> str:
+    """What makes two names the same: case and compatibility forms do not tell them apart."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+
+
+def check_name(name: str, max_chars: int) -> str:
+    """A usable name, normalised to NFC.
+
+    :raises BadRequest: empty, too long, or with spaces, control or invisible characters.
+    """
+    name = unicodedata.normalize("NFC", name)
+    if not 1 <= len(name) <= max_chars:
+        raise BadRequest(f"name: 1 to {max_chars} characters")
+    # Categories: Z separators, C control, format, surrogate, private use, unassigned.
+    if any(unicodedata.category(ch)[0] in "ZC" for ch in name):
+        raise BadRequest("name: no spaces, control or invisible characters")
+    if name[0] in "@#":
+        raise BadRequest("name: must not begin with @ or #")
+    return name

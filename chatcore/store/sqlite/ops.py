@@ -1,0 +1,288 @@
+"""What a write transaction does: appends in bulk, everything else one by one.
+
+All run in the writer thread, inside ``BEGIN IMMEDIATE``: what they read is the
+newest state, and nobody else writes. Appends of messages that stand next to each
+other in the batch cost five statements together, however many they are: each
+statement gives up the interpreter lock once, and under load getting it back is
+what costs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import apsw
+import orjson
+
+from ...errors import ChatError, Conflict, Forbidden, NotFound
+from ...protocol import MEMBER_ROLES, encode_entry
+from .. import rules
+from ..base import Appended, Entry, NewEntry, Opened, Opening
+from ..entries import conversation_id, first_entries
+
+_ROLES: Final = "('member', 'admin', 'owner')"
+
+_FIND: Final = """
+SELECT j.key, e.seq, e.ts, e.digest FROM json_each(?1) j CROSS JOIN entries e
+ON e.conv = j.value ->> 0 AND e.sender = j.value ->> 1 AND e.cid = j.value ->> 2
+"""
+_ALLOWED: Final = """
+SELECT j.key, c.kind, m.role,
+  c.kind = 'dm' AND EXISTS(SELECT 1 FROM blocks b
+    WHERE b.user = CASE WHEN c.a = j.value ->> 1 THEN c.b ELSE c.a END AND b.other = j.value ->> 1)
+FROM json_each(?1) j CROSS JOIN convs c ON c.id = j.value ->> 0
+LEFT JOIN members m ON m.conv = j.value ->> 0 AND m.user = j.value ->> 1
+"""
+_HEADS: Final = """
+SELECT e.conv, e.seq, e.msgs, e.last_msg FROM json_each(?1) j CROSS JOIN entries e
+ON e.id = (SELECT id FROM entries WHERE conv = j.value ORDER BY seq DESC LIMIT 1)
+"""
+_INSERT: Final = """
+INSERT INTO entries(id, conv, seq, t, sender, cid, digest, ts, msgs, last_msg, fields)
+SELECT value ->> 0, value ->> 1, value ->> 2, value ->> 3, value ->> 4, value ->> 5, value ->> 6, value ->> 7,
+  value ->> 8, value ->> 9, value ->> 10 FROM json_each(?1)
+"""
+# Sending moves the sender's mark; nobody needs to be told, since the entry itself is pushed.
+_MARKS: Final = """
+UPDATE members SET read = v.seq, read_msgs = v.msgs
+FROM (SELECT value ->> 0 AS conv, value ->> 1 AS user, value ->> 2 AS seq, value ->> 3 AS msgs FROM json_each(?1)) v
+WHERE members.conv = v.conv AND members.user = v.user AND members.read < v.seq
+"""
+
+
+def now_ms() -> int:
+    """Unix time in ms: a label, never used to decide."""
+    return time.time_ns() // 1_000_000
+
+
+class Transaction:
+    """One open write transaction: the counter, and the entries that it appended."""
+
+    def __init__(self, db: apsw.Connection, secret: bytes) -> None:
+        self.db = db
+        self.secret = secret
+        self.appended: list[Entry] = []
+        self._counter = -1
+
+    def tick(self, n: int = 1) -> int:
+        """The first of the next ``n`` values of the change counter (fresh for this transaction)."""
+        if self._counter < 0:
+            self._counter = position(self.db)
+        first = self._counter + 1
+        self._counter += n
+        return first
+
+    def rewind(self) -> None:
+        """A savepoint was rolled back: what the counter gave out may be given again or not."""
+        self._counter = -1
+
+    def one(self, sql: str, args: Sequence[Any] = ()) -> tuple[Any, ...] | None:
+        """The first row, or None."""
+        return self.db.execute(sql, args).fetchone()
+
+
+def position(db: apsw.Connection) -> int:
+    """The newest value of the change counter."""
+    row = db.execute(
+        "SELECT max((SELECT coalesce(max(id), 0) FROM entries), (SELECT coalesce(max(rev), 0) FROM members),"
+        " (SELECT coalesce(max(rev), 0) FROM revocations))"
+    ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+Outcome = Appended | ChatError
+Op = Callable[[Transaction], Any]
+
+
+def append_messages(tx: Transaction, batch: Sequence[NewEntry]) -> list[Outcome]:
+    """Append ``msg`` entries, in order; each gets its own outcome."""
+    outcomes: list[Outcome | None] = [None] * len(batch)
+    keys = orjson.dumps([(e.conv, e.sender, e.cid) for e in batch]).decode()
+    found = {key: (seq, ts, digest) for key, seq, ts, digest in tx.db.execute(_FIND, (keys,))}
+    allowed = {key: (kind, role, blocked) for key, kind, role, blocked in tx.db.execute(_ALLOWED, (keys,))}
+    convs = orjson.dumps(list({e.conv for e in batch})).decode()
+    heads: dict[str, tuple[int, int, int]] = {
+        conv: (seq, msgs, last) for conv, seq, msgs, last in tx.db.execute(_HEADS, (convs,))
+    }
+    new: dict[tuple[str, str, str], int] = {}  # first of several with one cid in this batch
+    rows: list[tuple[Any, ...]] = []
+    marks: dict[tuple[str, str], tuple[int, int]] = {}
+    ts = now_ms()
+    for i, e in enumerate(batch):
+        if i in found:
+            seq, then, digest = found[i]
+            outcomes[i] = same_or_conflict(e, seq, then, digest)
+            continue
+        first = new.get((e.conv, e.sender, e.cid))
+        if first is not None:
+            earlier = outcomes[first]
+            assert isinstance(earlier, Appended)
+            outcomes[i] = same_or_conflict(e, earlier.seq, earlier.ts, batch[first].digest.hex())
+            continue
+        refused = rules.check_send(*allowed.get(i, (None, None, False)))
+        if refused is not None:
+            outcomes[i] = refused
+            continue
+        seq, msgs, _ = heads.get(e.conv, (0, 0, 0))
+        seq, msgs = seq + 1, msgs + 1
+        heads[e.conv] = (seq, msgs, seq)
+        new[(e.conv, e.sender, e.cid)] = i
+        marks[(e.conv, e.sender)] = (seq, msgs)
+        outcomes[i] = Appended(seq, ts)
+        rows.append((e.conv, seq, e.t, e.sender, e.cid, e.digest.hex(), ts, msgs, seq, e.fields.decode()))
+        wire = encode_entry(e.t, e.conv, seq, e.sender, ts, e.cid, e.fields)
+        tx.appended.append(Entry(e.conv, seq, e.t, e.sender, msgs, seq, wire))
+    if rows:
+        first_id = tx.tick(len(rows))
+        tx.db.execute(_INSERT, (orjson.dumps([(first_id + i, *row) for i, row in enumerate(rows)]).decode(),))
+        moved = [(conv, user, seq, msgs) for (conv, user), (seq, msgs) in marks.items()]
+        tx.db.execute(_MARKS, (orjson.dumps(moved).decode(),))
+    return outcomes  # type: ignore[return-value]
+
+
+def same_or_conflict(e: NewEntry, seq: int, ts: int, digest: str) -> Outcome:
+    """A cid that is in the log already: the first result again, or a conflict."""
+    if digest == e.digest.hex():
+        return Appended(seq, ts, dup=True)
+    return Conflict(f"cid {e.cid} was used for something else")
+
+
+def append_change(e: NewEntry) -> Op:
+    """Append a ``member`` or ``meta`` entry, and its projection, in the same transaction."""
+
+    def op(tx: Transaction) -> Appended:
+        row = tx.one("SELECT seq, ts, digest FROM entries WHERE conv = ? AND sender = ? AND cid = ?", (e.conv, e.sender, e.cid))
+        if row is not None:
+            outcome = same_or_conflict(e, *row)
+            if isinstance(outcome, ChatError):
+                raise outcome
+            return outcome
+        conv = tx.one("SELECT kind, members FROM convs WHERE id = ?", (e.conv,))
+        kind, members = conv or (None, 0)
+        mine = _role(tx, e.conv, e.sender)
+        if e.t == "meta":
+            refused = rules.check_meta(kind, mine)
+        else:
+            assert e.user is not None and e.role is not None
+            theirs = _role(tx, e.conv, e.user)
+            owners = tx.one("SELECT count(*) FROM members WHERE conv = ? AND role = 'owner'", (e.conv,))
+            assert owners is not None
+            refused = rules.check_member(kind, e.sender, mine, e.user, theirs, e.role, owners[0], members)
+            if refused is None and theirs is None and tx.one("SELECT 1 FROM users WHERE id = ?", (e.user,)) is None:
+                refused = NotFound("no such user")
+            if refused is None and (theirs or "none") == e.role:
+                return Appended(0, now_ms())
+        if refused is not None:
+            raise refused
+        return write_entry(tx, e, now_ms())
+
+    return op
+
+
+def _role(tx: Transaction, conv: str, user: str) -> str | None:
+    row = tx.one("SELECT role FROM members WHERE conv = ? AND user = ?", (conv, user))
+    return row[0] if row else None
+
+
+def write_entry(tx: Transaction, e: NewEntry, ts: int) -> Appended:
+    """Write one entry that was found new and allowed, and project it."""
+    row = tx.one("SELECT seq, msgs, last_msg FROM entries WHERE conv = ? ORDER BY seq DESC LIMIT 1", (e.conv,))
+    seq, msgs, last = row or (0, 0, 0)
+    seq += 1
+    tx.db.execute(
+        "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (tx.tick(), e.conv, seq, e.t, e.sender, e.cid, e.digest.hex(), ts, msgs, last, e.fields.decode()),
+    )
+    wire = encode_entry(e.t, e.conv, seq, e.sender, ts, e.cid, e.fields)
+    tx.appended.append(Entry(e.conv, seq, e.t, e.sender, msgs, last, wire))
+    if e.t == "member":
+        assert e.user is not None and e.role is not None
+        set_role(tx, e.conv, e.user, e.role, seq, msgs)
+    elif e.t == "meta":
+        tx.db.execute(
+            "UPDATE convs SET title = ?, title_key = ? WHERE id = ?",
+            (e.title, None if e.title is None else e.title.casefold(), e.conv),
+        )
+    return Appended(seq, ts)
+
+
+def set_role(tx: Transaction, conv: str, user: str, role: str, as_of: int, msgs: int) -> None:
+    """Write a member's row as of an entry; who comes in starts with everything read."""
+    before = _role(tx, conv, user)
+    was, is_ = before in MEMBER_ROLES, role in MEMBER_ROLES
+    rev = tx.tick()
+    if before is None:
+        tx.db.execute(
+            "INSERT INTO members(conv, user, role, as_of, read, read_msgs, rev) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (conv, user, role, as_of, as_of, msgs, rev),
+        )
+    elif is_ and not was:
+        tx.db.execute(
+            "UPDATE members SET role = ?, as_of = ?, read = ?, read_msgs = ?, rev = ? WHERE conv = ? AND user = ?",
+            (role, as_of, as_of, msgs, rev, conv, user),
+        )
+    else:
+        tx.db.execute(
+            "UPDATE members SET role = ?, as_of = ?, rev = ? WHERE conv = ? AND user = ?",
+            (role, as_of, rev, conv, user),
+        )
+    if was != is_:
+        tx.db.execute("UPDATE convs SET members = members + ? WHERE id = ?", (1 if is_ else -1, conv))
+
+
+def join_or_leave(user: str, conv: str, role: str) -> Op:
+    """A channel, by oneself: the row alone (True: it changed)."""
+
+    def op(tx: Transaction) -> bool:
+        row = tx.one("SELECT kind, members FROM convs WHERE id = ?", (conv,))
+        kind, members = row or (None, 0)
+        mine = _role(tx, conv, user)
+        owners = tx.one("SELECT count(*) FROM members WHERE conv = ? AND role = 'owner'", (conv,))
+        assert owners is not None
+        refused = rules.check_member(kind, user, mine, user, mine, role, owners[0], members)
+        if refused is not None:
+            raise refused
+        if (mine or "none") == role:
+            return False
+        head = tx.one("SELECT seq, msgs FROM entries WHERE conv = ? ORDER BY seq DESC LIMIT 1", (conv,))
+        seq, msgs = head or (0, 0)
+        set_role(tx, conv, user, role, seq, msgs)
+        return True
+
+    return op
+
+
+def open_conversation(o: Opening, max_per_user: int) -> Op:
+    """Make a conversation and its first entries, or find what the same request made."""
+
+    def op(tx: Transaction) -> Opened:
+        conv = conversation_id(tx.secret, o)
+        a, b = sorted((o.creator, o.members[0])) if o.kind == "dm" else (None, None)
+        if tx.one("SELECT 1 FROM convs WHERE id = ?", (conv,)) is not None:
+            if o.kind != "dm":
+                first = tx.one("SELECT digest FROM entries WHERE conv = ? AND seq = 1", (conv,))
+                if first is None or first[0] != o.digest.hex():
+                    raise Conflict(f"cid {o.cid} was used for something else")
+            return Opened(conv, False)
+        everybody = [o.creator, *(u for u in dict.fromkeys(o.members) if u != o.creator)]
+        for user in everybody:
+            if tx.one("SELECT 1 FROM users WHERE id = ? AND disabled = 0", (user,)) is None:
+                raise NotFound(f"no such user: {user}")
+        mine = tx.one(f"SELECT count(*) FROM members WHERE user = ? AND role IN {_ROLES}", (o.creator,))
+        if mine is not None and mine[0] >= max_per_user:
+            raise Forbidden(f"you are in {max_per_user} conversations, which is the limit")
+        if o.kind == "dm" and tx.one("SELECT 1 FROM blocks WHERE user = ? AND other = ?", (o.members[0], o.creator)):
+            raise Forbidden("this user takes no direct messages from you")
+        ts = now_ms()
+        tx.db.execute(
+            "INSERT INTO convs(id, kind, title, title_key, a, b, created) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (conv, o.kind, o.title, None if o.title is None else o.title.casefold(), a, b, ts),
+        )
+        for e in first_entries(conv, o, everybody):
+            write_entry(tx, e, ts)
+        return Opened(conv, True)
+
+    return op

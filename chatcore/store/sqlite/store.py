@@ -1,0 +1,215 @@
+"""The embedded store: SQLite, one file, safe between the workers of one host."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..base import (
+    Account,
+    Appended,
+    Changes,
+    Entry,
+    NewEntry,
+    OnCommit,
+    Opened,
+    Opening,
+    Page,
+    Peer,
+    Token,
+    User,
+    View,
+)
+from . import accounts, ops, reads
+from .schema import connect, database_path
+from .threads import Reader, Writer
+
+
+T = TypeVar("T")
+
+
+class SQLiteStore:
+    """Implements :class:`~chatcore.store.base.Store`.
+
+    Made inside the running loop, after the fork. ``start`` opens the file, which
+    must have been prepared (:func:`~.schema.prepare`).
+    """
+
+    name = "sqlite"
+
+    def __init__(
+        self,
+        data: Path,
+        on_commit: OnCommit,
+        *,
+        queue: int = 10_000,
+        batch: int = 500,
+        checkpoint_pages: int = 1000,
+        timeout_ms: int = 5000,
+        max_conversations: int = 1000,
+    ) -> None:
+        self._data = data
+        self._on_commit = on_commit
+        self._queue = queue
+        self._batch = batch
+        self._checkpoint_pages = checkpoint_pages
+        self._timeout_s = timeout_ms / 1000
+        self._max_conversations = max_conversations
+        self._store_id = ""
+        self._reader: Reader
+        self._writer: Writer
+        self._sweeper: asyncio.Task[None] | None = None
+
+    @property
+    def store_id(self) -> str:
+        """Names this store: part of what clients keep, so that it is not used with another."""
+        return self._store_id
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last write and the last read worked."""
+        return self._reader.healthy and self._writer.healthy
+
+    async def start(self) -> None:
+        """Start the threads."""
+        loop = asyncio.get_running_loop()
+        db = connect(database_path(self._data), write=False)
+        try:
+            meta = dict(db.execute("SELECT key, value FROM meta").fetchall())
+        finally:
+            db.close()
+        self._store_id = meta["store_id"]
+        self._reader = Reader(self._data, loop)
+        self._writer = Writer(
+            self._data,
+            loop,
+            meta["secret"],
+            self._on_commit,
+            queue=self._queue,
+            batch=self._batch,
+            checkpoint_pages=self._checkpoint_pages,
+        )
+        self._reader.start()
+        self._writer.start()
+        self._sweeper = asyncio.create_task(self._sweep(), name="store-timeouts")
+
+    async def close(self) -> None:
+        """Commit and answer what is queued, then end the threads."""
+        await self._writer.stop()
+        await self._reader.stop()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.gather(self._sweeper, return_exceptions=True)
+
+    async def _sweep(self) -> None:
+        """A store that hangs must not make its callers hang: they get ``unavailable``."""
+        while True:
+            await asyncio.sleep(min(0.5, self._timeout_s / 2))
+            self._writer.give_up(self._timeout_s)
+            self._reader.give_up(self._timeout_s)
+
+    async def _read(self, query: reads.Query[T]) -> T:
+        result: T = await self._reader.put(query)
+        return result
+
+    # --- the log -----------------------------------------------------------
+    def append(self, entry: NewEntry) -> asyncio.Future[Appended]:
+        return self._writer.put(entry)
+
+    async def open(self, conv: Opening) -> Opened:
+        opened: Opened = await self._writer.put(ops.open_conversation(conv, self._max_conversations))
+        return opened
+
+    async def heads(self, convs: Sequence[str]) -> dict[str, int]:
+        return await self._read(reads.heads(convs))
+
+    async def entries(self, conv: str, after: int, limit: int, max_bytes: int) -> list[Entry]:
+        return await self._read(reads.entries(conv, after, limit, max_bytes))
+
+    async def page(
+        self, user: str, conv: str, before: int | None, after: int | None, limit: int, max_bytes: int
+    ) -> Page:
+        return await self._read(reads.page(user, conv, before, after, limit, max_bytes))
+
+    async def position(self) -> int:
+        return await self._read(ops.position)
+
+    async def changes(self, after: int) -> Changes:
+        return await self._read(reads.changes(after))
+
+    # --- conversations -------------------------------------------------------
+    async def conversations(self, user: str) -> list[str]:
+        return await self._read(reads.conversations(user))
+
+    async def left_since(self, user: str, after: int) -> list[str]:
+        return await self._read(reads.left_since(user, after))
+
+    async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
+        return await self._read(reads.views(user, convs))
+
+    async def member_count(self, conv: str) -> int:
+        return await self._read(reads.member_count(conv))
+
+    async def members(self, user: str, conv: str, after: str | None, limit: int) -> tuple[list[Peer], str | None]:
+        return await self._read(reads.members(user, conv, after, limit))
+
+    async def channels(
+        self, user: str, prefix: str | None, after: str | None, limit: int
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        return await self._read(reads.channels(user, prefix, after, limit))
+
+    async def join_or_leave(self, user: str, conv: str, role: str) -> bool:
+        return bool(await self._writer.put(ops.join_or_leave(user, conv, role)))
+
+    async def set_read(self, user: str, conv: str, upto: int) -> bool:
+        return bool(await self._writer.put(accounts.set_read(user, conv, upto)))
+
+    async def set_notify(self, user: str, conv: str, level: str) -> None:
+        await self._writer.put(accounts.set_notify(user, conv, level))
+
+    async def block(self, user: str, other: str, on: bool) -> None:
+        await self._writer.put(accounts.block(user, other, on))
+
+    async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
+        return await self._read(reads.acquainted(user, others))
+
+    # --- accounts --------------------------------------------------------------
+    async def add_user(self, name: str, password: str) -> User:
+        user: User = await self._writer.put(accounts.add_user(name, password))
+        return user
+
+    async def update_user(self, user: str, name: str | None, password: str | None) -> User:
+        changed: User = await self._writer.put(accounts.update_user(user, name, password))
+        return changed
+
+    async def set_disabled(self, name: str, disabled: bool) -> None:
+        await self._writer.put(accounts.set_disabled(name, disabled))
+
+    async def account(self, name: str) -> Account | None:
+        return await self._read(reads.account(name))
+
+    async def account_by_id(self, user: str) -> Account | None:
+        return await self._read(reads.account(None, user))
+
+    async def users(self, ids: Sequence[str]) -> list[User]:
+        return await self._read(reads.users(ids))
+
+    async def seen(self, ids: Sequence[str]) -> dict[str, int]:
+        return await self._read(reads.seen(ids))
+
+    async def mark_seen(self, users: Sequence[str]) -> None:
+        await self._writer.put(accounts.mark_seen(users))
+
+    async def add_token(self, token_hash: bytes, user: str, expires: int) -> None:
+        await self._writer.put(accounts.add_token(token_hash, user, expires))
+
+    async def token(self, token_hash: bytes) -> Token | None:
+        return await self._read(reads.token(token_hash))
+
+    async def extend_token(self, token_hash: bytes, expires: int) -> None:
+        await self._writer.put(accounts.extend_token(token_hash, expires))
+
+    async def revoke_token(self, token_hash: bytes) -> None:
+        await self._writer.put(accounts.revoke_token(token_hash))

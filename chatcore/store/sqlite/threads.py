@@ -1,0 +1,287 @@
+"""The two threads of a worker's SQLite store, and how the loop talks to them.
+
+The writer groups everything that waits into one commit (log.md, "SQLite"); the
+reader runs queries. Each owns its connection. Work goes in through a bounded
+deque, results come back to the loop in one call per batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import apsw
+
+from ...errors import ChatError, Internal, Unavailable
+from ..base import Entry, NewEntry, OnCommit
+from . import ops
+from .lock import WriteLock
+from .schema import connect, database_path
+
+log = logging.getLogger("chatcore.store")
+
+# Queries waiting at most: beyond it the reader is seconds behind, and more would only wait longer.
+READ_QUEUE: Final = 10_000
+# A broken connection is opened again with these pauses, so that a dead disk is not hammered.
+REOPEN_PAUSE_S: Final = (0.0, 0.1, 0.5, 1.0, 2.0)
+# Try to start the log file over when it has grown to this many times the checkpoint size.
+RESTART_FACTOR: Final = 16
+
+Work = NewEntry | ops.Op
+Future = asyncio.Future[Any]
+
+
+class _Thread:
+    """A named thread with a bounded queue of (work, future)."""
+
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop, limit: int) -> None:
+        self._loop = loop
+        self._limit = limit
+        self._queue: deque[tuple[Any, Future, float]] = deque()
+        self._wake = threading.Condition(threading.Lock())
+        self._stopping = False
+        self._taken: Sequence[tuple[Any, Future, float]] = ()
+        #: False while the database does not answer.
+        self.healthy = True
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def put(self, work: Any) -> Future:
+        """Queue work; the future is resolved on the loop."""
+        future: Future = self._loop.create_future()
+        with self._wake:
+            full = self._stopping or len(self._queue) >= self._limit
+            if not full:
+                self._queue.append((work, future, time.monotonic()))
+                self._wake.notify()
+        if full:
+            future.set_exception(Unavailable("the store is busy" if not self._stopping else "the server is stopping"))
+        return future
+
+    async def stop(self) -> None:
+        """Finish what is queued, then end the thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        while self._thread.is_alive():
+            await asyncio.sleep(0.005)
+
+    def give_up(self, older_than_s: float) -> None:
+        """Answer ``unavailable`` to all that has waited longer; the work itself may still be done."""
+        limit = time.monotonic() - older_than_s
+        for _, future, since in [*self._taken, *list(self._queue)]:
+            if since > limit:
+                break
+            if not future.done():
+                self.healthy = False
+                future.set_exception(Unavailable("the store does not answer"))
+
+    def _take(self, most: int) -> list[tuple[Any, Future, float]]:
+        """Wait for work; an empty list means stop."""
+        with self._wake:
+            while not self._queue and not self._stopping:
+                self._wake.wait()
+            batch = [self._queue.popleft() for _ in range(min(most, len(self._queue)))]
+        self._taken = batch
+        return batch
+
+    def _answer(self, call: Callable[..., None], *args: Any) -> None:
+        try:
+            self._loop.call_soon_threadsafe(call, *args)
+        except RuntimeError:  # the loop is closed: nobody is left to be answered
+            pass
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+
+def _resolve(batch: Sequence[tuple[Any, Future, float]], outcomes: Sequence[Any]) -> None:
+    for (_, future, _), outcome in zip(batch, outcomes, strict=True):
+        if future.done():
+            continue
+        if isinstance(outcome, BaseException):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
+
+
+class Reader(_Thread):
+    """Runs queries one after the other on a read-only connection."""
+
+    def __init__(self, data: Path, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__("store-reader", loop, READ_QUEUE)
+        self._path = database_path(data)
+
+    def _run(self) -> None:
+        db: apsw.Connection | None = None
+        while batch := self._take(64):
+            outcomes: list[Any] = []
+            for query, future, _ in batch:
+                if future.done():  # given up or cancelled
+                    outcomes.append(None)
+                    continue
+                try:
+                    if db is None:
+                        db = connect(self._path, write=False)
+                    outcomes.append(query(db))
+                    self.healthy = True
+                except ChatError as exc:
+                    outcomes.append(exc)
+                except apsw.Error as exc:
+                    log.error("read failed: %s", exc)
+                    self.healthy = False
+                    outcomes.append(Unavailable("the store does not answer"))
+                    db = _close(db)
+                except Exception:
+                    log.exception("a query failed")
+                    outcomes.append(Internal("internal error"))
+            self._answer(_resolve, batch, outcomes)
+            self._taken = ()
+        _close(db)
+
+
+def _close(db: apsw.Connection | None) -> None:
+    if db is not None:
+        try:
+            db.close(True)
+        except apsw.Error as exc:
+            log.warning("closing the database: %s", exc)
+
+
+class Writer(_Thread):
+    """Commits batches: all that waits, of any conversations, in one transaction."""
+
+    def __init__(
+        self,
+        data: Path,
+        loop: asyncio.AbstractEventLoop,
+        secret: bytes,
+        on_commit: OnCommit,
+        *,
+        queue: int,
+        batch: int,
+        checkpoint_pages: int,
+    ) -> None:
+        super().__init__("store-writer", loop, queue)
+        self._path = database_path(data)
+        self._data = data
+        self._secret = secret
+        self._on_commit = on_commit
+        self._batch = batch
+        self._checkpoint_pages = checkpoint_pages
+        self._wal_pages = 0
+        self.commits = 0
+
+    def _run(self) -> None:
+        lock = WriteLock(self._data)
+        db: apsw.Connection | None = None
+        try:
+            while batch := self._take(self._batch):
+                outcomes: list[Any] | None = None
+                entries: list[Entry] = []
+                for attempt in range(2):
+                    try:
+                        with lock:
+                            if db is None:
+                                db = self._connect()
+                            outcomes, entries = self._commit(db, [work for work, _, _ in batch])
+                            self._checkpoint(db)
+                        self.healthy = True
+                        break
+                    except (apsw.Error, OSError) as exc:
+                        # Whatever it was, its outcome is unknown: what was committed after all is found
+                        # by its cid when the same batch is tried again on a new connection.
+                        log.error("write failed (attempt %d): %s", attempt + 1, exc)
+                        self.healthy = False
+                        db = _close(db)
+                    except Exception:
+                        log.exception("a write transaction failed")
+                        db = _close(db)
+                        break
+                if outcomes is None:
+                    outcomes = [Unavailable("the store does not answer") for _ in batch]
+                self._answer(self._finish, batch, outcomes, entries)
+                self._taken = ()
+        finally:
+            _close(db)
+            lock.close()
+
+    def _connect(self) -> apsw.Connection:
+        if not self._path.exists():
+            raise OSError(f"{self._path} is gone")
+        db = connect(self._path, write=True)
+        db.set_wal_hook(self._on_wal)
+        return db
+
+    def _on_wal(self, db: apsw.Connection, name: str, pages: int) -> int:
+        self._wal_pages = pages
+        return apsw.SQLITE_OK
+
+    def _commit(self, db: apsw.Connection, batch: list[Work]) -> tuple[list[Any], list[Entry]]:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            tx = ops.Transaction(db, self._secret)
+            outcomes: list[Any] = []
+            at = 0
+            while at < len(batch):
+                run: list[NewEntry] = []
+                while at < len(batch) and isinstance(work := batch[at], NewEntry) and work.t == "msg":
+                    run.append(work)
+                    at += 1
+                if run:
+                    outcomes.extend(ops.append_messages(tx, run))
+                    continue
+                work = batch[at]
+                outcomes.append(self._one(tx, ops.append_change(work) if isinstance(work, NewEntry) else work))
+                at += 1
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        self.commits += 1
+        return outcomes, tx.appended
+
+    def _one(self, tx: ops.Transaction, op: ops.Op) -> Any:
+        """One operation in a savepoint of its own: refused means that it changed nothing."""
+        mark = len(tx.appended)
+        tx.db.execute("SAVEPOINT op")
+        try:
+            outcome = op(tx)
+        except ChatError as exc:
+            tx.db.execute("ROLLBACK TO op")
+            tx.rewind()
+            del tx.appended[mark:]
+            outcome = exc
+        tx.db.execute("RELEASE op")
+        return outcome
+
+    def _checkpoint(self, db: apsw.Connection) -> None:
+        """Move committed pages into the database file, under the write lock, so that it races no commit."""
+        if self._wal_pages < self._checkpoint_pages:
+            return
+        restart = self._wal_pages >= self._checkpoint_pages * RESTART_FACTOR
+        mode = apsw.SQLITE_CHECKPOINT_RESTART if restart else apsw.SQLITE_CHECKPOINT_PASSIVE
+        try:
+            db.set_busy_timeout(50)
+            db.wal_checkpoint(mode=mode)
+        except apsw.BusyError:
+            pass  # a reader is on an old snapshot: next time
+        except apsw.Error as exc:
+            # The commit before it stands; the next write finds out whether the disk works.
+            log.error("checkpoint failed: %s", exc)
+        self._wal_pages = 0
+
+    def _finish(self, batch: Sequence[tuple[Any, Future, float]], outcomes: list[Any], entries: list[Entry]) -> None:
+        """On the loop: tell of what is new, then answer."""
+        if entries:
+            self._on_commit(entries)
+        _resolve(batch, outcomes)
