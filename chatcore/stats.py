@@ -58,7 +58,7 @@ class StatsCell:
     0..2^64-1 (ValueError). To add a field, take the next number; numbers are never used again.
     """
 
-    __slots__ = ("_words", "_text")
+    __slots__ = ("_text", "_words")
 
     pid = _Field(0)
     nonce = _Field(1)

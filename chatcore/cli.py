@@ -1,0 +1,318 @@
+"""The command ``chatcore``: which commands there are, and what they print.
+
+Whatever an operator can get wrong ends in one line on stderr. Exit codes: 0 done, 1 it failed, 2 the command
+or a setting is wrong, 130 interrupted. Parts are imported by the command that needs them, so that the small
+commands start fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import getpass
+import json
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import __version__
+from .config import ConfigError, Loaded, as_json, as_toml, load, load_with_origins
+from .errors import ChatError
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .process import WorkerMain
+
+LOG_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(process)d %(name)s: %(message)s"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line instead of printing the usage too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None, *, worker_main: WorkerMain | None = None) -> int:
+    """Run one command; returns the exit code. `worker_main`: what `serve` runs in each worker instead of the
+    real thing (tests)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["chat"]:  # it has its own options
+            from .client.terminal import main as chat
+
+            return chat(arguments[1:])
+        parsed = _parser().parse_args(arguments, argparse.Namespace(worker_main=worker_main))
+        command: Callable[[argparse.Namespace], int] = parsed.command
+        return command(parsed)
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except ChatError as error:
+        return _fail(error.message, 1)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read the output has seen enough; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"chatcore: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    where = _Parser(add_help=False)
+    # Given before or after the last word of a command; SUPPRESS, so that the later parser does not reset it.
+    where.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="settings, as TOML")
+    where.add_argument("--data", metavar="DIR", default=argparse.SUPPRESS, help="directory of the server's data")
+    settings = _Parser(add_help=False, parents=[where])
+    settings.add_argument("--host", help="address to listen on")
+    settings.add_argument("--port", help="port to listen on")
+    settings.add_argument("--workers", help="number of worker processes; 0: one per core")
+    settings.add_argument(
+        "--set", metavar="NAME=VALUE", action="append", default=[], help="any setting, such as limits.history=50"
+    )
+
+    parser = _Parser(prog="chatcore", description="A self-hosted chat server.")
+    parser.add_argument("--version", action="version", version=f"chatcore {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", parents=[settings], help="run the server")
+    serve.set_defaults(command=_serve)
+
+    commands.add_parser("chat", help="chat in this terminal")  # only to be listed; see main
+
+    user = commands.add_parser("user", parents=[where], help="accounts: add, list, disable")
+    users = user.add_subparsers(required=True, metavar="ACTION")
+    add = users.add_parser("add", parents=[where], help="make an account")
+    add.add_argument("name")
+    add.add_argument("--password-stdin", action="store_true", help="read the password from the first line of stdin")
+    add.set_defaults(command=_user_add)
+    listing = users.add_parser("list", parents=[where], help="list all accounts")
+    listing.add_argument("--json", action="store_true")
+    listing.set_defaults(command=_user_list)
+    disable = users.add_parser("disable", parents=[where], help="end an account's sessions and let it log in no more")
+    disable.add_argument("name")
+    disable.set_defaults(command=_user_disable)
+
+    ctl = commands.add_parser("ctl", parents=[where], help="a running server: status, drain, reload, scale")
+    actions = ctl.add_subparsers(required=True, metavar="ACTION")
+    status = actions.add_parser("status", parents=[where], help="how the workers are")
+    status.add_argument("--json", action="store_true")
+    status.set_defaults(command=_status)
+    drain = actions.add_parser("drain", parents=[where], help="let clients leave one by one, then stop")
+    drain.add_argument("--no-wait", action="store_true", help="do not wait until the server is down")
+    drain.set_defaults(command=_drain)
+    reload = actions.add_parser("reload", parents=[where], help="replace all workers, one by one, with new settings")
+    reload.set_defaults(command=_reload)
+    scale = actions.add_parser("scale", parents=[where], help="change the number of workers")
+    scale.add_argument("workers", type=int)
+    scale.set_defaults(command=_scale)
+
+    config = commands.add_parser("config", parents=[settings], help="print all settings, where they come from and why")
+    config.add_argument("--json", action="store_true")
+    config.set_defaults(command=_config)
+    return parser
+
+
+def _flags(parsed: argparse.Namespace) -> dict[str, object]:
+    """The settings among the options, by name."""
+    flags: dict[str, object] = {
+        f"server.{key}": getattr(parsed, key, None) for key in ("host", "port", "workers", "data")
+    }
+    for assignment in getattr(parsed, "set", ()):
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {assignment} is not NAME=VALUE")
+        flags[name.strip()] = value
+    return flags
+
+
+def _load(parsed: argparse.Namespace) -> Loaded:
+    return load_with_origins(getattr(parsed, "config", None), os.environ, _flags(parsed))
+
+
+# -- serve
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    from .process import StartError
+    from .supervisor import Supervisor
+
+    settings = _load(parsed).settings
+    logging.basicConfig(
+        stream=sys.stderr,
+        level=logging.DEBUG if os.environ.get("CHATCORE_DEBUG") else logging.INFO,
+        format=LOG_FORMAT,
+        datefmt="%Y-%m-%dT%H:%M:%S",
+    )
+    worker_main = parsed.worker_main
+    if worker_main is None:
+        try:
+            from .worker import main as worker_main
+        except ImportError as error:
+            return _fail(f"the worker cannot be loaded, build chatcore first: {error}", 1)
+    supervisor = Supervisor(
+        settings,
+        worker_main,
+        reread=lambda: load(getattr(parsed, "config", None), os.environ, _flags(parsed)),
+        announce=_announce,
+    )
+    try:
+        return supervisor.run()
+    except StartError as error:
+        return _fail(str(error), 1)
+
+
+def _announce(url: str, settings: Settings, workers: int) -> None:
+    """The server is ready: where it is, and what to type next."""
+    # The same program, however this one was found.
+    beside = Path(sys.executable).with_name("chatcore")
+    program = "chatcore" if shutil.which("chatcore") else str(beside) if beside.exists() else "python3 -m chatcore"
+    data = "" if settings.server.data == Settings.default().server.data else f" --data {settings.server.data}"
+    lines = [
+        f"chatcore {__version__} is ready: {workers} worker{'s' if workers != 1 else ''} on {url}",
+        f"  data       {Path(settings.server.data).absolute()}",
+        f"  next       {program} user add NAME{data}",
+        f"             {program} chat {url}",
+        f"  look       {program} ctl status{data}",
+        "  stop       Ctrl-C",
+    ]
+    print("\n".join(lines), flush=True)
+
+
+# -- user
+
+
+def _user_add(parsed: argparse.Namespace) -> int:
+    from .accounts.admin import add_user
+
+    settings = _load(parsed).settings
+    if parsed.password_stdin:
+        password = sys.stdin.readline().rstrip("\n")
+    else:
+        password = getpass.getpass(f"Password for {parsed.name}: ")
+        if getpass.getpass("Again: ") != password:
+            return _fail("the two passwords differ", 1)
+    print(add_user(settings, parsed.name, password))
+    return 0
+
+
+def _user_list(parsed: argparse.Namespace) -> int:
+    from .accounts.admin import list_users
+
+    users = list_users(_load(parsed).settings)
+    if parsed.json:
+        keys = ("id", "name", "created_ms", "disabled")
+        print(json.dumps([dict(zip(keys, user, strict=True)) for user in users]))
+        return 0
+    _table(
+        ("ID", "NAME", "CREATED", ""),
+        [
+            (user_id, name, time.strftime("%Y-%m-%d %H:%M", time.localtime(created_ms / 1000)), "disabled" * disabled)
+            for user_id, name, created_ms, disabled in users
+        ],
+    )
+    return 0
+
+
+def _user_disable(parsed: argparse.Namespace) -> int:
+    from .accounts.admin import disable_user
+
+    disable_user(_load(parsed).settings, parsed.name)
+    return 0
+
+
+# -- ctl
+
+
+def _ask(parsed: argparse.Namespace, request: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
+    from .control import call
+
+    return call(Path(_load(parsed).settings.server.data), request, timeout_s)
+
+
+def _controlled(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """`command`, with the errors of the control socket told in one line."""
+
+    def run(parsed: argparse.Namespace) -> int:
+        from .control import ControlError
+
+        try:
+            return command(parsed)
+        except ControlError as error:
+            return _fail(str(error), 1)
+
+    return run
+
+
+#: The supervisor answers at once whatever the workers do; longer means that it stands still itself.
+STATUS_TIMEOUT_S = 5.0
+
+
+@_controlled
+def _status(parsed: argparse.Namespace) -> int:
+    status = _ask(parsed, {"cmd": "status"}, STATUS_TIMEOUT_S)
+    del status["ok"]
+    if parsed.json:
+        print(json.dumps(status))
+        return 0
+    print(f"chatcore {status['version']} {status['state']} on {status['url']}")
+    print(f"store {status['store']}, bus {status['bus']}")
+    _table(
+        ("SLOT", "PID", "STATE", "CONNECTIONS", "SESSIONS", "UPTIME", "LAST ERROR"),
+        [
+            (
+                worker["slot"],
+                worker["pid"] or "-",
+                worker["state"],
+                worker["connections"],
+                worker.get("sessions", 0),
+                f"{worker['uptime_s']:.0f} s",
+                worker["error"] or "",
+            )
+            for worker in status["workers"]
+        ],
+    )
+    return 0
+
+
+@_controlled
+def _drain(parsed: argparse.Namespace) -> int:
+    _ask(parsed, {"cmd": "drain", "wait": not parsed.no_wait})
+    print("draining" if parsed.no_wait else "stopped")
+    return 0
+
+
+@_controlled
+def _reload(parsed: argparse.Namespace) -> int:
+    print(f"reloaded {_ask(parsed, {'cmd': 'reload'})['workers']} workers")
+    return 0
+
+
+@_controlled
+def _scale(parsed: argparse.Namespace) -> int:
+    print(f"{_ask(parsed, {'cmd': 'scale', 'workers': parsed.workers})['workers']} workers")
+    return 0
+
+
+# -- config
+
+
+def _config(parsed: argparse.Namespace) -> int:
+    loaded = _load(parsed)
+    print(as_json(loaded) if parsed.json else as_toml(loaded), end="\n" if parsed.json else "")
+    return 0
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    cells = [list(head), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+    for row in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -1,0 +1,447 @@
+"""The parent of the workers: plain Python, no event loop, no threads, a client of nothing.
+
+It holds the listeners and the lock on the data, forks workers, replaces those that die or get stuck, and
+carries out what signals and the control socket ask: drain, reload, scale. One round of its loop looks at
+everything there is (`_round`), so no order of events needs thought of its own. What workers say it reads
+from the stats page.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import resource
+import secrets
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from . import __version__, datadir
+from .config import ConfigError
+from .control import Caller, ControlServer, Json
+from .listeners import Listeners, steer
+from .process import EXIT_START_ERROR, StartError, WorkerContext, WorkerMain, fork_worker
+from .reload import Reload
+from .sdnotify import Notifier
+from .settings import MAX_WORKERS, Settings
+from .slot import MS, Slot, Worker, how_it_ended
+from .stats import State, StatsPage
+from .status import report
+
+log = logging.getLogger("chatcore.supervisor")
+
+#: A drained worker has closed everything by its deadline; this is to get out of the process.
+KILL_GRACE_NS: Final = 1_000 * MS
+#: While a slot retires the handshakes under way (SYN seen, not accepted yet) still end on its listener.
+RETIRE_SETTLE_NS: Final = 1_000 * MS
+#: Files of a worker that are not clients: the store, the bus, libraries.
+SPARE_FILES: Final = 512
+#: Rounds while something is awaited that sends no signal (a worker getting ready), and otherwise.
+ROUND_BUSY_MS: Final = 10
+ROUND_IDLE_MS: Final = 250
+#: A round that comes this much late means that the supervisor itself stood still (Ctrl-Z, a frozen machine).
+STOOD_STILL_NS: Final = 2_000 * MS
+
+SIGNALS: Final = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGCHLD,
+)
+
+
+class Supervisor:
+    """Runs a server until it is told to stop. One per process; `run` takes over its signals."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        worker_main: WorkerMain,
+        *,
+        reread: Callable[[], Settings] | None = None,
+        announce: Callable[[str, Settings, int], None] = lambda url, settings, workers: None,
+    ) -> None:
+        """`reread`: gives the settings anew for a reload, or raises ConfigError.
+        `announce(url, settings, workers)`: called once, when every worker serves."""
+        self.settings = settings
+        self.data = Path(settings.server.data).absolute()
+        self._main = worker_main
+        self._reread = reread
+        self._announce = announce
+        self._slots: list[Slot] = []
+        self._target = settings.worker_count()
+        self._reload: Reload | None = None
+        self._reload_again: list[Caller] | None = None  # None: not asked for
+        self._scalers: list[Caller] = []
+        self._drainers: list[Caller] = []
+        self._announced = False
+        self._ever_ready = False
+        self._stopping = False
+        self._halted = ""
+        self._had_to_kill = False
+        self._last_round_ns = 0
+        self._ping_ns = 0
+
+    # -- the life of the server
+
+    def run(self) -> int:
+        """Serve until stopped. Returns the exit code: 0 when it stopped as asked, 1 when a worker had to be
+        killed at the deadline. Raises StartError when it cannot begin (then nothing was touched), or no worker
+        ever got ready."""
+        self._notifier = Notifier(os.environ)
+        self._host = socket.gethostname()
+        self._page = StatsPage(MAX_WORKERS)
+        datadir.refuse_if_held(self.data)
+        self._listeners = Listeners(self.settings.server.host, self.settings.server.port)
+        for index in range(self._target):
+            self._slots.append(Slot(index, self._listeners.open()))
+        lock_fd = datadir.lock(self.data)
+        try:
+            self._control = ControlServer(self.data, self._command)
+        except OSError as error:
+            raise StartError(f"control socket in {self.data} cannot be made: {error.strerror}") from error
+        self._parent_read, self._parent_write = os.pipe()
+        self._signals()
+        self._raise_file_limit()
+        # What was made so far is for ever: the collector need not touch, and so copy, its pages in workers.
+        gc.collect()
+        gc.freeze()
+        log.info("starting %d workers on %s, data in %s", self._target, self._listeners.url, self.data)
+        try:
+            self._loop()
+        finally:
+            self._end(lock_fd)
+        if self._halted:
+            raise StartError(f"no worker could start: {self._halted}")
+        log.info("stopped")
+        return 1 if self._had_to_kill else 0
+
+    def _raise_file_limit(self) -> None:
+        """Let workers, which inherit it, open as many files as the system permits."""
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        needed = self.settings.limits.connections_per_worker + SPARE_FILES
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            log.warning("a worker may open %d files, but limits.connections_per_worker asks for %d", hard, needed)
+
+    def _signals(self) -> None:
+        self._wake_read, wake_write = os.pipe()
+        os.set_blocking(self._wake_read, False)
+        os.set_blocking(wake_write, False)
+        self._wake_write = wake_write
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, lambda number, frame: None)
+
+    def _end(self, lock_fd: int) -> None:
+        """Leave nothing behind, whatever ended the loop; the lock goes last but for the answers."""
+        for worker in self._workers():
+            worker.kill("the supervisor ends")
+            os.waitpid(worker.pid, 0)
+        for slot in self._slots:
+            slot.listener.close()
+        signal.set_wakeup_fd(-1)
+        self._control.close()
+        os.close(lock_fd)
+        for caller in self._drainers:
+            caller.answer({"ok": True})
+        for caller in self._scalers:
+            caller.fail("the server stopped")
+        self._notifier.close()
+
+    def _loop(self) -> None:
+        while True:
+            self._round(time.monotonic_ns())
+            if (self._stopping or self._halted) and not any(self._workers()):
+                return
+            poll = select.poll()
+            for fd in (self._wake_read, *self._control.filenos()):
+                poll.register(fd, select.POLLIN)
+            for fd, _ in poll.poll(self._patience_ms(time.monotonic_ns())):
+                if fd == self._wake_read:
+                    self._signalled()
+                else:
+                    self._control.readable(fd)
+            self._control.sweep()
+
+    def _patience_ms(self, now: int) -> int:
+        """How long nothing needs to be done unless something happens."""
+        if self._reload or any(worker.starting() for worker in self._workers()):
+            return ROUND_BUSY_MS
+        due = [now + ROUND_IDLE_MS * MS]
+        due += [slot.restart_ns for slot in self._slots if slot.current is None]
+        due += [worker.kill_ns for worker in self._workers() if worker.kill_ns and not worker.killed]
+        return max(0, min(ROUND_IDLE_MS, -((now - min(due)) // MS)))
+
+    def _round(self, now: int) -> None:
+        """Look at everything, do what is due."""
+        late = now - self._last_round_ns - ROUND_IDLE_MS * MS
+        if self._last_round_ns and late > STOOD_STILL_NS:
+            log.warning("the supervisor stood still for %d ms; nobody is judged by that time", late // MS)
+            for worker in self._workers():
+                worker.shift(late)
+        self._last_round_ns = now
+        for slot in self._slots:
+            for worker in list(slot.workers()):
+                code = worker.reap()
+                if code is not None:
+                    self._died(slot, worker, code, now)
+                else:
+                    self._judge(slot, worker, now)
+        if self._halted:
+            return
+        if not self._stopping:
+            self._converge(now)
+            if self._reload and self._reload.step(now, self._spawn, self._kill_at(now)):
+                self._reloaded(self._reload)
+            self._tell_ready()
+        self._tell_systemd(now)
+
+    # -- workers
+
+    def _workers(self) -> Iterator[Worker]:
+        for slot in self._slots:
+            yield from slot.workers()
+
+    def _spawn(self, slot: Slot, settings: Settings) -> Worker | None:
+        """Fork a worker for `slot`; None if that is not possible now."""
+        which = slot.free_cell()
+        if which is None:
+            return None
+        cell = self._page.cell(slot.index, which)
+        nonce = secrets.randbelow(2**53 - 1) + 1
+        cell.reset(nonce)
+        context = WorkerContext(
+            settings=settings,
+            host=self._host,
+            slot=slot.index,
+            nonce=nonce,
+            listener=slot.listener,
+            parent_fd=self._parent_read,
+            stats=cell,
+            version=__version__,
+        )
+        try:
+            pid = fork_worker(context, self._main, lambda: self._close_in_child(slot))
+        except OSError as error:
+            log.error("no process for worker %d: %s", slot.index, error.strerror)
+            return None
+        log.info("worker %d is process %d", slot.index, pid)
+        return Worker(pid, nonce, which, cell, time.monotonic_ns())
+
+    def _close_in_child(self, own: Slot) -> None:
+        """What a worker must not hold: with the pipe's writing end it would never see the supervisor die."""
+        os.close(self._parent_write)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+        self._control.close_in_child()
+        self._notifier.close()
+        for slot in self._slots:
+            if slot is not own:
+                slot.listener.close()
+
+    def _kill_at(self, now: int) -> int:
+        return now + self.settings.server.drain_timeout_ms * MS + KILL_GRACE_NS
+
+    def _judge(self, slot: Slot, worker: Worker, now: int) -> None:
+        """Notice that a living worker got ready, is stuck, or has had its time."""
+        if worker.starting() and worker.cell.state == State.READY:
+            worker.ready_ns = now
+            self._ever_ready = True
+            log.info("worker %d (process %d) is ready", slot.index, worker.pid)
+        why = "" if worker.killed else worker.overdue(now, self.settings.timeouts)
+        if why:
+            log.error("worker %d (process %d) is killed: %s", slot.index, worker.pid, why)
+            self._had_to_kill = self._had_to_kill or self._stopping
+            worker.kill(why)
+
+    def _died(self, slot: Slot, worker: Worker, code: int, now: int) -> None:
+        how = how_it_ended(code)
+        error = worker.killed or worker.cell.error or how
+        asked = worker.kill_ns != 0
+        was = "coming" if worker is slot.coming else "current" if worker is slot.current else "leaving"
+        slot.remove(worker)
+        if asked or slot.retire_ns:
+            log.info("worker %d (process %d) has left: %s", slot.index, worker.pid, how)
+            return
+        if was == "coming":
+            log.error("the new worker %d (process %d) died: %s", slot.index, worker.pid, error)
+            if self._reload:
+                self._reload.failed(slot, error)
+            return
+        pause = slot.failed(worker, now, error)
+        if not self._ever_ready and (code == EXIT_START_ERROR or all(other.ever_failed for other in self._slots)):
+            self._halted = error
+            for other in self._workers():
+                other.kill("no worker can start")
+            return
+        log.error(
+            "worker %d (process %d) died: %s; the next one comes in %d ms", slot.index, worker.pid, error, pause // MS
+        )
+
+    def _converge(self, now: int) -> None:
+        """Fork what is missing; open or retire slots until there are as many as wanted."""
+        for slot in self._slots:
+            if slot.current is slot.coming is None and not slot.retire_ns and now >= slot.restart_ns:
+                slot.current = self._spawn(slot, self.settings)
+                if slot.current is None:
+                    slot.restart_ns = now + ROUND_IDLE_MS * MS
+            if slot.retire_ns and now >= slot.retire_ns:
+                for worker in slot.workers():
+                    worker.drain(self._kill_at(now))
+        active = [slot for slot in self._slots if not slot.retire_ns]
+        if len(active) > self._target and not self._reload:
+            for slot in self._slots[self._target :]:
+                slot.retire_ns = slot.retire_ns or now + RETIRE_SETTLE_NS
+            steer(self._slots[0].listener, self._target)
+        # From the end only: the order of the listeners is the kernel's numbering of them.
+        while self._slots[-1].retire_ns and now >= self._slots[-1].retire_ns and not any(self._slots[-1].workers()):
+            self._slots.pop().listener.close()
+            if not any(slot.retire_ns for slot in self._slots):
+                steer(self._slots[0].listener, 0)
+        if len(active) == len(self._slots) < self._target:
+            try:
+                self._slots.append(Slot(len(self._slots), self._listeners.open()))
+            except StartError as error:
+                log.error("no slot can be added: %s", error)
+                self._target = len(self._slots)
+        elif self._all_ready():
+            for caller in self._scalers:
+                caller.answer({"ok": True, "workers": len(self._slots)})
+            self._scalers.clear()
+
+    def _all_ready(self) -> bool:
+        return len(self._slots) == self._target and all(slot.is_ready() and not slot.retire_ns for slot in self._slots)
+
+    def _tell_ready(self) -> None:
+        if not self._announced and self._all_ready():
+            self._announced = True
+            self._announce(self._listeners.url, self.settings, len(self._slots))
+            self._notifier.ready()
+
+    def _tell_systemd(self, now: int) -> None:
+        ready = sum(slot.is_ready() for slot in self._slots)
+        what = "stopping" if self._stopping else "reloading" if self._reload else "serving"
+        self._notifier.status(f"{what}: {ready} of {len(self._slots)} workers ready")
+        if self._notifier.watchdog_s and now >= self._ping_ns:
+            # A worker that gets stuck is killed in time; that one stays stuck or none serves is for systemd.
+            fresh_ns = self.settings.timeouts.stuck_worker_ms * MS
+            serving = [worker for worker in self._workers() if worker.ready_ns]
+            if serving and all(now - worker.heard_ns() <= fresh_ns for worker in serving):
+                self._notifier.watchdog()
+            self._ping_ns = now + int(self._notifier.watchdog_s * 1e9)
+
+    # -- what is asked from outside
+
+    def _signalled(self) -> None:
+        for number in os.read(self._wake_read, 4096):
+            if number == signal.SIGTERM or (number == signal.SIGINT and not self._stopping):
+                self._stop()
+            elif number in (signal.SIGINT, signal.SIGQUIT):
+                self._stop()
+                for worker in self._workers():
+                    worker.kill("stopped at once")
+            elif number == signal.SIGHUP and not self._stopping:
+                self._start_reload(())
+            elif number == signal.SIGTTIN:
+                self._scale(self._target + 1)
+            elif number == signal.SIGTTOU:
+                self._scale(self._target - 1)
+
+    def _command(self, request: Json, caller: Caller) -> None:
+        match request.get("cmd"):
+            case "status":
+                caller.answer({"ok": True, **report(self._slots, self._target, self._listeners.url, self._stopping)})
+            case "drain":
+                if request.get("wait", True):
+                    self._drainers.append(caller)
+                else:
+                    caller.answer({"ok": True})
+                self._stop()
+            case _ if self._stopping:
+                caller.fail("the server is stopping")
+            case "reload":
+                self._start_reload((caller,))
+            case "scale":
+                workers = request.get("workers")
+                if type(workers) is not int or not 1 <= workers <= MAX_WORKERS:
+                    caller.fail(
+                        f"workers = {workers!r} is not allowed: it must be a whole number from 1 to {MAX_WORKERS}"
+                    )
+                    return
+                self._scale(workers)
+                self._scalers.append(caller)
+            case other:
+                caller.fail(f"unknown command {other!r}")
+
+    def _stop(self) -> None:
+        if self._stopping:
+            return
+        self._stopping = True
+        log.info("stopping; workers have %d ms to drain", self.settings.server.drain_timeout_ms)
+        self._notifier.stopping()
+        if self._reload:
+            self._reload.fail("the server is stopping")
+            self._reload = None
+        for caller in self._reload_again or ():
+            caller.fail("the server is stopping")
+        kill_ns = self._kill_at(time.monotonic_ns())
+        for slot in self._slots:
+            # Whoever comes from now on is refused at once and tries elsewhere or later, instead of waiting.
+            slot.listener.close()
+            for worker in slot.workers():
+                worker.drain(kill_ns)
+
+    def _scale(self, workers: int) -> None:
+        self._target = max(1, min(MAX_WORKERS, workers))
+        log.info("there are to be %d workers", self._target)
+
+    def _start_reload(self, callers: Sequence[Caller]) -> None:
+        if self._reload:
+            # The one under way may have read the settings before they were changed: once more after it.
+            self._reload_again = [*(self._reload_again or ()), *callers]
+            return
+        try:
+            settings = self._reread() if self._reread else self.settings
+        except ConfigError as error:
+            log.error("not reloaded, the server goes on as it was: %s", error)
+            for caller in callers:
+                caller.fail(str(error))
+            return
+        fixed = self.settings.server
+        if (settings.server.host, settings.server.port, settings.server.data) != (fixed.host, fixed.port, fixed.data):
+            log.warning("host, port and data stay as they are until the server is started anew")
+            server = replace(settings.server, host=fixed.host, port=fixed.port, data=fixed.data)
+            settings = replace(settings, server=server)
+        log.info("reloading %d workers", len(self._slots))
+        if self._announced:
+            self._notifier.reloading()
+        self._reload = Reload(settings, self._slots, callers)
+
+    def _reloaded(self, reload: Reload) -> None:
+        """A reload is over, well or not."""
+        self._reload = None
+        if reload.adopted:
+            if reload.settings.worker_count() != self.settings.worker_count():
+                self._scale(reload.settings.worker_count())
+            self.settings = reload.settings
+        if reload.error:
+            log.error("not reloaded, the old workers stay: %s", reload.error)
+        else:
+            log.info("reloaded")
+        reload.finish()
+        if self._announced:
+            self._notifier.ready()
+        if self._reload_again is not None:
+            again, self._reload_again = self._reload_again, None
+            self._start_reload(again)

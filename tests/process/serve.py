@@ -1,0 +1,100 @@
+"""A server whose workers are small but real: run as a program, one per test.
+
+Each worker accepts on its listener and answers one line per connection: the name of the worker and what it got.
+CHATCORE_TEST_WORKER chooses how it behaves, as a JSON object; the file it may name is read at each fork, so a
+test can change the behaviour of the workers to come.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from chatcore import cli
+from chatcore.process import StartError, WorkerContext
+from chatcore.stats import Health, State
+
+BEAT_S = 0.05
+
+
+def behaviour() -> dict[str, object]:
+    path = os.environ.get("CHATCORE_TEST_WORKER", "")
+    return dict(json.loads(Path(path).read_text())) if path else {}
+
+
+def tiny_worker(context: WorkerContext) -> int:
+    """The contract of `chatcore.process`, and nothing else."""
+    how = behaviour()
+    if how.get("slots") in (None, context.slot):
+        if how.get("start_error"):
+            raise StartError(str(how["start_error"]))
+        if how.get("crash"):
+            raise RuntimeError(str(how["crash"]))
+        if how.get("exit"):
+            return int(str(how["exit"]))
+        while how.get("never_ready") and not Path(str(how["never_ready"])).exists():
+            time.sleep(BEAT_S)
+    drain, drained = os.pipe()
+    os.set_blocking(drained, False)
+    if not how.get("ignore_term"):
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        signal.set_wakeup_fd(drained)
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    selector = selectors.DefaultSelector()
+    selector.register(drain, selectors.EVENT_READ)
+    selector.register(context.parent_fd, selectors.EVENT_READ)
+    selector.register(context.listener, selectors.EVENT_READ)
+    context.stats.store_health = context.stats.bus_health = Health.OK
+    context.stats.ready()
+    while True:
+        events = [key.fileobj for key, _ in selector.select(BEAT_S)]
+        context.stats.beat()
+        if context.listener in events:
+            take(context)
+        if drain in events or context.parent_fd in events:
+            break
+    context.stats.state = State.DRAINING
+    take(context)
+    context.listener.close()
+    until = time.monotonic() + float(str(how.get("drain_s", 0)))
+    while time.monotonic() < until:
+        time.sleep(BEAT_S)
+        context.stats.beat()
+    return 0
+
+
+def take(context: WorkerContext) -> None:
+    """Answer everybody who waits."""
+    while True:
+        try:
+            connection, _ = context.listener.accept()
+        except BlockingIOError:
+            return
+        context.stats.connections += 1
+        with connection:
+            connection.settimeout(5)
+            answer(context, connection)
+        context.stats.connections -= 1
+
+
+def answer(context: WorkerContext, connection: socket.socket) -> None:
+    with connection.makefile("rb") as lines:
+        line = lines.readline().decode().strip()
+    if line == "hang":
+        while True:
+            signal.pause()
+    if line == "die":
+        os._exit(7)
+    connection.sendall(f"{context.slot} {os.getpid()} {context.nonce} {line}\n".encode())
+    connection.shutdown(socket.SHUT_WR)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(sys.argv[1:], worker_main=tiny_worker))
