@@ -152,22 +152,27 @@ def _serve(parsed: argparse.Namespace) -> int:
         format=LOG_FORMAT,
         datefmt="%Y-%m-%dT%H:%M:%S",
     )
-    worker_main = parsed.worker_main
-    if worker_main is None:
-        try:
-            from .worker import main as worker_main
-        except ImportError as error:
-            return _fail(f"the worker cannot be loaded, build chatcore first: {error}", 1)
-    supervisor = Supervisor(
-        settings,
-        worker_main,
-        reread=lambda: load(getattr(parsed, "config", None), os.environ, _flags(parsed)),
-        announce=_announce,
-    )
     try:
-        return supervisor.run()
+        return Supervisor(
+            settings,
+            parsed.worker_main or _real_worker(),
+            reread=lambda: load(getattr(parsed, "config", None), os.environ, _flags(parsed)),
+            announce=_announce,
+        ).run()
     except StartError as error:
         return _fail(str(error), 1)
+
+
+def _real_worker() -> WorkerMain:
+    """What a worker runs. Loaded before the fork, so that workers share its memory and a replacement starts at
+    once. Raises StartError when chatcore is not built."""
+    from .process import StartError
+
+    try:
+        from .worker import main as worker_main
+    except ImportError as error:
+        raise StartError(f"the worker cannot be loaded; build chatcore first: {error}") from error
+    return worker_main
 
 
 def _announce(url: str, settings: Settings, workers: int) -> None:

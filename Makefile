@@ -1,0 +1,81 @@
+# chatcore. `make help` says what there is.
+#
+# Everything is built into .venv here; a stamp in it makes a second start fast. The package is installed
+# editable: Python files count at once, the C parts are built again when one of their sources is newer.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+BUILT := $(VENV)/.built
+BUILT_DEV := $(VENV)/.built-dev
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
+NATIVE := setup.py pyproject.toml $(wildcard chatcore/_fast/*.pyx chatcore/_fast/*.pxd chatcore/_fast/*.pxi chatcore/_fast/*.h)
+
+# What is missing on this machine, in one line; empty if nothing is. Debian's names of the packages.
+MISSING = $(shell \
+	command -v $(PYTHON) >/dev/null || { echo 'Python is missing: apt install python3'; exit; }; \
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): set PYTHON=..."; exit; }; \
+	$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+		{ echo 'the Python module venv is missing: apt install python3-venv'; exit; }; \
+	cc=$${CC:-$$($(PYTHON) -c 'import sysconfig; print((sysconfig.get_config_var("CC") or "cc").split()[0])')}; \
+	command -v $$cc >/dev/null || { echo "a C compiler ($$cc) is missing: apt install build-essential"; exit; }; \
+	$$cc -fsyntax-only -include stdio.h -x c /dev/null 2>/dev/null || \
+		{ echo 'the headers of the C library are missing: apt install build-essential'; exit; }; \
+	test -f "$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h" || \
+		{ echo 'the header Python.h is missing: apt install python3-dev'; exit; })
+
+.PHONY: help
+help:
+	@echo 'make serve   build, and serve on 127.0.0.1:8080 (ARGS="--port 9000 --workers 2 --data ./data")'
+	@echo 'make test    run all tests (ARGS="-k name -x")'
+ifneq ($(wildcard perf/__main__.py),)
+	@echo 'make bench   run the benchmarks (ARGS="...")'
+endif
+	@echo 'make lint    check style and types'
+	@echo 'make build   build into .venv only'
+	@echo 'make clean   remove everything that was built (not ./data)'
+
+# Ctrl-C reaches the server, too: it drains and ends with 0, and make has nothing to complain about.
+.PHONY: serve
+serve: $(BUILT)
+	@exec $(BIN)/chatcore serve $(ARGS)
+
+.PHONY: test
+test: $(BUILT_DEV)
+	@$(BIN)/python -m pytest $(ARGS)
+
+ifneq ($(wildcard perf/__main__.py),)
+.PHONY: bench
+bench: $(BUILT_DEV)
+	@$(BIN)/python -m perf $(ARGS)
+endif
+
+.PHONY: lint
+lint: $(BUILT_DEV)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+.PHONY: build
+build: $(BUILT)
+
+$(BUILT): $(NATIVE)
+	@$(if $(MISSING),$(error chatcore cannot be built: $(MISSING)))
+	@echo 'building chatcore in $(VENV) (the first time takes a minute)' >&2
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) 'setuptools>=77' 'cython>=3.1'
+	@$(PIP) --no-build-isolation --editable .
+	@touch $@
+
+$(BUILT_DEV): $(BUILT)
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+.PHONY: clean
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f chatcore/_fast/*.so chatcore/_fast/*.c chatcore/_fast/*.html
+	find chatcore tests -name __pycache__ -type d -prune -exec rm -rf {} +
