@@ -55,6 +55,12 @@ class Subscriber(Protocol):
     def user_id(self) -> str: ...
     @property
     def closed(self) -> bool: ...
+    @property
+    def ready(self) -> bool:
+        """Its list of conversations was read: what joins from now on must be told."""
+
+    def attach_lock(self) -> asyncio.Lock:
+        """One attach of a session after the other, so that none repeats what another pushed."""
 
     def wants(self, conv: str) -> bool:
         """Attached (True), or told only of changes (False)."""
@@ -136,7 +142,7 @@ class Room:
         self.ring: deque[Entry] = deque(maxlen=ring)  # dense, ends with `last`
         self.pump: asyncio.Task[None] | None = None
         self.recheck = False  # the pump is to ask the store even if want == last
-        self.attaching: set[Subscriber] = set()
+        self.attaching: set[Subscriber] = set()  # on the way: behind `last`, or membership not read yet
         self.pins = 0
         self.ready = ready
         self.idle_sweeps = 0
@@ -382,16 +388,20 @@ class Delivery:
             room.pins -= 1
 
     # --- attaching --------------------------------------------------------------
-    def attach_soon(self, x: Subscriber, conv: str, have: int) -> None:
-        """Attach in a task of its own (somebody was added to a conversation)."""
-        room = self.rooms.get(conv)
-        if x.closed or (room is not None and (x in room.attaching or x.conn in room.topic or x.conn in room.quiet)):
-            return
-        self._spawn(self._attach_one(x, conv, have), "delivery-attach")
+    def attach_soon(self, x: Subscriber, conv: str, have: int | None) -> None:
+        """Attach in a task of its own (somebody was added to a conversation by entry ``have`` + 1, if known)."""
+        if x.ready and not self._is_in(x, conv):
+            self._spawn(self._attach_one(x, conv, have), "delivery-attach")
 
-    async def _attach_one(self, x: Subscriber, conv: str, have: int) -> None:
+    def _is_in(self, x: Subscriber, conv: str) -> bool:
+        room = self.rooms.get(conv)
+        return room is not None and (x.conn in room.topic or x in room.attaching or x.conn in room.quiet)
+
+    async def _attach_one(self, x: Subscriber, conv: str, have: int | None) -> None:
         try:
-            await self.attach(x, [conv], {conv: have}, lambda view: True)
+            async with x.attach_lock():
+                if not x.closed and not self._is_in(x, conv):
+                    await self.attach(x, [conv], {} if have is None else {conv: have}, lambda view: True)
         except ChatError as exc:
             log.warning("attaching %s to %s: %s", x.user_id, conv, exc)
             if not x.closed:
@@ -408,7 +418,8 @@ class Delivery:
 
         ``tell`` decides whether the ``conv`` of a view is pushed (it always is when
         ``after`` is not what the session named). Conversations that the user is not
-        in are passed over. Returns when the session is live in all of them.
+        in are passed over. Returns when the session is live in all of them. The caller
+        holds the session's attach lock.
 
         :raises Unavailable: the store does not answer (nothing half done is left).
         """
@@ -440,11 +451,6 @@ class Delivery:
                     return
             for room in by_conv.values():
                 self.detach(x, room)
-        except BaseException:
-            for room in rooms:
-                if x in room.attaching:
-                    self.detach(x, room)
-            raise
         finally:
             for room in rooms:
                 room.attaching.discard(x)
@@ -470,9 +476,10 @@ class Delivery:
                 return  # same tick: nothing can be delivered in between
             if not await x.drained():
                 return
-            for e in await self._missing(room, cur):
-                if x not in room.attaching:
-                    return
+            rows = await self._missing(room, cur)
+            if x not in room.attaching:
+                return
+            for e in rows:
                 x.push(e.wire)
                 cur = e.seq
 

@@ -174,7 +174,8 @@ class Store(Protocol):
     # --- the log -----------------------------------------------------------
     def append(self, entry: NewEntry) -> asyncio.Future[Appended]:
         """Append durably. The future fails with ChatError. New entries are given to
-        ``on_commit`` (set at construction) before their futures are resolved."""
+        ``on_commit`` (set at construction) before their futures are resolved. Joining or leaving
+        a channel by oneself is the row alone: ``Appended`` with seq 0."""
 
     async def open(self, conv: Opening) -> Opened: ...
 
@@ -195,8 +196,8 @@ class Store(Protocol):
     async def changes(self, after: int) -> Changes: ...
 
     # --- conversations -----------------------------------------------------
-    async def conversations(self, user: str) -> list[str]:
-        """Ids of the conversations that the user is in."""
+    async def conversations(self, user: str) -> tuple[int, list[str]]:
+        """The position as of which, and the ids of the conversations that the user is in."""
 
     async def left_since(self, user: str, after: int) -> list[str]:
         """Ids of the conversations that the user left, or was removed from, after a position."""
@@ -212,9 +213,6 @@ class Store(Protocol):
     async def channels(
         self, user: str, prefix: str | None, after: str | None, limit: int
     ) -> tuple[list[dict[str, Any]], str | None]: ...
-
-    async def join_or_leave(self, user: str, conv: str, role: str) -> bool:
-        """A channel, by oneself: the row alone. False: nothing to do."""
 
     async def set_read(self, user: str, conv: str, upto: int) -> bool: ...
 

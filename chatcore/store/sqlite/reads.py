@@ -145,10 +145,15 @@ def changes(after: int) -> Query[Changes]:
     return query
 
 
-def conversations(user: str) -> Query[list[str]]:
-    """Ids of the conversations that the user is in."""
+def conversations(user: str) -> Query[tuple[int, list[str]]]:
+    """The position as of which, and the ids of the conversations that the user is in."""
     sql = f"SELECT conv FROM members WHERE user = ? AND role IN {_ROLES}"
-    return lambda db: [conv for (conv,) in db.execute(sql, (user,))]
+
+    def query(db: apsw.Connection) -> tuple[int, list[str]]:
+        # The position first: what changes in between is looked at twice, not missed.
+        return position(db), [conv for (conv,) in db.execute(sql, (user,))]
+
+    return query
 
 
 def left_since(user: str, after: int) -> Query[list[str]]:

@@ -140,7 +140,7 @@ class SQLiteStore:
         return await self._read(reads.changes(after))
 
     # --- conversations -------------------------------------------------------
-    async def conversations(self, user: str) -> list[str]:
+    async def conversations(self, user: str) -> tuple[int, list[str]]:
         return await self._read(reads.conversations(user))
 
     async def left_since(self, user: str, after: int) -> list[str]:
@@ -159,9 +159,6 @@ class SQLiteStore:
         self, user: str, prefix: str | None, after: str | None, limit: int
     ) -> tuple[list[dict[str, Any]], str | None]:
         return await self._read(reads.channels(user, prefix, after, limit))
-
-    async def join_or_leave(self, user: str, conv: str, role: str) -> bool:
-        return bool(await self._writer.put(ops.join_or_leave(user, conv, role)))
 
     async def set_read(self, user: str, conv: str, upto: int) -> bool:
         return bool(await self._writer.put(accounts.set_read(user, conv, upto)))

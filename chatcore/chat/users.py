@@ -1,0 +1,212 @@
+"""Who is connected to this worker: users, their sessions, and what is told to all of one user's."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Final
+
+import orjson
+
+from ..bus.base import Bus
+from ..errors import ChatError
+from ..store.base import Store, View
+from . import events
+
+if TYPE_CHECKING:
+    from ..session import Session
+    from .delivery import Delivery
+
+log = logging.getLogger("chatcore.users")
+
+# A user's rows that were told lately; more than change at once, few enough to forget.
+TOLD_MAX: Final = 64
+
+Spawn = Callable[[Coroutine[Any, Any, None], str], object]
+
+
+class ConnectedUser:
+    """One user with at least one session here. ``number`` stands for the user in C."""
+
+    __slots__ = ("id", "name", "number", "sessions", "told")
+
+    def __init__(self, id: str, name: str, number: int) -> None:
+        self.id = id
+        self.name = name
+        self.number = number
+        self.sessions: list[Session] = []  # oldest first
+        # The change counter of rows that all sessions know already: a change is heard of at
+        # least twice, from the bus and from the look at the store.
+        self.told: dict[str, int] = {}
+
+
+class Users:
+    """Implements :class:`~.delivery.Directory`."""
+
+    def __init__(self, store: Store, bus: Bus, spawn: Spawn, on_presence: Callable[[str], None]) -> None:
+        self._store = store
+        self._bus = bus
+        self._spawn = spawn
+        self._on_presence = on_presence
+        self._by_id: dict[str, ConnectedUser] = {}
+        self._by_token: dict[bytes, set[Session]] = {}
+        self._numbers = 0
+        self.delivery: Delivery  # set once both exist: each needs the other
+        self.sessions = 0
+
+    def get(self, user: str) -> ConnectedUser | None:
+        """The user, if connected here."""
+        return self._by_id.get(user)
+
+    def all_sessions(self) -> list[Session]:
+        """Every authenticated session."""
+        return [x for user in self._by_id.values() for x in user.sessions]
+
+    async def add(self, x: Session, user: str, name: str, token_hash: bytes) -> ConnectedUser:
+        """Register a session, and listen to what concerns its user, before anything is read for it."""
+        connected = self._by_id.get(user)
+        if connected is None:
+            self._numbers += 1
+            connected = self._by_id[user] = ConnectedUser(user, name, self._numbers)
+        connected.name = name
+        connected.sessions.append(x)
+        self.sessions += 1
+        self._by_token.setdefault(token_hash, set()).add(x)
+        await self._bus.subscribe([events.user_channel(user)])
+        return connected
+
+    def remove(self, x: Session, connected: ConnectedUser, token_hash: bytes) -> None:
+        """The session is over."""
+        if x not in connected.sessions:
+            return
+        connected.sessions.remove(x)
+        self.sessions -= 1
+        holders = self._by_token.get(token_hash)
+        if holders is not None:
+            holders.discard(x)
+            if not holders:
+                del self._by_token[token_hash]
+        self._bus.unsubscribe([events.user_channel(connected.id)])
+        if not connected.sessions:
+            self._by_id.pop(connected.id, None)
+        self._on_presence(connected.id)
+
+    def retoken(self, x: Session, old: bytes, new: bytes) -> None:
+        """The session renewed its token."""
+        self._by_token.get(old, set()).discard(x)
+        if not self._by_token.get(old, True):
+            del self._by_token[old]
+        self._by_token.setdefault(new, set()).add(x)
+
+    def is_online(self, user: str) -> bool:
+        """Whether a session here is not away."""
+        connected = self._by_id.get(user)
+        return connected is not None and any(not x.away for x in connected.sessions)
+
+    # --- Directory ------------------------------------------------------------
+    def sessions_of(self, user: str) -> Iterable[Session]:
+        """The user's sessions here."""
+        connected = self._by_id.get(user)
+        return connected.sessions if connected is not None else ()
+
+    def owner_of(self, user: str) -> int:
+        """The user's number here (0: not connected)."""
+        connected = self._by_id.get(user)
+        return connected.number if connected is not None else 0
+
+    def refresh(self, user: str, conv: str, have: int | None = None) -> None:
+        """The user's row of a conversation changed: bring the sessions here up to date.
+
+        ``have``: the seq before the entry that brought the user in, if it was one.
+        """
+        if user in self._by_id:
+            self.delivery.refreshing += 1
+            self._spawn(self._refresh(user, conv, have), "users-refresh")
+
+    async def _refresh(self, user: str, conv: str, have: int | None) -> None:
+        try:
+            _, views = await self._store.views(user, [conv])
+            connected = self._by_id.get(user)
+            if connected is None:
+                return
+            if views:
+                self._tell(connected, views[0], have)
+            else:
+                self._tell_out(connected, conv)
+        except ChatError as exc:
+            log.warning("refresh of %s: %s", user, exc)
+        finally:
+            self.delivery.refreshed()
+
+    def _tell(self, connected: ConnectedUser, view: View, have: int | None) -> None:
+        room = self.delivery.rooms.get(view.conv)
+        known = connected.told.get(view.conv) == view.rev
+        for x in connected.sessions:
+            if not x.ready:
+                continue  # its own attach reads the row after it was registered
+            if room is not None and (x.conn in room.topic or x.conn in room.quiet or x in room.attaching):
+                if not known:
+                    x.push_view(view, None)
+            else:
+                self.delivery.attach_soon(x, view.conv, have)
+        self._remember(connected, view.conv, view.rev)
+
+    def _tell_out(self, connected: ConnectedUser, conv: str) -> None:
+        if connected.told.get(conv) == -1:
+            return
+        room = self.delivery.rooms.get(conv)
+        for x in connected.sessions:
+            if room is not None:
+                self.delivery.detach(x, room)
+            x.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
+        self._remember(connected, conv, -1)
+
+    @staticmethod
+    def _remember(connected: ConnectedUser, conv: str, rev: int) -> None:
+        if len(connected.told) >= TOLD_MAX:
+            connected.told.clear()
+        connected.told[conv] = rev
+
+    def revoked(self, tokens: list[bytes], users: list[str]) -> None:
+        """Close the sessions of these tokens and users."""
+        for token in tokens:
+            for x in list(self._by_token.get(token, ())):
+                x.revoke()
+        for user in users:
+            for x in list(self.sessions_of(user)):
+                x.revoke()
+
+    # --- the users' own channels ------------------------------------------------
+    def tell_changed(self, user: str, conv: str, have: int | None = None) -> None:
+        """Tell every worker that has sessions of the user, this one too."""
+        payload = {"k": "row", "c": conv}
+        self._bus.publish(events.user_channel(user), orjson.dumps(payload | ({} if have is None else {"have": have})))
+        self.refresh(user, conv, have)
+
+    def tell_all(self, user: str, wire: bytes) -> None:
+        """Push something to all sessions of a user, everywhere."""
+        self._bus.publish(events.user_channel(user), orjson.dumps({"k": "push", "wire": wire.decode()}))
+        self.push_all(user, wire)
+
+    def push_all(self, user: str, wire: bytes) -> None:
+        """Push something to the user's sessions here."""
+        for x in self.sessions_of(user):
+            x.push(wire)
+
+    def tell_revoked(self, user: str, token_hash: bytes) -> None:
+        """A token was revoked: its sessions end at once, wherever they are (the store tells it too)."""
+        self._bus.publish(events.user_channel(user), orjson.dumps({"k": "revoked", "token": token_hash.hex()}))
+        self.revoked([token_hash], [])
+
+    def on_bus(self, user: str, payload: bytes) -> None:
+        """A message on a user's own channel."""
+        message = orjson.loads(payload)
+        match message.get("k"):
+            case "row":
+                self.refresh(user, message["c"], message.get("have"))
+            case "push":
+                self.push_all(user, message["wire"].encode())
+            case "revoked":
+                self.revoked([bytes.fromhex(message["token"])], [])
+            case _:
+                log.warning("unknown message on the channel of %s", user)
