@@ -62,6 +62,7 @@ class Reactor:
         handshake_timeout_ms: int = 10000,   # from accept to upgrade, in all; also an idle keep-alive HTTP connection
         close_timeout_ms: int = 2000,        # from our close frame / SHUT_WR to the end
         max_connections: int = 15000,        # accepted and at once closed beyond (fd exhaustion safe)
+        allow_binary: bool = False,          # for conformance suites: on_message gets str for text, bytes for binary
     ) -> None: ...
     # -- loop side
     def fileno(self) -> int: ...
@@ -93,6 +94,7 @@ class Reactor:
         """End the auth deadline, set the owner number (user), ping every interval (± 10 % jitter): a
         WebSocket ping; two whole intervals without any byte received: close 4003. 0: no pings."""
     def send(self, conn: int, payload: bytes) -> bool: ...       # one text frame; False if gone or closing
+    def send_binary(self, conn: int, payload: bytes) -> bool: ...
     def send_frame(self, conn: int, frame: Frame) -> bool: ...
     def queued(self, conn: int) -> int: ...                      # bytes in the outbox; 0 if gone
     def notify_writable(self, conn: int) -> bool:

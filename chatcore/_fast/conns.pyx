@@ -1,0 +1,389 @@
+"""The connection struct and what keeps the structs consistent.
+
+The rules that everything in this package relies on:
+
+* A Conn lives in a slab chunk that never moves and is never given back while the reactor lives.
+  Its memory may be reached through a `Conn *` until the outermost poll, flush, tick or upgrade
+  returns (`Hub.depth`), even when the connection has died meanwhile: look at its state. Across
+  calls only handles are kept; the generation in them is checked.
+* States only go forward: HTTP -> OPEN -> CLOSING -> LINGER -> DEAD -> FREE, any step left out.
+  Leaving HTTP or OPEN is conn_ended: the connection leaves its topics there, and the handler's
+  last call about it is owed (TELL_CLOSED) and made by flush.
+* No function here calls Python. What Python has to know is a flag on a dirty connection.
+* The loop's thread changes things with the GIL held, so that objects (Frame, Topic) may die in
+  any thread. Without the GIL the reactor only makes system calls and reads outboxes.
+* One timer per connection; what it means follows from the state (see `expired`).
+"""
+
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free, malloc, realloc
+from libc.string cimport memcpy, memmove, memset
+
+from chatcore._fast.bucket cimport Rate
+from chatcore._fast.frames cimport (
+    CLOSE_BROKEN, CLOSE_NO_STATUS, FrameBuf, Rx, frame_close, frame_drop, rx_free,
+)
+from chatcore._fast.outbox cimport (
+    Outbox, outbox_clear, outbox_drop_unsent, outbox_push,
+)
+from chatcore._fast.sys cimport (
+    CC_CHECK, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT, SHUT_WR, c_close, cc_now_ns, epoll_ctl,
+    epoll_event, shutdown,
+)
+
+cdef extern from "stdlib.h" nogil:
+    void *aligned_alloc(size_t alignment, size_t size)
+
+cdef enum:
+    CACHE_LINE = 64
+    # Close codes of the protocol (protocol.md) that are decided here.
+    CLOSE_TOO_SLOW = 4002
+    CLOSE_NO_PONG = 4003
+    CLOSE_NO_AUTH = 4005
+    # Arrays of memberships grow by a quarter: what is unused stays small beside what is used.
+    GROW_FIRST = 4
+
+
+cdef class Core:
+    """What topics know of a reactor.
+
+    Owns the Hub and everything in it; the Reactor (its only subclass) frees it.
+    """
+
+    cdef int call_flush(self) except -1:
+        self.scheduled = True
+        try:
+            self.call_soon(self.flush_callback)
+        except BaseException:
+            self.scheduled = False
+            raise
+        return 0
+
+# -- the slab -----------------------------------------------------------------------------------
+
+cdef Conn *conn_new(Hub *h, int fd) noexcept nogil:
+    """A connection in state HTTP that owns `fd`; NULL: no memory."""
+    cdef Conn *c = h.free
+    cdef Conn **chunks
+    cdef Conn *chunk
+    if c != NULL:
+        h.free = c.next
+    else:
+        if h.slot_count == h.chunk_count * CHUNK_CONNS:
+            chunks = <Conn **>realloc(h.chunks, (h.chunk_count + 1) * sizeof(Conn *))
+            if chunks == NULL:
+                return NULL
+            h.chunks = chunks
+            chunk = <Conn *>aligned_alloc(CACHE_LINE, CHUNK_CONNS * sizeof(Conn))
+            if chunk == NULL:
+                return NULL
+            memset(chunk, 0, CHUNK_CONNS * sizeof(Conn))
+            chunks[h.chunk_count] = chunk
+            h.chunk_count += 1
+        c = &h.chunks[h.slot_count >> CHUNK_SHIFT][h.slot_count & (CHUNK_CONNS - 1)]
+        c.slot = h.slot_count
+        c.gen = 1
+        h.slot_count += 1
+    c.next = NULL
+    c.fd = fd
+    c.state = HTTP
+    h.open += 1
+    return c
+
+
+cdef void conn_free(Hub *h, Conn *c) noexcept nogil:
+    """A dead connection that nobody points to: its slot may be used again under a new handle."""
+    cdef uint32_t gen = c.gen, slot = c.slot
+    CC_CHECK(c.state == DEAD and c.session == NULL and c.rx == NULL and c.topics == NULL)
+    CC_CHECK(c.out.count == 0 and c.timer_prev == NULL and not c.flags & DIRTY)
+    memset(c, 0, sizeof(Conn))
+    c.slot = slot
+    c.gen = (gen + 1) & 0x7FFFFFFF      # handles stay positive in 64 bits
+    if c.gen == 0:
+        c.gen = 1
+    c.next = h.free
+    h.free = c
+
+# -- the life of a connection -------------------------------------------------------------------
+
+cdef void conn_ended(Hub *h, Conn *c, uint16_t code) noexcept nogil:
+    """Nothing that comes from the peer will be handed on any more. The caller sets the state."""
+    if c.state == OPEN:
+        h.websockets -= 1
+        c.flags |= TELL_CLOSED
+    elif c.state == HTTP:
+        if c.flags & HTTP_SEEN:
+            c.flags |= TELL_CLOSED
+    else:
+        return
+    c.code = code
+    c.flags &= ~<uint16_t>TELL_WRITABLE
+    topics_leave(c)
+    conn_touch(h, c)
+
+
+cdef void conn_kill(Hub *h, Conn *c, uint16_t code) noexcept nogil:
+    """Close the socket now."""
+    if c.state == DEAD:
+        return
+    conn_ended(h, c, code)
+    c.state = DEAD
+    outbox_clear(&c.out)
+    rx_free(&c.rx)
+    timer_stop(c)
+    c_close(c.fd)
+    c.fd = -1
+    h.open -= 1
+    h.stats.closed += 1
+    conn_touch(h, c)
+
+
+cdef void conn_linger(Hub *h, Conn *c) noexcept nogil:
+    """Drain the outbox, send FIN, read to the end: closing a socket with unread input resets the
+    connection and can destroy what was sent last. From OPEN or HTTP: conn_ended comes first."""
+    cdef bint timed = c.state == CLOSING
+    c.state = LINGER
+    rx_free(&c.rx)
+    if not timed:
+        timer_set(h, c, h.close_ms)
+    if not c.flags & BLOCKED:
+        conn_touch(h, c)
+
+
+cdef void conn_close(Hub *h, Conn *c, uint16_t code, const uint8_t *reason, size_t size,
+                     uint16_t told) noexcept nogil:
+    """Queue a close frame on an OPEN connection and await the peer's. `told`: for on_closed."""
+    cdef FrameBuf *f
+    CC_CHECK(c.state == OPEN)
+    conn_ended(h, c, told)
+    c.state = CLOSING
+    timer_set(h, c, h.close_ms)
+    f = frame_close(code, reason, size)
+    if f == NULL:
+        conn_kill(h, c, told)
+    else:
+        conn_queue(h, c, f)
+
+
+cdef void conn_too_slow(Hub *h, Conn *c) noexcept nogil:
+    h.stats.too_slow += 1
+    outbox_drop_unsent(&c.out)
+    conn_close(h, c, CLOSE_TOO_SLOW, NULL, 0, CLOSE_TOO_SLOW)
+
+
+cdef void conn_no_memory(Hub *h, Conn *c, FrameBuf *f) noexcept nogil:
+    frame_drop(f)
+    conn_kill(h, c, CLOSE_BROKEN)
+
+
+cdef void conn_interest(Hub *h, Conn *c) noexcept nogil:
+    """Tell epoll what the flags say."""
+    cdef epoll_event ev
+    ev.events = 0
+    if not c.flags & NO_IN:
+        ev.events |= <uint32_t>EPOLLIN
+    if c.flags & ARMED_OUT:
+        ev.events |= <uint32_t>EPOLLOUT
+    ev.data.u64 = conn_handle(c)
+    if epoll_ctl(h.epfd, EPOLL_CTL_MOD, c.fd, &ev) < 0:
+        conn_kill(h, c, CLOSE_BROKEN)
+
+
+cdef void conn_settle(Hub *h, Conn *c) noexcept nogil:
+    """What follows when the outbox is empty."""
+    if c.state == LINGER:
+        if not c.flags & SHUT:
+            c.flags |= SHUT
+            shutdown(c.fd, SHUT_WR)
+        if c.flags & EOF_SEEN:
+            conn_kill(h, c, CLOSE_BROKEN)
+    elif c.state == HTTP and c.flags & EOF_SEEN and not c.flags & HTTP_ASKED:
+        # The peer has sent its FIN and was answered; whether more of the answer will come we
+        # cannot know.
+        timer_set(h, c, h.close_ms)
+
+# -- timers -------------------------------------------------------------------------------------
+
+cdef uint32_t hub_ms(const Hub *h) noexcept nogil:
+    """Milliseconds since the start, mod 2^32 (49 days): compare differences only."""
+    return <uint32_t>((cc_now_ns() - h.start_ns) // 1000000)
+
+
+cdef void timer_link(Hub *h, Conn *c) noexcept nogil:
+    cdef uint32_t ahead = c.due - h.tick
+    cdef Conn **at
+    if ahead >= WHEEL_SLOTS:
+        ahead = WHEEL_SLOTS - 1     # looked at again when the wheel comes there
+    at = &h.wheel[(h.tick + ahead) % WHEEL_SLOTS]
+    c.timer_next = at[0]
+    if c.timer_next != NULL:
+        c.timer_next.timer_prev = &c.timer_next
+    c.timer_prev = at
+    at[0] = c
+
+
+cdef void timer_set(Hub *h, Conn *c, uint32_t ms) noexcept nogil:
+    """(Re)start the connection's timer; it goes off in the first tick() after `ms`."""
+    cdef int64_t at = cc_now_ns() - h.start_ns + <int64_t>ms * 1000000
+    timer_stop(c)
+    c.due = <uint32_t>((at + TICK_NS - 1) // TICK_NS)
+    if c.due <= h.tick:
+        c.due = h.tick + 1
+    timer_link(h, c)
+
+
+cdef void timer_stop(Conn *c) noexcept nogil:
+    if c.timer_prev == NULL:
+        return
+    c.timer_prev[0] = c.timer_next
+    if c.timer_next != NULL:
+        c.timer_next.timer_prev = c.timer_prev
+    c.timer_prev = NULL
+    c.timer_next = NULL
+
+
+cdef uint32_t jittered(Hub *h, uint32_t ms) noexcept nogil:
+    """± 10 %, so that connections that came together do not stay together (xorshift64)."""
+    h.random ^= h.random << 13
+    h.random ^= h.random >> 7
+    h.random ^= h.random << 17
+    return ms - ms // 10 + <uint32_t>(h.random % (ms // 5 + 1))
+
+
+cdef void expired(Hub *h, Conn *c) noexcept nogil:
+    """The timer went off: what that means depends on the state."""
+    cdef uint32_t silent, next_ms
+    if c.state == OPEN and not c.flags & AUTHED:
+        conn_close(h, c, CLOSE_NO_AUTH, NULL, 0, CLOSE_NO_AUTH)
+    elif c.state == OPEN:
+        silent = hub_ms(h) - c.heard_ms
+        if silent >= 2 * c.ping_ms:
+            h.stats.no_pong += 1
+            conn_close(h, c, CLOSE_NO_PONG, NULL, 0, CLOSE_NO_PONG)
+            return
+        h.ping.refs += 1
+        if conn_send(h, c, h.ping):
+            next_ms = jittered(h, c.ping_ms)
+            if next_ms > 2 * c.ping_ms - silent:
+                next_ms = 2 * c.ping_ms - silent
+            timer_set(h, c, next_ms)
+    else:
+        # HTTP: no request or no upgrade in time. CLOSING, LINGER: the peer did not answer.
+        conn_kill(h, c, CLOSE_BROKEN)
+
+
+cdef void wheel_turn(Hub *h) noexcept nogil:
+    """Work off the ticks that have passed."""
+    cdef uint32_t now = <uint32_t>((cc_now_ns() - h.start_ns) // TICK_NS)
+    cdef Conn *c
+    while h.tick < now:
+        h.tick += 1
+        while True:
+            c = h.wheel[h.tick % WHEEL_SLOTS]
+            if c == NULL:
+                break
+            timer_stop(c)
+            if c.due > h.tick:
+                timer_link(h, c)
+            else:
+                expired(h, c)
+
+# -- memberships --------------------------------------------------------------------------------
+
+cdef bint topics_room(Conn *c) noexcept nogil:
+    """Make room for one more topic of the connection."""
+    cdef Topics *t = c.topics
+    cdef Topics *bigger
+    cdef uint32_t room
+    if t != NULL and t.count < t.room:
+        return True
+    room = GROW_FIRST if t == NULL else t.room + (t.room >> 2 if t.room >= 16 else GROW_FIRST)
+    bigger = <Topics *>malloc(sizeof(Topics) + room * (sizeof(Members *) + sizeof(uint32_t)))
+    if bigger == NULL:
+        return False
+    bigger.count = 0
+    bigger.room = room
+    if t != NULL:
+        bigger.count = t.count
+        memcpy(topics_members(bigger), topics_members(t), t.count * sizeof(Members *))
+        memcpy(topics_slots(bigger), topics_slots(t), t.count * sizeof(uint32_t))
+        free(t)
+    c.topics = bigger
+    return True
+
+
+cdef bint members_room(Members *m) noexcept nogil:
+    cdef uint32_t room
+    cdef void *p
+    if m.count < m.room:
+        return True
+    room = m.room + (m.room >> 2 if m.room >= 16 else GROW_FIRST)
+    p = realloc(m.conns, room * sizeof(Conn *))
+    if p == NULL:
+        return False
+    m.conns = <Conn **>p
+    p = realloc(m.slots, room * sizeof(uint32_t))
+    if p == NULL:
+        return False
+    m.slots = <uint32_t *>p
+    m.room = room
+    return True
+
+
+cdef bint topic_has(const Members *m, const Conn *c, uint32_t *at) noexcept nogil:
+    """Is the connection in the topic, and where? Looks through the shorter of the two sides."""
+    cdef uint32_t i
+    if c.topics == NULL:
+        return False
+    if c.topics.count <= m.count:
+        for i in range(c.topics.count):
+            if topics_members(c.topics)[i] == m:
+                at[0] = topics_slots(c.topics)[i]
+                return True
+    else:
+        for i in range(m.count):
+            if m.conns[i] == c:
+                at[0] = i
+                return True
+    return False
+
+
+cdef bint topic_add(Members *m, Conn *c) noexcept nogil:
+    """Add a connection that is not in the topic. False: no memory."""
+    if not topics_room(c) or not members_room(m):
+        return False
+    topics_members(c.topics)[c.topics.count] = m
+    topics_slots(c.topics)[c.topics.count] = m.count
+    m.conns[m.count] = c
+    m.slots[m.count] = c.topics.count
+    c.topics.count += 1
+    m.count += 1
+    return True
+
+
+cdef void topic_remove(Members *m, uint32_t at) noexcept nogil:
+    """Remove the member at index `at`; the last one takes its place."""
+    cdef Conn *c = m.conns[at]
+    cdef Topics *t = c.topics
+    cdef uint32_t slot = m.slots[at]
+    CC_CHECK(topics_members(t)[slot] == m and topics_slots(t)[slot] == at)
+    m.count -= 1
+    if at != m.count:
+        m.conns[at] = m.conns[m.count]
+        m.slots[at] = m.slots[m.count]
+        topics_slots(m.conns[at].topics)[m.slots[at]] = at
+    t.count -= 1
+    if slot != t.count:
+        topics_members(t)[slot] = topics_members(t)[t.count]
+        topics_slots(t)[slot] = topics_slots(t)[t.count]
+        topics_members(t)[slot].slots[topics_slots(t)[slot]] = slot
+    if t.count == 0:
+        free(t)
+        c.topics = NULL
+
+
+cdef void topics_leave(Conn *c) noexcept nogil:
+    """Leave all topics."""
+    while c.topics != NULL:
+        topic_remove(topics_members(c.topics)[c.topics.count - 1],
+                     topics_slots(c.topics)[c.topics.count - 1])

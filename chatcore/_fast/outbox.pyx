@@ -1,0 +1,147 @@
+"""What waits to be sent on one connection.
+
+A queue of references to shared frames; no payload is copied until the moment of sending, and
+then only to put small frames beside each other in one scratch buffer, so that any number of them
+is one system call. Everything here but outbox_send runs with the GIL held, because it changes
+reference counts; outbox_send only reads.
+"""
+
+from libc.stdint cimport uint8_t, uint32_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy
+
+from chatcore._fast.frames cimport FrameBuf, frame_drop
+from chatcore._fast.sys cimport (
+    CC_CHECK, MSG_DONTWAIT, MSG_NOSIGNAL, errno, iovec, msghdr, send, sendmsg,
+)
+
+
+cdef inline FrameBuf *first(const Outbox *o) noexcept nogil:
+    return (<FrameBuf **>o.frames)[o.head] if o.room else <FrameBuf *>o.frames
+
+
+cdef bint outbox_push_ring(Outbox *o, FrameBuf *f) noexcept nogil:
+    """outbox_push where the one slot in the struct does not do."""
+    cdef FrameBuf **ring
+    cdef uint32_t room, i
+    if o.count == o.room or o.room == 0:
+        room = o.room * 2 if o.room else RING_FIRST
+        ring = <FrameBuf **>malloc(room * sizeof(FrameBuf *))
+        if ring == NULL:
+            return False
+        if o.room == 0:
+            ring[0] = <FrameBuf *>o.frames
+        else:
+            for i in range(o.count):
+                ring[i] = (<FrameBuf **>o.frames)[(o.head + i) & (o.room - 1)]
+            free(o.frames)
+        o.frames = ring
+        o.head = 0
+        o.room = room
+    (<FrameBuf **>o.frames)[(o.head + o.count) & (o.room - 1)] = f
+    o.count += 1
+    o.bytes += f.size
+    return True
+
+
+cdef inline void pop(Outbox *o) noexcept nogil:
+    frame_drop(first(o))
+    o.sent = 0
+    o.count -= 1
+    if o.count == 0:
+        if o.room:
+            free(o.frames)
+            o.room = 0
+        o.frames = NULL
+        o.head = 0
+    else:
+        o.head = (o.head + 1) & (o.room - 1)
+
+
+cdef void outbox_written(Outbox *o, uint32_t n) noexcept nogil:
+    """The kernel took `n` bytes: let go of the frames that are gone."""
+    cdef uint32_t rest
+    CC_CHECK(n <= o.bytes)
+    o.bytes -= n
+    while o.count:
+        rest = first(o).size - o.sent
+        if n < rest:
+            o.sent += n
+            return
+        n -= rest
+        pop(o)
+    CC_CHECK(n == 0 and o.bytes == 0)
+
+
+cdef void outbox_drop_unsent(Outbox *o) noexcept nogil:
+    """Drop all but a first frame of which a part is gone already (half a frame on the wire
+    would make what follows it unreadable)."""
+    cdef FrameBuf *half
+    cdef uint32_t sent = o.sent
+    if sent == 0:
+        outbox_clear(o)
+        return
+    half = first(o)
+    half.refs += 1
+    outbox_clear(o)
+    outbox_push(o, half)
+    o.sent = sent
+    o.bytes = half.size - sent
+
+
+cdef void outbox_clear(Outbox *o) noexcept nogil:
+    while o.count:
+        pop(o)
+    o.bytes = 0
+
+
+cdef void outbox_send(Send *s, uint8_t *scratch) noexcept nogil:
+    """Write what fits into one system call. Runs without the GIL: reads the outbox, changes
+    nothing but the Send. `scratch` is SCRATCH_BYTES large and used only during the call."""
+    cdef iovec iov[IOV_MAX_USED]
+    cdef msghdr msg
+    cdef const Outbox *o = s.out
+    cdef FrameBuf *f
+    cdef uint8_t *data
+    cdef size_t size, total = 0, used = 0
+    cdef uint32_t i, n = 0
+    cdef bint joined = False
+    cdef ssize_t r
+    for i in range(o.count):
+        f = (<FrameBuf **>o.frames)[(o.head + i) & (o.room - 1)] if o.room else <FrameBuf *>o.frames
+        data = f.data
+        size = f.size
+        if i == 0:
+            data += o.sent
+            size -= o.sent
+        if o.count > 1 and size <= COPY_MAX and used + size <= SCRATCH_BYTES:
+            memcpy(scratch + used, data, size)
+            if joined:
+                iov[n - 1].iov_len += size
+            else:
+                if n == IOV_MAX_USED:
+                    break
+                iov[n].iov_base = scratch + used
+                iov[n].iov_len = size
+                n += 1
+                joined = True
+            used += size
+        else:
+            if n == IOV_MAX_USED:
+                break
+            iov[n].iov_base = data
+            iov[n].iov_len = size
+            n += 1
+            joined = False
+        total += size
+        if total >= SEND_MAX:
+            break
+    if n == 1:
+        r = send(s.fd, iov[0].iov_base, iov[0].iov_len, MSG_DONTWAIT | MSG_NOSIGNAL)
+    else:
+        msg = msghdr()
+        msg.msg_iov = iov
+        msg.msg_iovlen = n
+        r = sendmsg(s.fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL)
+    s.tried = <uint32_t>total
+    s.result = <int>r if r >= 0 else -errno

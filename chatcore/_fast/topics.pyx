@@ -1,0 +1,89 @@
+"""Fan-out: one frame by reference to every member of a topic, without touching Python."""
+
+from cpython.ref cimport PyObject
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.stdlib cimport free
+
+from chatcore._fast.conns cimport (
+    OPEN, Conn, Core, Hub, Members, conn_get, conn_send, topic_add, topic_has, topic_remove,
+)
+from chatcore._fast.frames cimport Frame, FrameBuf
+from chatcore._fast.sys cimport CC_CHECK
+
+
+cdef class Topic:
+    """A set of connections to fan out to.
+
+    Owns the arrays of its Members; each member connection points back to them, so they are
+    emptied before the object goes. A connection that ends leaves by itself, so a member is always
+    OPEN. Neither side keeps the other alive. The address of `members` identifies the topic in the
+    connection structs: it never changes, being part of the object.
+    """
+
+    def __cinit__(self, Core reactor not None, key):
+        self.core = reactor
+        self.key = key
+        self.members.topic = <PyObject *>self
+
+    def __init__(self, reactor, key):
+        pass
+
+    def __dealloc__(self):
+        # Also when the reactor is gone already: then it has emptied the topic.
+        while self.members.count:
+            topic_remove(&self.members, self.members.count - 1)
+        free(self.members.conns)
+        free(self.members.slots)
+
+    def __len__(self):
+        return self.members.count
+
+    def __contains__(self, uint64_t conn):
+        cdef Conn *c = conn_get(&self.core.hub, conn)
+        cdef uint32_t at
+        return c != NULL and topic_has(&self.members, c, &at)
+
+    def add(self, uint64_t conn):
+        cdef Conn *c = conn_get(&self.core.hub, conn)
+        cdef uint32_t at
+        if c == NULL or c.state != OPEN or topic_has(&self.members, c, &at):
+            return False
+        if not topic_add(&self.members, c):
+            raise MemoryError
+        return True
+
+    def discard(self, uint64_t conn):
+        cdef Conn *c = conn_get(&self.core.hub, conn)
+        cdef uint32_t at
+        if c == NULL or not topic_has(&self.members, c, &at):
+            return False
+        topic_remove(&self.members, at)
+        return True
+
+    def fan_out(self, Frame frame not None, int64_t skip_owner=0):
+        cdef Hub *h = &self.core.hub
+        cdef FrameBuf *f = frame.buf
+        cdef uint32_t i = self.members.count, queued = 0
+        cdef Conn *c
+        # From the last to the first: a member that turns out too slow is removed on the way, and
+        # the one that takes its place has been served.
+        while i:
+            i -= 1
+            c = self.members.conns[i]
+            CC_CHECK(c.state == OPEN)
+            if skip_owner and c.owner == skip_owner:
+                continue
+            f.refs += 1
+            if conn_send(h, c, f):
+                queued += 1
+        self.core.schedule()
+        return queued
+
+    def sessions(self):
+        cdef list found = []
+        cdef uint32_t i = 0
+        # Appending may run the garbage collector and with it anything: look at count each time.
+        while i < self.members.count:
+            found.append(<object>self.members.conns[i].session)
+            i += 1
+        return found

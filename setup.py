@@ -1,0 +1,45 @@
+"""The extension modules of chatcore._fast; everything else about the package is in pyproject.toml.
+
+``CHATCORE_DEBUG=1`` builds with the internal checks (CC_CHECK, bounds, asserts) and without
+optimisation that hides lines; ``CHATCORE_SANITIZE=undefined`` (or ``address``) adds a sanitizer.
+"""
+
+import os
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+DEBUG = os.environ.get("CHATCORE_DEBUG", "") not in ("", "0")
+SANITIZE = os.environ.get("CHATCORE_SANITIZE", "")
+
+# No -march: wheels run on any x86-64 or arm64. -g costs nothing at run time and lets
+# `py-spy --native` and gdb name the functions.
+CFLAGS = ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer"] if DEBUG else ["-O3", "-g"]
+MACROS = [("CHATCORE_DEBUG", "1")] if DEBUG else [("CYTHON_WITHOUT_ASSERTIONS", "1")]
+LDFLAGS = []
+if SANITIZE:
+    CFLAGS += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all"]
+    LDFLAGS += [f"-fsanitize={SANITIZE}"]
+
+setup(
+    ext_modules=cythonize(
+        [
+            Extension(
+                f"chatcore._fast.{name}",
+                [f"chatcore/_fast/{name}.pyx"],
+                define_macros=MACROS,
+                extra_compile_args=[*CFLAGS, "-Wno-unused-function"],
+                extra_link_args=LDFLAGS,
+            )
+            for name in ("frames", "outbox", "conns", "topics", "reactor")
+        ],
+        compiler_directives={
+            "language_level": "3",
+            "boundscheck": DEBUG,
+            "wraparound": False,
+            "initializedcheck": DEBUG,
+            "cdivision": True,
+            "embedsignature": True,
+        },
+    ),
+)
