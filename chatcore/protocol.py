@@ -66,7 +66,7 @@ class Request(msgspec.Struct, tag_field="t", frozen=True, gc=False, kw_only=True
     id: RequestId | None = None
 
 
-class Auth(Request, tag="auth"):
+class Auth(Request, tag="auth", frozen=True):
     """Log in on this connection, or renew the token of a live session."""
 
     token: str
@@ -77,7 +77,7 @@ class Auth(Request, tag="auth"):
     ping_ms: Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)] | None = None
 
 
-class Send(Request, tag="send"):
+class Send(Request, tag="send", frozen=True):
     """Append a message. ``files`` are named so that they are refused, not lost."""
 
     c: Id
@@ -88,7 +88,7 @@ class Send(Request, tag="send"):
     files: list[Id] | None = None
 
 
-class History(Request, tag="history"):
+class History(Request, tag="history", frozen=True):
     """One page of entries, ascending; the newest page without a bound."""
 
     c: Id
@@ -98,27 +98,27 @@ class History(Request, tag="history"):
     raw: bool = False
 
 
-class Attach(Request, tag="attach"):
+class Attach(Request, tag="attach", frozen=True):
     """Replace the choice of attached conversations, or add more ``have``."""
 
     only: list[Id] | None = None
     have: dict[Id, Seq] | None = None
 
 
-class Read(Request, tag="read"):
+class Read(Request, tag="read", frozen=True):
     """Move the own read mark (it never moves back)."""
 
     c: Id
     upto: Seq
 
 
-class Typing(Request, tag="typing"):
+class Typing(Request, tag="typing", frozen=True):
     """Tell the others that this user is typing."""
 
     c: Id
 
 
-class Open(Request, tag="open"):
+class Open(Request, tag="open", frozen=True):
     """Make a conversation, or find the one this very request made before."""
 
     kind: Kind
@@ -127,7 +127,7 @@ class Open(Request, tag="open"):
     members: list[Id] | None = None
 
 
-class Member(Request, tag="member"):
+class Member(Request, tag="member", frozen=True):
     """Join, invite, leave, remove, ban, appoint."""
 
     c: Id
@@ -135,7 +135,7 @@ class Member(Request, tag="member"):
     role: Role
 
 
-class Meta(Request, tag="meta"):
+class Meta(Request, tag="meta", frozen=True):
     """Change the title."""
 
     c: Id
@@ -143,14 +143,14 @@ class Meta(Request, tag="meta"):
     title: str
 
 
-class Notify(Request, tag="notify"):
+class Notify(Request, tag="notify", frozen=True):
     """Set which messages of a conversation notify this user."""
 
     c: Id
     level: Level
 
 
-class Members(Request, tag="members"):
+class Members(Request, tag="members", frozen=True):
     """A page of the members, by user id."""
 
     c: Id
@@ -158,13 +158,13 @@ class Members(Request, tag="members"):
     limit: Limit = 50
 
 
-class Users(Request, tag="users"):
+class Users(Request, tag="users", frozen=True):
     """Look up users by id; unknown ones are left out of the answer."""
 
     ids: list[Id]
 
 
-class Channels(Request, tag="channels"):
+class Channels(Request, tag="channels", frozen=True):
     """A page of the public directory of channels, by title."""
 
     prefix: str | None = None
@@ -172,20 +172,20 @@ class Channels(Request, tag="channels"):
     limit: Limit = 50
 
 
-class Watch(Request, tag="watch"):
+class Watch(Request, tag="watch", frozen=True):
     """Replace the set of users whose presence is pushed."""
 
     users: list[Id]
 
 
-class Block(Request, tag="block"):
+class Block(Request, tag="block", frozen=True):
     """Refuse direct messages from a user, or allow them again."""
 
     user: Id
     on: bool
 
 
-class Ping(Request, tag="ping"):
+class Ping(Request, tag="ping", frozen=True):
     """A liveness check for clients that see no WebSocket pings."""
 
 

@@ -111,6 +111,11 @@ class Session:
             self._drained.set_result(True)
 
     # --- life -------------------------------------------------------------------
+    @property
+    def busy(self) -> bool:
+        """Whether a request of the client is not answered yet."""
+        return self._busy > 0
+
     def close(self, code: int, reason: str = "") -> None:
         """Close with a code; what is queued is sent first."""
         self._worker.reactor.close(self.conn, code, reason.encode())
@@ -127,6 +132,10 @@ class Session:
         self._waiting = None
         self._worker.presence.forget(self)
         self._leave()
+
+    def _gone(self) -> bool:
+        """``closed``, asked again after an await."""
+        return self.closed
 
     def _leave(self) -> None:
         if self._user is not None:
@@ -241,7 +250,7 @@ class Session:
         except Unauthenticated as exc:
             self.close(p.CloseCode.BAD_TOKEN, exc.message)
             return None
-        if self.closed:
+        if self._gone():
             return None
         if self._user is not None:
             self._renew(who, req)
@@ -249,7 +258,7 @@ class Session:
         self._token_hash = who.token_hash
         self._only = None if req.only is None else frozenset(req.only)
         self._user = await worker.users.add(self, who.user.id, who.user.name, who.token_hash)
-        if self.closed:
+        if self._gone():
             worker.users.remove(self, self._user, who.token_hash)
             self._user = None
             return None
@@ -258,7 +267,7 @@ class Session:
         except ChatError:
             self._leave()
             raise
-        if self.closed:
+        if self._gone():
             return None
         self._sync = position
         since = self._known_sync(req.sync, who.user.id, position)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import apsw
 
@@ -82,7 +83,7 @@ def add_user(settings: Settings, name: str, password: str) -> str:
 def list_users(settings: Settings) -> list[tuple[str, str, int, bool]]:
     """All accounts by name: (id, name, created in Unix ms, disabled)."""
     with _database(settings, make=False) as db:
-        rows = db.execute("SELECT id, name, created, disabled FROM users ORDER BY name_key").fetchall()
+        rows: list[Any] = db.execute("SELECT id, name, created, disabled FROM users ORDER BY name_key").fetchall()
     return [(id, name, created, bool(disabled)) for id, name, created, disabled in rows]
 
 

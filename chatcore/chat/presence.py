@@ -98,9 +98,7 @@ class Presence:
     def on_peer_subscribed(self, peer: str, user: str) -> None:
         """A peer has begun to watch the user: tell it, if there is something to tell."""
         if user in self._announced:
-            self._bus.send_to(
-                peer, events.presence_channel(user), orjson.dumps({"peer": self._bus.name, "on": True})
-            )
+            self._bus.send_to(peer, events.presence_channel(user), orjson.dumps({"peer": self._bus.name, "on": True}))
 
     def on_peer_gone(self, peer: str) -> None:
         """A worker is gone, and its users with it, unless they come back elsewhere in time."""

@@ -26,7 +26,6 @@ def derived_id(secret: bytes, *parts: str) -> str:
     return base64.urlsafe_b64encode(digest).decode()
 
 
-
 def conversation_id(secret: bytes, o: Opening) -> str:
     """Opening is idempotent: a dm is known by its two users, another by creator and cid."""
     if o.kind == "dm":

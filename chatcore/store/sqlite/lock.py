@@ -24,7 +24,9 @@ class WriteLock:
     """
 
     def __init__(self, data: Path) -> None:
-        self._next, self._write = (os.open(data / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for name in LOCK_NAMES)
+        self._next, self._write = (
+            os.open(data / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for name in LOCK_NAMES
+        )
 
     def __enter__(self) -> None:
         fcntl.flock(self._next, fcntl.LOCK_EX)

@@ -154,7 +154,9 @@ def append_change(e: NewEntry) -> Op:
     """Append a ``member`` or ``meta`` entry, and its projection, in the same transaction."""
 
     def op(tx: Transaction) -> Appended:
-        row = tx.one("SELECT seq, ts, digest FROM entries WHERE conv = ? AND sender = ? AND cid = ?", (e.conv, e.sender, e.cid))
+        row = tx.one(
+            "SELECT seq, ts, digest FROM entries WHERE conv = ? AND sender = ? AND cid = ?", (e.conv, e.sender, e.cid)
+        )
         if row is not None:
             outcome = same_or_conflict(e, *row)
             if isinstance(outcome, ChatError):

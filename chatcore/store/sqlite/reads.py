@@ -40,6 +40,11 @@ def _entry(row: tuple[Any, ...]) -> Entry:
     return Entry(conv, seq, t, sender, msgs, last_msg, encode_entry(t, conv, seq, sender, ts, cid, fields.encode()))
 
 
+def _all(db: apsw.Connection, sql: str, args: Sequence[Any]) -> list[Any]:
+    """All rows (what is in them, the schema knows)."""
+    return db.execute(sql, args).fetchall()
+
+
 def _in_snapshot(db: apsw.Connection, work: Callable[[], T]) -> T:
     """Several statements on one state of the database."""
     db.execute("BEGIN")
@@ -52,9 +57,7 @@ def _in_snapshot(db: apsw.Connection, work: Callable[[], T]) -> T:
 def heads(convs: Sequence[str]) -> Query[dict[str, int]]:
     """Newest seq of each."""
     keys = orjson.dumps(list(convs)).decode()
-    sql = (
-        "SELECT j.value, (SELECT seq FROM entries WHERE conv = j.value ORDER BY seq DESC LIMIT 1) FROM json_each(?) j"
-    )
+    sql = "SELECT j.value, (SELECT seq FROM entries WHERE conv = j.value ORDER BY seq DESC LIMIT 1) FROM json_each(?) j"
     return lambda db: {conv: seq or 0 for conv, seq in db.execute(sql, (keys,))}
 
 
@@ -124,13 +127,9 @@ def changes(after: int) -> Query[Changes]:
                 return Changes(upto, [], [], [], [])
             # A bounded stretch of the counter at a time: its values are dense enough over the three tables.
             end = min(upto, after + CHANGES_ROWS)
-            newest = db.execute(
-                "SELECT conv, max(seq) FROM entries WHERE id > ? AND id <= ? GROUP BY conv", (after, end)
-            ).fetchall()
-            rows = db.execute("SELECT user, conv FROM members WHERE rev > ? AND rev <= ?", (after, end)).fetchall()
-            revoked = db.execute(
-                "SELECT token, user FROM revocations WHERE rev > ? AND rev <= ?", (after, end)
-            ).fetchall()
+            newest = _all(db, "SELECT conv, max(seq) FROM entries WHERE id > ? AND id <= ? GROUP BY conv", (after, end))
+            rows = _all(db, "SELECT user, conv FROM members WHERE rev > ? AND rev <= ?", (after, end))
+            revoked = _all(db, "SELECT token, user FROM revocations WHERE rev > ? AND rev <= ?", (after, end))
             return Changes(
                 end,
                 newest,
@@ -212,11 +211,12 @@ def members(user: str, conv: str, after: str | None, limit: int) -> Query[tuple[
     def query(db: apsw.Connection) -> tuple[list[Peer], str | None]:
         def work() -> tuple[list[Peer], str | None]:
             member(db, user, conv)
-            rows = db.execute(
+            rows = _all(
+                db,
                 f"SELECT user, role, read FROM members WHERE conv = ? AND user > ? AND role IN {_ROLES}"
                 " ORDER BY user LIMIT ?",
                 (conv, after or "", limit + 1),
-            ).fetchall()
+            )
             peers = [Peer(*row) for row in rows[:limit]]
             return peers, peers[-1].user if len(rows) > limit else None
 
@@ -250,13 +250,14 @@ def channels(
                     raise NotFound("after: no such channel")
                 key, conv = max(low, row[0]), after
             # U+10FFFF sorts after every other character: the end of the range of the prefix.
-            rows = db.execute(
+            rows = _all(
+                db,
                 "SELECT c.id, c.title, c.members, coalesce(m.role, 'none') FROM convs c"
                 " LEFT JOIN members m ON m.conv = c.id AND m.user = ?"
                 " WHERE c.kind = 'channel' AND (c.title_key, c.id) > (?, ?) AND c.title_key < ?"
                 " ORDER BY c.title_key, c.id LIMIT ?",
                 (user, key, conv, low + "\U0010ffff", limit + 1),
-            ).fetchall()
+            )
             found = [
                 {"c": c, "kind": "channel", "title": title, "members": n, "role": role}
                 for c, title, n, role in rows[:limit]
@@ -301,7 +302,7 @@ def seen(ids: Sequence[str]) -> Query[dict[str, int]]:
     """When each was last online."""
     keys = orjson.dumps(list(ids)).decode()
     sql = "SELECT u.id, u.seen FROM json_each(?) j CROSS JOIN users u ON u.id = j.value WHERE u.seen IS NOT NULL"
-    return lambda db: dict(db.execute(sql, (keys,)).fetchall())
+    return lambda db: dict(_all(db, sql, (keys,)))
 
 
 def token(token_hash: bytes) -> Query[Token | None]:

@@ -26,7 +26,6 @@ from . import accounts, ops, reads
 from .schema import connect, database_path
 from .threads import Reader, Writer
 
-
 T = TypeVar("T")
 
 
@@ -77,9 +76,10 @@ class SQLiteStore:
         loop = asyncio.get_running_loop()
         db = connect(database_path(self._data), write=False)
         try:
-            meta = dict(db.execute("SELECT key, value FROM meta").fetchall())
+            rows: list[Any] = db.execute("SELECT key, value FROM meta").fetchall()
         finally:
             db.close()
+        meta = dict(rows)
         self._store_id = meta["store_id"]
         self._reader = Reader(self._data, loop)
         self._writer = Writer(

@@ -8,6 +8,7 @@ deque, results come back to the loop in one call per batch.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
@@ -94,10 +95,8 @@ class _Thread:
         return batch
 
     def _answer(self, call: Callable[..., None], *args: Any) -> None:
-        try:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be answered
             self._loop.call_soon_threadsafe(call, *args)
-        except RuntimeError:  # the loop is closed: nobody is left to be answered
-            pass
 
     def _run(self) -> None:
         raise NotImplementedError
@@ -139,7 +138,8 @@ class Reader(_Thread):
                     log.error("read failed: %s", exc)
                     self.healthy = False
                     outcomes.append(Unavailable("the store does not answer"))
-                    db = _close(db)
+                    _close(db)
+                    db = None
                 except Exception:
                     log.exception("a query failed")
                     outcomes.append(Internal("internal error"))
@@ -201,10 +201,12 @@ class Writer(_Thread):
                         # by its cid when the same batch is tried again on a new connection.
                         log.error("write failed (attempt %d): %s", attempt + 1, exc)
                         self.healthy = False
-                        db = _close(db)
+                        _close(db)
+                        db = None
                     except Exception:
                         log.exception("a write transaction failed")
-                        db = _close(db)
+                        _close(db)
+                        db = None
                         break
                 if outcomes is None:
                     outcomes = [Unavailable("the store does not answer") for _ in batch]

@@ -1,0 +1,226 @@
+"""The HTTP API: the same services as over WebSocket."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import msgspec
+import orjson
+
+from .. import protocol as p
+from ..accounts.service import Identity, Login
+from ..errors import BadRequest, ChatError, NotFound, Unauthenticated
+from ..net.http import HttpRequest, HttpResponse, bearer, error_response, json_response, not_modified
+from ..session import conv_push
+from ..store.base import User
+
+if TYPE_CHECKING:
+    from ..worker import Worker
+
+T = TypeVar("T")
+Handler = Callable[[HttpRequest, str], Awaitable[HttpResponse]]
+
+_IDEMPOTENCY_KEY: Final = "idempotency-key"
+
+
+class Credentials(msgspec.Struct):
+    """Body of POST /v1/users and /v1/sessions."""
+
+    name: str
+    password: str
+
+
+class Profile(msgspec.Struct):
+    """Body of PATCH /v1/me."""
+
+    name: str | None = None
+    password: str | None = None
+    old_password: str | None = None
+
+
+class NewMessage(msgspec.Struct):
+    """Body of POST /v1/conversations/{id}/messages."""
+
+    body: str
+    re: int | None = None
+    data: str | None = None
+
+
+class Api:
+    """Routes to services. One per worker."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        # (method, path with {} for one id) -> handler
+        self._routes: dict[tuple[str, str], Handler] = {
+            ("GET", "/healthz"): self._healthz,
+            ("GET", "/readyz"): self._readyz,
+            ("POST", "/v1/users"): self._register,
+            ("GET", "/v1/users"): self._find_user,
+            ("GET", "/v1/users/{}"): self._get_user,
+            ("POST", "/v1/sessions"): self._login,
+            ("DELETE", "/v1/sessions/current"): self._logout,
+            ("GET", "/v1/me"): self._me,
+            ("PATCH", "/v1/me"): self._update_me,
+            ("GET", "/v1/conversations"): self._conversations,
+            ("GET", "/v1/conversations/{}/messages"): self._history,
+            ("POST", "/v1/conversations/{}/messages"): self._send,
+        }
+        self._paths = {path for _, path in self._routes}
+
+    async def handle(self, request: HttpRequest) -> HttpResponse:
+        """Answer one request."""
+        method = "GET" if request.method == "HEAD" else request.method
+        path, arg = self._match(request.path)
+        if path is None:
+            return error_response(NotFound("no such resource"))
+        handler = self._routes.get((method, path))
+        if handler is None:
+            allowed = ", ".join(sorted(m for m, known in self._routes if known == path))
+            return json_response(405, {"code": "bad_request", "message": f"allowed: {allowed}"}, Allow=allowed)
+        try:
+            response = await handler(request, arg)
+        except ChatError as exc:
+            return error_response(exc)
+        if method == "GET" and response.status == 200 and path.startswith("/v1/"):
+            return not_modified(request, response)
+        return response
+
+    def _match(self, path: str) -> tuple[str | None, str]:
+        if path in self._paths:
+            return path, ""
+        parts = path.split("/")
+        # /v1/<collection>/<id>[/…]
+        if len(parts) >= 4 and parts[3]:
+            pattern = "/".join([*parts[:3], "{}", *parts[4:]])
+            if pattern in self._paths:
+                return pattern, parts[3]
+        return None, ""
+
+    async def _identify(self, request: HttpRequest) -> Identity:
+        token = bearer(request)
+        if token is None:
+            raise Unauthenticated("Authorization: Bearer TOKEN is needed")
+        return await self._worker.accounts.identify(token)
+
+    @staticmethod
+    def _body(request: HttpRequest, kind: type[T]) -> T:
+        try:
+            return msgspec.json.decode(request.body, type=kind)
+        except msgspec.MsgspecError as exc:
+            raise BadRequest(f"body: {exc}") from None
+
+    @staticmethod
+    def _number(request: HttpRequest, name: str) -> int | None:
+        text = request.query.get(name)
+        if text is None:
+            return None
+        if not (text.isascii() and text.isdigit()) or len(text) > 16:
+            raise BadRequest(f"{name}: a whole number")
+        return int(text)
+
+    # --- health -----------------------------------------------------------------
+    async def _healthz(self, request: HttpRequest, arg: str) -> HttpResponse:
+        return json_response(200, {"status": "ok"})
+
+    async def _readyz(self, request: HttpRequest, arg: str) -> HttpResponse:
+        parts = self._worker.parts()
+        ready = all(parts.values())
+        body = {"ready": ready, "parts": {name: "ok" if up else "down" for name, up in parts.items()}}
+        # Without a bus the other workers are heard through the store: slower, but served.
+        return json_response(200 if parts["store"] and parts["worker"] else 503, body)
+
+    # --- accounts -----------------------------------------------------------------
+    async def _register(self, request: HttpRequest, arg: str) -> HttpResponse:
+        asked = self._body(request, Credentials)
+        return _logged_in(201, await self._worker.accounts.register(asked.name, asked.password))
+
+    async def _login(self, request: HttpRequest, arg: str) -> HttpResponse:
+        asked = self._body(request, Credentials)
+        return _logged_in(201, await self._worker.accounts.login(asked.name, asked.password))
+
+    async def _logout(self, request: HttpRequest, arg: str) -> HttpResponse:
+        who = await self._identify(request)
+        await self._worker.accounts.logout(who)
+        self._worker.users.tell_revoked(who.user.id, who.token_hash)
+        return HttpResponse(204)
+
+    async def _me(self, request: HttpRequest, arg: str) -> HttpResponse:
+        return json_response(200, _user((await self._identify(request)).user))
+
+    async def _update_me(self, request: HttpRequest, arg: str) -> HttpResponse:
+        who = await self._identify(request)
+        asked = self._body(request, Profile)
+        if asked.name is None and asked.password is None:
+            raise BadRequest("nothing to change: name, or password with old_password")
+        user = await self._worker.accounts.update(who, asked.name, asked.password, asked.old_password)
+        self._worker.users.tell_all(user.id, orjson.dumps({"t": "user", "user": _user(user)}))
+        return json_response(200, _user(user))
+
+    async def _get_user(self, request: HttpRequest, arg: str) -> HttpResponse:
+        await self._identify(request)
+        found = await self._worker.store.users([arg])
+        if not found:
+            raise NotFound("no such user")
+        return json_response(200, _user(found[0]))
+
+    async def _find_user(self, request: HttpRequest, arg: str) -> HttpResponse:
+        await self._identify(request)
+        name = request.query.get("name")
+        if not name or len(name) > self._worker.settings.limits.name_chars:
+            raise BadRequest("name: whose id is wanted")
+        account = await self._worker.store.account(name)
+        found = [] if account is None or account.disabled else [_user(User(account.id, account.name))]
+        return json_response(200, {"users": found})
+
+    # --- conversations ---------------------------------------------------------------
+    async def _conversations(self, request: HttpRequest, arg: str) -> HttpResponse:
+        who = await self._identify(request)
+        _, views = await self._worker.store.views(who.user.id)
+        entries = []
+        for view in views:
+            fields: dict[str, Any] = orjson.loads(conv_push(view, None))
+            del fields["t"]
+            entries.append(fields)
+        return json_response(200, {"conversations": entries})
+
+    async def _history(self, request: HttpRequest, arg: str) -> HttpResponse:
+        who = await self._identify(request)
+        limit = self._number(request, "limit")
+        asked = p.History(
+            c=arg,
+            before=self._number(request, "before"),
+            after=self._number(request, "after"),
+            limit=50 if limit is None else limit,
+        )
+        if asked.limit < 1:
+            raise BadRequest("limit: at least 1")
+        page = await self._worker.chat.history(who.user.id, asked)
+        entries = [orjson.Fragment(e.wire) for e in page.entries]
+        return json_response(200, {"entries": entries, "more": page.more, "at": page.head})
+
+    async def _send(self, request: HttpRequest, arg: str) -> HttpResponse:
+        who = await self._identify(request)
+        asked = self._body(request, NewMessage)
+        cid = request.headers.get(_IDEMPOTENCY_KEY) or secrets.token_urlsafe(16)
+        fields = {"c": arg, "cid": cid, "body": asked.body, "re": asked.re, "data": asked.data}
+        try:
+            send = msgspec.convert(fields, p.Send)
+        except msgspec.ValidationError as exc:
+            raise BadRequest(str(exc)) from None
+        done = await self._worker.chat.send(who.user.id, send)
+        return json_response(200 if done.dup else 201, {"s": done.seq, "ts": done.ts, "cid": cid, "dup": done.dup})
+
+
+def _user(user: User) -> dict[str, str]:
+    return {"id": user.id, "name": user.name}
+
+
+def _logged_in(status: int, login: Login) -> HttpResponse:
+    return json_response(
+        status,
+        {"token": login.token, "expires_ms": login.expires_ms, "user": _user(login.user)},
+        Cache_Control="no-store",
+    )

@@ -1,0 +1,319 @@
+"""HTTP/1.1 on the client port: requests, responses, and the upgrade to WebSocket.
+
+Parsing is httptools' (llhttp). A connection has Python objects only until its
+upgrade; limits follow what servers of this kind are attacked with (header floods,
+bodies on upgrades: CVE-2026-69243, slow bytes: one deadline in the reactor).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import logging
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from urllib.parse import parse_qsl, unquote
+
+import httptools
+import orjson
+
+from ..errors import ChatError
+
+if TYPE_CHECKING:
+    from .._fast.reactor import Reactor
+
+log = logging.getLogger("chatcore.http")
+
+MAX_HEADERS: Final = 128
+MAX_HEADER_BYTES: Final = 8192  # one line, the request line too
+MAX_HEAD_BYTES: Final = 32768  # all of them
+# Requests that a client may send ahead on one connection, in bytes not yet parsed.
+MAX_PIPELINE_BYTES: Final = 65536
+WEBSOCKET_PATH: Final = "/ws"
+_GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
+
+_REASONS: Final = {
+    101: "Switching Protocols",
+    200: "OK",
+    201: "Created",
+    204: "No Content",
+    304: "Not Modified",
+    400: "Bad Request",
+    401: "Unauthorized",
+    403: "Forbidden",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    409: "Conflict",
+    413: "Content Too Large",
+    414: "URI Too Long",
+    415: "Unsupported Media Type",
+    426: "Upgrade Required",
+    429: "Too Many Requests",
+    431: "Request Header Fields Too Large",
+    500: "Internal Server Error",
+    503: "Service Unavailable",
+}
+
+
+@dataclass(slots=True)
+class HttpRequest:
+    """One request. Header names are lower case."""
+
+    method: str
+    path: str
+    query: dict[str, str]
+    headers: dict[str, str]
+    body: bytes
+    peer: str
+    version: str = "1.1"
+
+
+@dataclass(slots=True)
+class HttpResponse:
+    """One response; ``body`` is what is sent (JSON unless ``content_type`` says otherwise)."""
+
+    status: int
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    content_type: str = "application/json"
+
+
+def json_response(status: int, value: Any, **headers: str) -> HttpResponse:
+    """A response with a JSON body."""
+    return HttpResponse(status, orjson.dumps(value), {k.replace("_", "-"): v for k, v in headers.items()})
+
+
+def error_response(exc: ChatError) -> HttpResponse:
+    """The response to a refused request: ``{"code", "message"}`` with the fitting status."""
+    headers = {}
+    if exc.retry_after_ms is not None:
+        headers["Retry-After"] = str(-(-exc.retry_after_ms // 1000))
+    if exc.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return HttpResponse(exc.http_status, orjson.dumps({"code": exc.code, "message": exc.message}), headers)
+
+
+def encode_response(response: HttpResponse, *, keep_alive: bool, head_only: bool = False) -> bytes:
+    """The bytes of a response."""
+    lines = [f"HTTP/1.1 {response.status} {_REASONS[response.status]}"]
+    if response.status not in (204, 304):
+        lines.append(f"Content-Type: {response.content_type}")
+        lines.append(f"Content-Length: {len(response.body)}")
+    lines.extend(f"{name}: {value}" for name, value in response.headers.items())
+    if not keep_alive:
+        lines.append("Connection: close")
+    head = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+    return head if head_only or response.status in (204, 304) else head + response.body
+
+
+class Refused(Exception):
+    """The bytes are no acceptable request: answer and close."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.response = json_response(
+            status, {"code": "too_large" if status in (413, 414, 431) else "bad_request", "message": message}
+        )
+
+
+class HttpApp(Protocol):
+    """What answers requests and takes upgraded connections."""
+
+    def http_request(self, http: HttpConnection, request: HttpRequest) -> None:
+        """Answer by ``http.respond`` now or later."""
+
+    def upgraded(self, conn: int, response: bytes, leftover: bytes) -> None:
+        """Take a connection that asked properly for a WebSocket."""
+
+
+class HttpConnection:
+    """A connection before its upgrade; one request at a time, in order."""
+
+    def __init__(self, app: HttpApp, reactor: Reactor, conn: int, max_body_bytes: int, deadline_ms: int) -> None:
+        self._app = app
+        self._reactor = reactor
+        self._conn = conn
+        self._max_body_bytes = max_body_bytes
+        self._deadline_ms = deadline_ms
+        self._busy = False  # a request is being answered
+        self._ended = False
+        self._pending = bytearray()
+        self._head_only = False
+        self._keep_alive = True
+        self._begin()
+
+    def _begin(self) -> None:
+        self._parser = httptools.HttpRequestParser(self)
+        self._url = b""
+        self._head_bytes = 0
+        self._headers: dict[str, str] = {}
+        self._count = 0
+        self._body = bytearray()
+        self._complete = False
+
+    # --- bytes ------------------------------------------------------------------
+    def feed(self, data: bytes) -> None:
+        """Bytes from the client."""
+        if self._ended:
+            return
+        if self._busy:
+            self._pending += data
+            if len(self._pending) > MAX_PIPELINE_BYTES:
+                self._end(Refused(413, "too much sent ahead").response)
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as exc:
+            self._try_upgrade(data[exc.args[0] :])
+        except httptools.HttpParserCallbackError as exc:
+            cause = exc.__context__
+            self._end(cause.response if isinstance(cause, Refused) else Refused(400, "bad request").response)
+        except httptools.HttpParserError as exc:
+            self._end(Refused(400, f"not HTTP/1.1: {exc}").response)
+
+    def _try_upgrade(self, leftover: bytes) -> None:
+        try:
+            response = self._handshake()
+        except Refused as exc:
+            self._end(exc.response)
+            return
+        self._ended = True
+        self._app.upgraded(self._conn, response, leftover)
+
+    def _end(self, response: HttpResponse) -> None:
+        self._ended = True
+        self._reactor.write(self._conn, encode_response(response, keep_alive=False), True)
+
+    # --- callbacks of the parser ----------------------------------------------------
+    def on_url(self, url: bytes) -> None:
+        self._grow(len(url))
+        self._url += url
+        if len(self._url) > MAX_HEADER_BYTES:
+            raise Refused(414, "the request line is too long")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._grow(len(name) + len(value))
+        self._count += 1
+        if self._count > MAX_HEADERS or len(name) + len(value) > MAX_HEADER_BYTES:
+            raise Refused(431, "too many or too long headers")
+        key = name.decode("latin-1").lower()
+        text = value.decode("latin-1")
+        if key in self._headers:
+            if key in ("host", "content-length", "authorization", "sec-websocket-key", "sec-websocket-version"):
+                raise Refused(400, f"{key}: given twice")
+            text = f"{self._headers[key]}, {text}"
+        self._headers[key] = text
+
+    def _grow(self, n: int) -> None:
+        self._head_bytes += n
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise Refused(431, "the head of the request is too large")
+
+    def on_headers_complete(self) -> None:
+        length = self._headers.get("content-length")
+        if length is not None and int(length) > self._max_body_bytes:
+            raise Refused(413, f"body: at most {self._max_body_bytes} bytes")
+
+    def on_body(self, body: bytes) -> None:
+        self._body += body
+        if len(self._body) > self._max_body_bytes:
+            raise Refused(413, f"body: at most {self._max_body_bytes} bytes")
+
+    def on_message_complete(self) -> None:
+        if self._parser.should_upgrade():
+            return
+        if self._busy or self._complete:
+            raise Refused(400, "one request at a time")
+        self._complete = True
+        self._busy = True
+        method = self._parser.get_method().decode("latin-1")
+        self._keep_alive = self._parser.should_keep_alive()
+        self._head_only = method == "HEAD"
+        try:
+            path, query = self._target()
+        except Refused as exc:
+            self._end(exc.response)
+            return
+        # The deadline was for the request to come; the answer has its own.
+        self._reactor.http_deadline(self._conn, self._deadline_ms)
+        request = HttpRequest(method, path, query, self._headers, bytes(self._body), self._reactor.peer(self._conn))
+        self._app.http_request(self, request)
+
+    def _target(self) -> tuple[str, dict[str, str]]:
+        try:
+            url = httptools.parse_url(self._url)
+            path = unquote((url.path or b"/").decode("ascii"), errors="strict")
+            pairs = parse_qsl((url.query or b"").decode("ascii"), keep_blank_values=True, max_num_fields=32)
+        except (httptools.HttpParserInvalidURLError, UnicodeDecodeError, ValueError):
+            raise Refused(400, "the request target is not valid") from None
+        return path, dict(pairs)
+
+    # --- answers ----------------------------------------------------------------------
+    def respond(self, response: HttpResponse, *, last: bool = False) -> None:
+        """Answer the request that is being worked on; goes on with what was sent ahead, unless it is the last."""
+        if self._ended or not self._busy:
+            return
+        keep = self._keep_alive and not last
+        data = encode_response(response, keep_alive=keep, head_only=self._head_only)
+        if not keep:
+            self._ended = True
+            self._reactor.write(self._conn, data, True)
+            return
+        self._reactor.write(self._conn, data)
+        self._busy = False
+        self._begin()
+        self._reactor.http_deadline(self._conn, self._deadline_ms)
+        if self._pending:
+            ahead, self._pending = bytes(self._pending), bytearray()
+            self.feed(ahead)
+
+    # --- RFC 6455, 4.2 --------------------------------------------------------------------
+    def _handshake(self) -> bytes:
+        headers = self._headers
+        path, _ = self._target()
+        if self._parser.get_method() != b"GET" or self._parser.get_http_version() != "1.1":
+            raise Refused(400, "an upgrade is a GET of HTTP/1.1")
+        if headers.get("upgrade", "").lower() != "websocket":
+            raise Refused(400, "only an upgrade to websocket is known")
+        if "transfer-encoding" in headers or int(headers.get("content-length", "0")) != 0:
+            raise Refused(400, "an upgrade has no body")
+        if path != WEBSOCKET_PATH:
+            refused = Refused(404, f"WebSocket connections go to {WEBSOCKET_PATH}")
+            raise refused
+        if headers.get("sec-websocket-version") != "13":
+            version = Refused(426, "only version 13 is known")
+            version.response.headers["Sec-WebSocket-Version"] = "13"
+            version.response.headers["Upgrade"] = "websocket"
+            raise version
+        key = headers.get("sec-websocket-key", "").strip()
+        try:
+            valid = len(base64.b64decode(key, validate=True)) == 16
+        except (binascii.Error, ValueError):
+            valid = False
+        if not valid:
+            raise Refused(400, "sec-websocket-key: 16 bytes in base64")
+        accept = base64.b64encode(hashlib.sha1(key.encode() + _GUID, usedforsecurity=False).digest())
+        offered = [token.strip() for token in headers.get("sec-websocket-protocol", "").split(",")]
+        chosen = b"Sec-WebSocket-Protocol: chatcore.v1\r\n" if "chatcore.v1" in offered else b""
+        return (
+            b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Accept: %b\r\n%b\r\n" % (accept, chosen)
+        )
+
+
+def bearer(request: HttpRequest) -> str | None:
+    """The token of the Authorization header."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" and token.strip() else None
+
+
+def not_modified(request: HttpRequest, response: HttpResponse) -> HttpResponse:
+    """Give a GET its ETag, and answer 304 if the client has that already (RFC 9110, 13.1.2)."""
+    tag = '"' + hashlib.blake2b(response.body, digest_size=12).hexdigest() + '"'
+    response.headers["ETag"] = tag
+    response.headers["Cache-Control"] = "private, no-cache"
+    known = [token.strip().removeprefix("W/") for token in request.headers.get("if-none-match", "").split(",")]
+    if tag in known or "*" in known:
+        return HttpResponse(304, b"", response.headers)
+    return response

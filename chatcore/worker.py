@@ -1,0 +1,380 @@
+"""One worker: one core, one loop, its share of the clients. What it is made of, and its life.
+
+Everything is made here, after the fork, inside the running loop, and passed in;
+the worker is the only global there is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import signal
+import struct
+import sys
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+import uvloop
+
+from . import protocol as p
+from ._fast.reactor import TICK_MS, Frame, Reactor, Topic
+from .accounts.service import Accounts
+from .api.routes import Api
+from .bus.local import LocalBus
+from .chat.delivery import Delivery, Room
+from .chat.presence import Presence
+from .chat.service import Chat
+from .chat.users import Users
+from .errors import ChatError, Internal, Unavailable
+from .net.http import HttpConnection, HttpRequest, HttpResponse, encode_response, error_response
+from .process import StartError, WorkerContext
+from .session import Session
+from .stats import Health, State
+from .store.base import Entry
+from .store.sqlite.lock import WriteLock
+from .store.sqlite.schema import BrokenStore, prepare
+from .store.sqlite.store import SQLiteStore
+
+log = logging.getLogger("chatcore.worker")
+
+# A loop that stood still so long has missed heartbeats and bus messages: look at the store.
+STALL_S: Final = 2.0
+# Draining: sessions closed at a time, with a pause, so that others come to their turn.
+DRAIN_BATCH: Final = 200
+DRAIN_PAUSE_S: Final = 0.01
+# The interpreter lets a waiting thread (the store's) have its lock after this; the default of
+# 5 ms would add that much to every commit while the loop is busy.
+SWITCH_INTERVAL_S: Final = 0.0005
+
+
+def main(context: WorkerContext) -> int:
+    """Run a worker until it is drained; returns its exit code.
+
+    :raises StartError: with one line that says why it cannot start.
+    """
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_run(context))
+
+
+async def _run(context: WorkerContext) -> int:
+    worker = Worker(context)
+    await worker.start()
+    await worker.stopping.wait()
+    await worker.drain()
+    return 0
+
+
+class Worker:
+    """All parts of one worker."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self.context = context
+        self.settings = settings = context.settings
+        self.stats = context.stats
+        self.data = Path(settings.server.data)
+        self.stopping = asyncio.Event()
+        self.draining = False
+        self.sessions: set[Session] = set()  # every WebSocket connection, logged in or not
+        self._http: dict[int, HttpConnection] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.get_running_loop()
+        limits, timeouts, rates = settings.limits, settings.timeouts, settings.rates
+        self.reactor = Reactor(
+            self,
+            self._loop.call_soon,
+            max_message_bytes=limits.frame_bytes,
+            outbox_limit_bytes=limits.outbox_bytes,
+            outbox_low_water_bytes=limits.outbox_low_water_bytes,
+            rate_per_s=rates.messages_per_s,
+            rate_burst=rates.messages_burst,
+            handshake_timeout_ms=timeouts.handshake_ms,
+            close_timeout_ms=timeouts.close_ms,
+            # Some more than may stay: who is too many is upgraded and told so (1013).
+            max_connections=limits.connections_per_worker + limits.http_connections_per_worker,
+        )
+        self.store = SQLiteStore(
+            self.data,
+            self._on_commit,
+            queue=limits.append_queue,
+            batch=settings.store.batch_entries,
+            checkpoint_pages=settings.store.checkpoint_pages,
+            timeout_ms=timeouts.store_ms,
+            max_conversations=limits.conversations_per_user,
+        )
+        name = f"{context.host}-{context.slot}-{context.nonce:x}"
+        self.bus = LocalBus(
+            self.data / "run",
+            "".join(ch if ch.isalnum() or ch in "-_" else "_" for ch in name)[-48:],
+            queue_bytes=settings.bus.queue_bytes,
+            confirm_timeout_ms=settings.bus.confirm_timeout_ms,
+            heartbeat_ms=settings.bus.heartbeat_ms,
+        )
+        self.users = Users(self.store, self.bus, self.spawn, self._on_presence)
+        self.presence = Presence(self.store, self.bus, self.users.is_online)
+        self.delivery = Delivery(
+            self.store,
+            self.bus,
+            self.users,
+            self._make_topic,
+            Frame,
+            ring=limits.ring,
+            backlog=limits.backlog,
+            check_interval_s=settings.store.check_interval_ms / 1000,
+        )
+        self.users.delivery = self.delivery
+        self.chat = Chat(settings, self.store, self.bus, self.delivery, self.users)
+        self.accounts = Accounts(settings, self.store)
+        self.api = Api(self)
+        self._hello = self._make_hello()
+        self._tick_timer: asyncio.TimerHandle | None = None
+        self._last_tick = time.monotonic()
+
+    # --- life -------------------------------------------------------------------
+    async def start(self) -> None:
+        """Open the store and the bus, then take clients."""
+        (self.data / "run").mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = WriteLock(self.data)
+        try:
+            with lock:  # the workers start together; one of them makes the database
+                prepare(self.data)
+        except BrokenStore as exc:
+            raise StartError(str(exc)) from None
+        finally:
+            lock.close()
+        self._loop.add_signal_handler(signal.SIGTERM, self.stopping.set)
+        self._loop.add_reader(self.context.parent_fd, self._parent_gone)
+        await self.store.start()
+        await self.bus.start(self)
+        await self.delivery.start()
+        self.presence.start()
+        self.reactor.listen(self.context.listener.fileno())
+        self._loop.add_reader(self.reactor.fileno(), self.reactor.poll)
+        self._tick()
+        self.stats.ready()
+
+    def _parent_gone(self) -> None:
+        log.warning("the supervisor is gone: draining")
+        self._loop.remove_reader(self.context.parent_fd)
+        self.stopping.set()
+
+    async def drain(self) -> None:
+        """Take no more clients, answer what is outstanding, tell everybody to come back, end."""
+        self.stats.state = State.DRAINING
+        deadline = self._loop.time() + self.settings.server.drain_timeout_ms / 1000
+        # Who is in the queue of the listener is taken, and told; then others must.
+        self.reactor.accept_pending()
+        self.reactor.unlisten()
+        self.context.listener.close()
+        self.draining = True
+        await self._close_sessions(deadline)
+        await self._wait_for(lambda: self.reactor.connections() == 0, deadline)
+        await self._wait_for(lambda: not self._tasks, deadline)
+        await self.presence.close()
+        await self.store.close()
+        await self.bus.close()
+        await self.delivery.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.accounts.close()
+        if self._tick_timer is not None:
+            self._tick_timer.cancel()
+        self._loop.remove_reader(self.reactor.fileno())
+        self.reactor.shutdown()
+
+    async def _close_sessions(self, deadline: float) -> None:
+        spread = self.settings.server.reconnect_spread_ms
+        while self.sessions and self._loop.time() < deadline:
+            # Those with nothing outstanding first; the others get until the deadline to be answered.
+            idle = [x for x in self.sessions if not x.busy]
+            for i, x in enumerate(idle):
+                x.close(p.CloseCode.RESTART, f"restart {random.randint(0, spread)}")
+                self.sessions.discard(x)
+                if i % DRAIN_BATCH == DRAIN_BATCH - 1:
+                    await asyncio.sleep(DRAIN_PAUSE_S)
+            if self.sessions:
+                await asyncio.sleep(DRAIN_PAUSE_S)
+        for x in self.sessions:
+            x.close(p.CloseCode.RESTART, f"restart {random.randint(0, spread)}")
+
+    async def _wait_for(self, done: Any, deadline: float) -> None:
+        while not done() and self._loop.time() < deadline:
+            await asyncio.sleep(0.02)
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+        """Start a task that the worker owns: it is awaited or cancelled before the end."""
+        task = self._loop.create_task(work, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (exc := task.exception()) is not None:
+            log.error("task %s failed", task.get_name(), exc_info=exc)
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        late = now - self._last_tick - TICK_MS / 1000
+        self._last_tick = now
+        self.reactor.tick()
+        stats = self.stats
+        if late > 0:
+            stats.loop_lag_max_ns = max(stats.loop_lag_max_ns, int(late * 1e9))
+        if late > STALL_S:
+            log.warning("the loop stood still for %.1f s", late)
+            self.delivery.check()
+        stats.connections = self.reactor.connections()
+        stats.websockets = self.reactor.websockets()
+        stats.sessions = self.users.sessions
+        stats.attached = len(self.delivery.rooms)
+        stats.entries_appended = self.chat.appended
+        stats.deliveries = self.delivery.deliveries
+        stats.messages_in = self.reactor.stats()["messages_in"]
+        stats.store_health = Health.OK if self.store.healthy else Health.DOWN
+        stats.bus_health = Health.OK if self.bus.healthy else Health.DOWN
+        stats.beat()
+        self._tick_timer = self._loop.call_later(TICK_MS / 1000, self._tick)
+
+    # --- parts that need each other -----------------------------------------------
+    def _make_topic(self, room: Room) -> Topic:
+        return Topic(self.reactor, room)
+
+    def _on_commit(self, entries: list[Entry]) -> None:
+        self.chat.on_commit(entries)
+
+    def _on_presence(self, user: str) -> None:
+        self.presence.changed(user)
+
+    def parts(self) -> dict[str, bool]:
+        """Which parts work."""
+        return {"worker": not self.draining, "store": self.store.healthy, "bus": self.bus.healthy}
+
+    def now_ms(self) -> int:
+        """Unix time in ms, for display."""
+        return time.time_ns() // 1_000_000
+
+    def _make_hello(self) -> bytes:
+        """The first frame that every client is sent, header included: it leaves with the upgrade's response."""
+        limits, timeouts = self.settings.limits, self.settings.timeouts
+        hello = orjson.dumps(
+            {
+                "t": "hello",
+                "v": p.VERSION,
+                "server": f"chatcore/{self.context.version}",
+                "auth_ms": timeouts.auth_ms,
+                "ping_ms": timeouts.ping_ms,
+                "features": [],
+                "limits": {
+                    "frame": limits.frame_bytes,
+                    "body": limits.body_bytes,
+                    "have": limits.have,
+                    "only": limits.only,
+                    "history": limits.history,
+                    "backlog": limits.backlog,
+                    "small": limits.small,
+                },
+            }
+        )
+        # RFC 6455, 5.2: final text frame, 16-bit length.
+        return struct.pack("!BBH", 0x81, 126, len(hello)) + hello
+
+    # --- the reactor's handler -------------------------------------------------------
+    def on_http(self, conn: int, data: bytes) -> None:
+        """Bytes of a connection that is not upgraded."""
+        http = self._http.get(conn)
+        if http is None:
+            if len(self._http) >= self.settings.limits.http_connections_per_worker:
+                busy = error_response(Unavailable("too many connections"))
+                self.reactor.write(conn, encode_response(busy, keep_alive=False), True)
+                return
+            http = self._http[conn] = HttpConnection(
+                self,
+                self.reactor,
+                conn,
+                self.settings.limits.http_body_bytes,
+                self.settings.timeouts.handshake_ms,
+            )
+        http.feed(data)
+
+    def on_http_closed(self, conn: int) -> None:
+        """A connection that was never upgraded is gone."""
+        self._http.pop(conn, None)
+
+    def on_message(self, session: Session, data: bytes, wait_ms: int) -> None:
+        """One message of a client."""
+        session.on_message(data, wait_ms)
+
+    def on_writable(self, session: Session) -> None:
+        """A client has read on."""
+        session.on_writable()
+
+    def on_closed(self, session: Session, code: int) -> None:
+        """A client is gone."""
+        self.sessions.discard(session)
+        session.on_closed()
+
+    # --- HTTP -----------------------------------------------------------------------
+    def http_request(self, http: HttpConnection, request: HttpRequest) -> None:
+        """Answer a plain request."""
+        self.spawn(self._respond(http, request), "http-request")
+
+    async def _respond(self, http: HttpConnection, request: HttpRequest) -> None:
+        response: HttpResponse
+        try:
+            response = await self.api.handle(request)
+        except ChatError as exc:
+            response = error_response(exc)
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            response = error_response(Internal("internal error"))
+        http.respond(response, last=self.draining)
+
+    def upgraded(self, conn: int, response: bytes, leftover: bytes) -> None:
+        """Make a session of a connection. Refusals come after the upgrade, where browsers can see them."""
+        self._http.pop(conn, None)
+        session = Session(self, conn)
+        self.sessions.add(session)
+        auth_ms = self.settings.timeouts.auth_ms
+        if self.draining:
+            self.reactor.upgrade(conn, session, response, b"", auth_ms)
+            spread = self.settings.server.reconnect_spread_ms
+            session.close(p.CloseCode.RESTART, f"restart {random.randint(0, spread)}")
+        elif self.reactor.websockets() >= self.settings.limits.connections_per_worker:
+            self.reactor.upgrade(conn, session, response, b"", auth_ms)
+            session.close(p.CloseCode.OVER_CAPACITY, "over capacity")
+        else:
+            self.reactor.upgrade(conn, session, response + self._hello, leftover, auth_ms)
+
+    # --- the bus' listener ------------------------------------------------------------
+    def on_bus(self, channel: str, payload: bytes) -> None:
+        """A message of another worker. Malformed ones are a bug over there: told and dropped."""
+        kind, _, name = channel.partition(":")
+        try:
+            if kind == "c":
+                self.delivery.on_bus(name, payload)
+            elif kind == "u":
+                self.users.on_bus(name, payload)
+            elif kind == "p":
+                self.presence.on_bus(name, payload)
+        except (ValueError, KeyError) as exc:
+            log.warning("bus message on %s dropped: %s", channel, exc)
+
+    def on_doubt(self, why: str) -> None:
+        """Something may have been missed."""
+        log.debug("doubt: %s", why)
+        self.delivery.check()
+
+    def on_peer_gone(self, peer: str) -> None:
+        """Another worker is gone."""
+        self.presence.on_peer_gone(peer)
+
+    def on_peer_subscribed(self, peer: str, channel: str) -> None:
+        """Another worker listens to a channel."""
+        if channel.startswith("p:"):
+            self.presence.on_peer_subscribed(peer, channel[2:])
