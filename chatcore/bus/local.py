@@ -1,0 +1,521 @@
+"""The local bus: Unix stream sockets between the worker processes of one host.
+
+Every worker listens at ``<run_dir>/bus-<name>.sock`` and connects to every other
+socket of the folder, so that a pair of workers has two links, each used in one
+direction only::
+
+    A ==> B   written by A: A's subscriptions, and what A publishes to B
+    A <== B   written by B: B's subscriptions, and what B publishes to A
+
+A tells its subscriptions on its own link and is answered on that of B, ahead of
+everything that B publishes from then on: that is what a confirmation says. A
+socket is listening before it is visible, and visible before its owner lists the
+folder, so of two workers that start together at least one sees the other; and who
+is connected to connects back.
+
+Nothing here is ever repeated. Whatever may have been missed (a link came up or
+broke, a queue overflowed, a peer was silent or confirmed late) is a doubt, and
+whoever listens looks at the log.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import re
+import socket
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from .base import BusListener
+from .local_link import (
+    MAX_CHANNEL_BYTES,
+    MAX_PAYLOAD_BYTES,
+    NAME_PATTERN,
+    SUBSCRIBE,
+    UNSUBSCRIBE,
+    Inbound,
+    LocalBusStats,
+    Malformed,
+    Peer,
+    channel_frames,
+    message_frame,
+)
+
+log = logging.getLogger(__name__)
+
+#: sockaddr_un holds 108 bytes with the closing NUL.
+MAX_ADDRESS_BYTES: Final = 107
+#: Connections that wait to be accepted: more than a host has workers.
+BACKLOG: Final = 128
+#: Without a byte for so many heartbeats a peer counts as silent.
+SILENT_AFTER_BEATS: Final = 3
+
+_SOCKET: Final = re.compile(rf"bus-({NAME_PATTERN.pattern})\.sock")
+
+
+class _Waiting:
+    """Subscriptions that wait for confirmations: by peer, the ASK that it has to confirm."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.peers: dict[Peer, int] = {}
+        self.done: asyncio.Future[None] = loop.create_future()
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class LocalBus:
+    """A :class:`~chatcore.bus.base.Bus` for the workers of one host.
+
+    :param run_dir: the folder of the sockets; private to the server's user.
+    :param name: ``<host>-<slot>-<nonce>``, never used by two processes.
+    :param queue_bytes: bound of what waits for one peer; more is dropped, and that peer told.
+    :param confirm_timeout_ms: how long `subscribe` waits for a peer; also the deadline of `close`.
+    :param heartbeat_ms: between heartbeats, and between looks at the folder.
+    :raises ValueError: a name that does not fit into a socket's address.
+    """
+
+    def __init__(
+        self, run_dir: Path, name: str, *, queue_bytes: int, confirm_timeout_ms: int, heartbeat_ms: int
+    ) -> None:
+        if not NAME_PATTERN.fullmatch(name):
+            raise ValueError(f"bus name {name!r}: 1 to 72 of A-Z a-z 0-9 _ . - are allowed")
+        self.run_dir = run_dir
+        self.stats = LocalBusStats()
+        self._name = name
+        self._confirm_s = confirm_timeout_ms / 1000
+        self._beat_s = heartbeat_ms / 1000
+        self._dir_fd = -1
+        self._server: asyncio.Server | None = None
+        self._visible = False
+        self._closing = False
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._peers: dict[str, Peer] = {}
+        self._links: set[Peer | Inbound] = set()  # those with a transport
+        self._links_gone = asyncio.Event()
+        self._routes: dict[str, dict[Peer, None]] = {}  # channel -> subscribed peers
+        self._counts: dict[str, int] = {}
+        self._asks = 0
+        self._asking: _Waiting | None = None  # the subscriptions of this tick
+        self._unconfirmed: list[_Waiting] = []
+        self._dirty: list[Peer] = []
+        self._flush_due = False
+        # For the links (see local_link.Hub):
+        self.loop: asyncio.AbstractEventLoop
+        self.queue_bytes = queue_bytes
+        self.own: dict[bytes, str] = {}
+        self.on_bus: Callable[[str, bytes], Any]
+        self._listener: BusListener
+
+    # --- the interface -----------------------------------------------------
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def peers(self) -> list[str]:
+        """Names of the workers that there is a session with."""
+        return list(self._peers)
+
+    @property
+    def healthy(self) -> bool:
+        """Listening, and no peer is silent, overflowed or late to come up."""
+        if not self._visible:
+            return False
+        patience = self.loop.time() - self._confirm_s
+        return not any(
+            p.silent or p.broken or p.overflowed or (not p.up and p.since < patience) for p in self._peers.values()
+        )
+
+    async def start(self, listener: BusListener) -> None:
+        """Listen, then find the others; return when they have confirmed, or after the timeout.
+
+        :raises OSError: the folder or the socket cannot be made.
+        """
+        self.loop = asyncio.get_running_loop()
+        self._listener = listener
+        self.on_bus = listener.on_bus
+        self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._dir_fd = os.open(self.run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        hidden = self.run_dir / f".bus-{self._name}.sock"
+        try:
+            hidden.unlink(missing_ok=True)
+            sock.bind(self._address(hidden))
+            hidden.chmod(0o600)
+            # Listening before it is visible: a refused connection then means "dead", never "not yet".
+            sock.listen(BACKLOG)
+            hidden.rename(self._path(self._name))
+            self._visible = True
+            self._server = await self.loop.create_unix_server(lambda: Inbound(self), sock=sock, backlog=BACKLOG)
+        except BaseException:
+            self._visible = False
+            sock.close()
+            os.close(self._dir_fd)
+            raise
+        self._look()
+        self._own_task(self._beat_forever())
+        waiting = _Waiting(self.loop)
+        self._wait_for(waiting, {peer: peer.asked for peer in self._peers.values()})
+        await waiting.done
+
+    async def close(self) -> None:
+        """Send what is queued, bounded by the confirm timeout, then end everything. Ends every wait."""
+        if self._closing or self._server is None:
+            return
+        self._closing = True
+        self._visible = False
+        self._path(self._name).unlink(missing_ok=True)
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._server.close()
+        self._flush()
+        # The links that are written here end, flushed. Their readers then end theirs, behind what they had sent.
+        for link in list(self._links):
+            if isinstance(link, Peer) and link.transport is not None:
+                link.transport.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._confirm_s):
+                while self._links:
+                    self._links_gone.clear()
+                    await self._links_gone.wait()
+        for link in list(self._links):
+            if link.transport is not None:
+                link.transport.abort()
+        for peer in list(self._peers.values()):
+            self._end(peer)
+        for waiting in list(self._unconfirmed):
+            self._release(waiting)
+        await asyncio.sleep(0)  # for the aborted transports' callbacks
+        os.close(self._dir_fd)
+
+    async def subscribe(self, channels: list[str]) -> None:
+        """See :meth:`Bus.subscribe`. A peer that does not confirm in time is a doubt, and another one
+        when it does; one that is silent already is not waited for. A cancelled call subscribed to nothing.
+
+        :raises ValueError: a channel of no or of more than 200 bytes.
+        """
+        if self._closing:
+            return
+        encoded = [channel.encode() for channel in channels]
+        for raw in encoded:
+            if not 0 < len(raw) <= MAX_CHANNEL_BYTES:
+                raise ValueError(f"channel of {len(raw)} bytes: 1 to {MAX_CHANNEL_BYTES} are allowed")
+        fresh: list[bytes] = []
+        for channel, raw in zip(channels, encoded, strict=True):
+            count = self._counts.get(channel, 0)
+            self._counts[channel] = count + 1
+            if not count:
+                self.own[raw] = channel
+                fresh.append(raw)
+        if fresh:
+            self._tell(SUBSCRIBE, fresh)
+            if self._asking is None:
+                self._asking = _Waiting(self.loop)
+                self._flush_soon()
+        # Known already may still be unconfirmed: the newest wait covers all the older ones.
+        waiting = self._asking or (self._unconfirmed[-1] if self._unconfirmed else None)
+        if waiting is None:
+            return
+        try:
+            await asyncio.shield(waiting.done)
+        except asyncio.CancelledError:
+            self.unsubscribe(channels)
+            raise
+
+    def unsubscribe(self, channels: list[str]) -> None:
+        """Take back one `subscribe` of each; unknown ones are ignored."""
+        gone: list[bytes] = []
+        for channel in channels:
+            count = self._counts.get(channel, 0)
+            if count > 1:
+                self._counts[channel] = count - 1
+            elif count:
+                del self._counts[channel]
+                raw = channel.encode()
+                del self.own[raw]
+                gone.append(raw)
+        self._tell(UNSUBSCRIBE, gone)
+
+    def publish(self, channel: str, payload: bytes) -> None:
+        self.stats.published += 1
+        peers = self._routes.get(channel)
+        if peers:
+            self._send(peers, channel, payload)
+
+    def send_to(self, peer: str, channel: str, payload: bytes) -> None:
+        session = self._peers.get(peer)
+        if session is not None:
+            self._send((session,), channel, payload)
+
+    def _send(self, peers: Iterable[Peer], channel: str, payload: bytes) -> None:
+        raw = channel.encode()
+        if len(payload) > MAX_PAYLOAD_BYTES or len(raw) > MAX_CHANNEL_BYTES:
+            log.error("a message of %d bytes for channel %.40s is over the limit", len(payload), channel)
+            for peer in peers:
+                self.stats.dropped += 1
+                peer.overflow()
+            return
+        data = message_frame(raw, payload)
+        for peer in peers:
+            if peer.send(data):
+                self.stats.sent += 1
+            else:
+                self.stats.dropped += 1
+
+    def _tell(self, kind: int, channels: list[bytes]) -> None:
+        for data in channel_frames(kind, channels):
+            for peer in self._peers.values():
+                peer.send(data)
+
+    # --- one write per peer and tick ---------------------------------------
+    def flush_later(self, peer: Peer) -> None:
+        self._dirty.append(peer)
+        self._flush_soon()
+
+    def _flush_soon(self) -> None:
+        if not self._flush_due:
+            self._flush_due = True
+            self.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        self._flush_due = False
+        if self._asking is not None:
+            waiting, self._asking = self._asking, None
+            id = self.next_ask()
+            for peer in self._peers.values():
+                peer.ask(id)
+                if peer.silent:
+                    peer.late = id
+            self._wait_for(waiting, {p: id for p in self._peers.values() if not (p.silent or p.broken)})
+        dirty, self._dirty = self._dirty, []
+        for peer in dirty:
+            peer.flush()
+
+    # --- confirmations -----------------------------------------------------
+    def next_ask(self) -> int:
+        self._asks += 1
+        return self._asks
+
+    def confirmed(self, peer: Peer, id: int) -> None:
+        if id > peer.asked:
+            raise Malformed("a confirmation that nobody asked for")
+        if peer.greeted and id >= peer.greeted:
+            peer.greeted = 0
+            peer.late = 0 if peer.late <= id else peer.late
+            peer.up = True
+            self.doubt(f"the link to {peer.name} is up")
+        elif peer.late and id >= peer.late:
+            peer.late = 0
+            self.doubt(f"{peer.name} confirmed late")
+        self._settle(peer, id)
+
+    def _wait_for(self, waiting: _Waiting, peers: dict[Peer, int]) -> None:
+        waiting.peers = peers
+        self._unconfirmed.append(waiting)
+        if peers:
+            waiting.timer = self.loop.call_later(self._confirm_s, self._too_late, waiting)
+        else:
+            self._release(waiting)
+
+    def _settle(self, peer: Peer, upto: int) -> None:
+        """Nobody waits any longer for what this peer was asked up to here."""
+        for waiting in list(self._unconfirmed):
+            if waiting.peers.get(peer, upto + 1) <= upto:
+                del waiting.peers[peer]
+                if not waiting.peers:
+                    self._release(waiting)
+
+    def _too_late(self, waiting: _Waiting) -> None:
+        for peer, id in waiting.peers.items():
+            peer.late = max(peer.late, id)
+        names = ", ".join(peer.name for peer in waiting.peers)
+        self._release(waiting)
+        self.doubt(f"not confirmed in time by {names}")
+
+    def _release(self, waiting: _Waiting) -> None:
+        self._unconfirmed.remove(waiting)
+        if waiting.timer is not None:
+            waiting.timer.cancel()
+        if not waiting.done.done():
+            waiting.done.set_result(None)
+
+    # --- sessions ----------------------------------------------------------
+    def _path(self, name: str) -> Path:
+        return self.run_dir / f"bus-{name}.sock"
+
+    def _address(self, path: Path) -> str:
+        """The path for `bind` and `connect`: by way of the open folder if it is too long for them."""
+        direct = str(path)
+        return direct if len(os.fsencode(direct)) <= MAX_ADDRESS_BYTES else f"/proc/self/fd/{self._dir_fd}/{path.name}"
+
+    def _look(self) -> None:
+        """Begin a session with every worker in the folder that there is none with."""
+        names = [match[1] for match in map(_SOCKET.fullmatch, os.listdir(self.run_dir)) if match]
+        if self._visible and self._name not in names:
+            self._visible = False
+            log.error("somebody removed this worker's socket from %s: new workers cannot find it", self.run_dir)
+        for name in names:
+            if name != self._name and name not in self._peers:
+                self._meet(name)
+
+    def _meet(self, name: str) -> Peer | None:
+        """Begin a session: connect (at once or not at all, between Unix sockets) and greet."""
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        path = self._path(name)
+        try:
+            sock.connect(self._address(path))
+        except OSError as exc:
+            sock.close()
+            if isinstance(exc, ConnectionRefusedError):
+                log.info("removing the socket of %s, which is dead", name)
+                with contextlib.suppress(OSError):
+                    path.unlink()
+            elif not isinstance(exc, FileNotFoundError | BlockingIOError):  # gone; its backlog is full
+                log.warning("cannot connect to %s: %s", path, exc)
+            return None
+        peer = self._peers[name] = Peer(self, name)
+        peer.greet(self._name)
+        self._own_task(self._open(peer, sock))
+        return peer
+
+    async def _open(self, peer: Peer, sock: socket.socket) -> None:
+        try:
+            await self.loop.create_unix_connection(lambda: peer, sock=sock)
+        except BaseException as exc:
+            sock.close()
+            self._end(peer)
+            if not isinstance(exc, OSError):
+                raise
+
+    def _end(self, peer: Peer) -> None:
+        """End a session and both its links. The next look at the folder may begin another one."""
+        if peer.ended:
+            return
+        peer.ended = True
+        if self._peers.get(peer.name) is peer:
+            del self._peers[peer.name]
+        self.peer_unsubscribes(peer, list(peer.channels))
+        if peer.transport is not None:
+            # What is queued still matters to a peer if this worker is the one that leaves.
+            peer.transport.close() if self._closing else peer.transport.abort()
+        if peer.inbound is not None:
+            peer.inbound.close()
+        self._settle(peer, peer.asked)
+        if not self._closing and (peer.up or peer.inbound is not None):
+            self._tell_listener(self._listener.on_peer_gone, peer.name)
+            self.doubt(f"the link to {peer.name} is gone")
+
+    def link_up(self, link: Peer | Inbound) -> None:
+        self._links.add(link)
+
+    def out_lost(self, peer: Peer) -> None:
+        self._links.discard(peer)
+        self._links_gone.set()
+        if peer.ended:
+            return
+        peer.broken = True
+        self._settle(peer, peer.asked)
+        if peer.inbound is None:
+            self._end(peer)
+        # Else what it sent before it died is read first: the end of that link ends the session, or the next beat.
+
+    def inbound_lost(self, inbound: Inbound) -> None:
+        self._links.discard(inbound)
+        self._links_gone.set()
+        if inbound.peer is not None:
+            self._end(inbound.peer)
+
+    def hello(self, inbound: Inbound, name: str) -> None:
+        if name == self._name or self._closing:
+            raise Malformed("hello of this worker itself, or while it closes")
+        peer = self._peers.get(name)
+        if peer is not None and (peer.inbound is not None or peer.broken):
+            self._end(peer)  # the peer began anew before the end of its old links was seen
+            peer = None
+        peer = peer or self._meet(name)
+        if peer is None:
+            raise Malformed(f"hello of {name}, which cannot be connected to")
+        inbound.peer = peer
+        peer.inbound = inbound
+        peer.heard = self.loop.time()
+
+    def malformed(self, peer: Peer | None, why: str) -> None:
+        self.stats.malformed += 1
+        log.warning("closing the link from %s: %s", peer.name if peer is not None else "a stranger", why)
+
+    def peer_subscribes(self, peer: Peer, channels: list[str]) -> None:
+        for channel in channels:
+            peer.channels.add(channel)
+            self._routes.setdefault(channel, {})[peer] = None
+        for channel in channels:
+            self._tell_listener(self._listener.on_peer_subscribed, peer.name, channel)
+
+    def peer_unsubscribes(self, peer: Peer, channels: list[str]) -> None:
+        for channel in channels:
+            peer.channels.discard(channel)
+            route = self._routes.get(channel)
+            if route is not None:
+                route.pop(peer, None)
+                if not route:
+                    del self._routes[channel]
+
+    # --- heartbeats --------------------------------------------------------
+    async def _beat_forever(self) -> None:
+        while True:
+            due = self.loop.time() + self._beat_s
+            await asyncio.sleep(self._beat_s)
+            # If this loop was late itself, what the peers sent is still unread: judge nobody.
+            judge = self.loop.time() - due < self._beat_s
+            try:
+                self._beat(judge)
+            except OSError as exc:
+                log.error("local bus: %s", exc)
+
+    def _beat(self, judge: bool) -> None:
+        now = self.loop.time()
+        for peer in list(self._peers.values()):
+            if peer.broken:
+                self._end(peer)
+                continue
+            peer.beat()
+            if judge and not peer.silent and now - peer.heard > SILENT_AFTER_BEATS * self._beat_s:
+                peer.silent = True
+                peer.late = peer.asked
+                self._settle(peer, peer.asked)
+                self.doubt(f"{peer.name} is silent")
+        for link in list(self._links):
+            if isinstance(link, Inbound) and link.peer is None and now - link.since > self._confirm_s:
+                link.close()  # a stranger
+        self._look()
+
+    def heard_again(self, peer: Peer) -> None:
+        peer.silent = False
+        self.doubt(f"{peer.name} is heard again")
+
+    # --- small things ------------------------------------------------------
+    def doubt(self, why: str) -> None:
+        if not self._closing:
+            log.info("local bus: %s", why)
+            self._tell_listener(self._listener.on_doubt, why)
+
+    def _tell_listener(self, method: Callable[..., None], *args: str) -> None:
+        """A bug in the listener must not end a link."""
+        try:
+            method(*args)
+        except Exception:
+            log.exception("%s failed", getattr(method, "__name__", method))
+
+    def _own_task(self, coro: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(coro)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("local bus: a task failed", exc_info=task.exception())
