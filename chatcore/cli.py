@@ -181,11 +181,12 @@ def _announce(url: str, settings: Settings, workers: int) -> None:
     beside = Path(sys.executable).with_name("chatcore")
     program = "chatcore" if shutil.which("chatcore") else str(beside) if beside.exists() else "python3 -m chatcore"
     data = "" if settings.server.data == Settings.default().server.data else f" --data {settings.server.data}"
+    here = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
     lines = [
         f"chatcore {__version__} is ready: {workers} worker{'s' if workers != 1 else ''} on {url}",
         f"  data       {Path(settings.server.data).absolute()}",
         f"  next       {program} user add NAME{data}",
-        f"             {program} chat {url}",
+        f"             {program} chat {here}",
         f"  look       {program} ctl status{data}",
         "  stop       Ctrl-C",
     ]

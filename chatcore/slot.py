@@ -37,13 +37,14 @@ class Worker:
     ready_ns: int = 0
     kill_ns: int = 0  # asked to drain; killed at this time
     killed: str = ""  # why the supervisor killed it
+    spared_ns: int = 0  # its heartbeat is judged from here, if that was earlier
 
     def starting(self) -> bool:
         return self.ready_ns == 0 and self.kill_ns == 0
 
     def heard_ns(self) -> int:
-        """When its loop last ticked, or when it got ready."""
-        return max(self.cell.heartbeat_ns, self.ready_ns)
+        """When its loop last ticked, got ready, or was last spared."""
+        return max(self.cell.heartbeat_ns, self.ready_ns, self.spared_ns)
 
     def state(self) -> str:
         """For people: what it says of itself, or draining as soon as it was asked."""
@@ -51,11 +52,10 @@ class Worker:
             return "draining"
         return State(min(self.cell.state, State.STOPPED)).name.lower()
 
-    def shift(self, ns: int) -> None:
-        """Time did not count for `ns`: the supervisor, and likely everything, stood still."""
+    def spare(self, now: int, ns: int) -> None:
+        """The last `ns` do not count: the supervisor, and likely everything, stood still."""
+        self.spared_ns = now
         self.forked_ns += ns
-        if self.ready_ns:
-            self.ready_ns += ns
         if self.kill_ns:
             self.kill_ns += ns
 

@@ -189,7 +189,7 @@ class Supervisor:
         if self._last_round_ns and late > STOOD_STILL_NS:
             log.warning("the supervisor stood still for %d ms; nobody is judged by that time", late // MS)
             for worker in self._workers():
-                worker.shift(late)
+                worker.spare(now, late)
         self._last_round_ns = now
         for slot in self._slots:
             for worker in list(slot.workers()):
@@ -280,6 +280,8 @@ class Supervisor:
                 self._reload.failed(slot, error)
             return
         pause = slot.failed(worker, now, error)
+        if self._halted:
+            return
         if not self._ever_ready and (code == EXIT_START_ERROR or all(other.ever_failed for other in self._slots)):
             self._halted = error
             for other in self._workers():

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from chatcore import cli
 from chatcore.process import StartError, WorkerContext
@@ -23,23 +24,24 @@ from chatcore.stats import Health, State
 BEAT_S = 0.05
 
 
-def behaviour() -> dict[str, object]:
+def behaviour(slot: int) -> dict[str, Any]:
+    """For this slot: all of it, or with "slot" for that one only and "others" for the rest."""
     path = os.environ.get("CHATCORE_TEST_WORKER", "")
-    return dict(json.loads(Path(path).read_text())) if path else {}
+    how: dict[str, Any] = json.loads(Path(path).read_text()) if path else {}
+    return how if how.get("slot", slot) == slot else how.get("others", {})
 
 
 def tiny_worker(context: WorkerContext) -> int:
     """The contract of `chatcore.process`, and nothing else."""
-    how = behaviour()
-    if how.get("slots") in (None, context.slot):
-        if how.get("start_error"):
-            raise StartError(str(how["start_error"]))
-        if how.get("crash"):
-            raise RuntimeError(str(how["crash"]))
-        if how.get("exit"):
-            return int(str(how["exit"]))
-        while how.get("never_ready") and not Path(str(how["never_ready"])).exists():
-            time.sleep(BEAT_S)
+    how = behaviour(context.slot)
+    if "start_error" in how:
+        raise StartError(str(how["start_error"]))
+    if "crash" in how:
+        raise RuntimeError(str(how["crash"]))
+    if "exit" in how:
+        return int(how["exit"])
+    while "never_ready" in how and not Path(how["never_ready"]).exists():
+        time.sleep(BEAT_S)
     drain, drained = os.pipe()
     os.set_blocking(drained, False)
     if not how.get("ignore_term"):
@@ -63,7 +65,7 @@ def tiny_worker(context: WorkerContext) -> int:
     context.stats.state = State.DRAINING
     take(context)
     context.listener.close()
-    until = time.monotonic() + float(str(how.get("drain_s", 0)))
+    until = time.monotonic() + float(how.get("drain_s", 0))
     while time.monotonic() < until:
         time.sleep(BEAT_S)
         context.stats.beat()

@@ -1,0 +1,8 @@
+"""What every test shares: an environment without settings of the machine it runs on."""
+
+from __future__ import annotations
+
+import os
+
+for name in [name for name in os.environ if name.startswith("CHATCORE_")]:
+    del os.environ[name]

@@ -1,0 +1,187 @@
+"""The control socket and the commands that use it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from chatcore import __version__, control
+
+from .harness import ROOT, Server, eventually
+
+MakeServer = Callable[..., Server]
+
+
+def chatcore(*arguments: str, cwd: Path = ROOT, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "chatcore", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def raw(path: Path, request: bytes) -> bytes:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(20)
+        connection.connect(str(path))
+        connection.sendall(request)
+        return connection.makefile("rb").readline()
+
+
+def test_status_as_promised(server: MakeServer) -> None:
+    one = server(workers=2).ready()
+    done = chatcore("ctl", "status", "--json", "--data", str(one.data))
+    status = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert (status["version"], status["store"], status["bus"]) == (__version__, "ok", "ok")
+    assert [worker["slot"] for worker in status["workers"]] == [0, 1]
+    for worker in status["workers"]:
+        assert worker["state"] == "ready"
+        assert worker["connections"] == 0
+        assert worker["pid"] in one.pids
+        assert 0 <= worker["uptime_s"] < 60
+
+
+def test_a_table_for_people(server: MakeServer) -> None:
+    one = server(workers=2).ready()
+    done = chatcore("ctl", "--data", str(one.data), "status")
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"chatcore {__version__} serving on http://127.0.0.1:{one.port}"
+    assert lines[1] == "store ok, bus ok"
+    assert lines[2].split()[:3] == ["SLOT", "PID", "STATE"]
+    assert [line.split()[2] for line in lines[3:]] == ["ready", "ready"]
+
+
+def test_a_stuck_worker_can_be_seen(server: MakeServer) -> None:
+    one = server(workers=1).ready()
+    with one.connect() as connection:
+        connection.sendall(b"hang\n")
+        seen = eventually(lambda: one.worker(0) if one.worker(0)["heartbeat_age_ms"] > 400 else None)
+    assert seen["connections"] == 1
+
+
+def test_the_server_is_found_by_its_config_and_environment(server: MakeServer, tmp_path: Path) -> None:
+    one = server().ready()
+    file = tmp_path / "chatcore.toml"
+    file.write_text(f"[server]\ndata = '{one.data}'\n")
+    assert chatcore("ctl", "status", "--config", str(file)).returncode == 0
+    assert chatcore("ctl", "status", CHATCORE_DATA=str(one.data)).returncode == 0
+    assert chatcore("ctl", "status", "--data", "data", cwd=tmp_path).returncode == 0
+
+
+def test_commands(server: MakeServer) -> None:
+    one = server(workers=1).ready()
+    data = ("--data", str(one.data))
+    assert chatcore("ctl", "scale", "2", *data).stdout == "2 workers\n"
+    assert chatcore("ctl", "reload", *data).stdout == "reloaded 2 workers\n"
+    refused = chatcore("ctl", "scale", "0", *data)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == "chatcore: workers = 0 is not allowed: it must be a whole number from 1 to 128\n"
+    assert chatcore("ctl", "drain", *data).stdout == "stopped\n"
+    assert one.ended() == 0
+
+
+def test_drain_need_not_wait(server: MakeServer) -> None:
+    one = server(worker={"drain_s": 30}).ready()
+    assert chatcore("ctl", "drain", "--no-wait", "--data", str(one.data)).stdout == "draining\n"
+    status = chatcore("ctl", "status", "--data", str(one.data)).stdout
+    assert status.splitlines()[0].startswith(f"chatcore {__version__} stopping")
+    assert one.process.poll() is None
+
+
+def test_no_server_there_is_one_line(tmp_path: Path) -> None:
+    for data in (tmp_path, tmp_path / "none"):
+        done = chatcore("ctl", "status", "--data", str(data))
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"chatcore: no server runs on data directory {data}\n"
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_dead_servers_socket_is_no_server_and_in_nobodys_way(server: MakeServer) -> None:
+    one = server().ready()
+    one.process.kill()
+    one.ended()
+    assert control.socket_path(one.data).exists()
+    with pytest.raises(control.ControlError, match="no server runs"):
+        one.call("status")
+    eventually(lambda: not [pid for pid in one.pids if Path(f"/proc/{pid}").exists()])
+    server().ready()
+
+
+def test_only_the_owner_may_ask(server: MakeServer) -> None:
+    one = server().ready()
+    path = control.socket_path(one.data)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert stat.S_IMODE(one.data.stat().st_mode) == 0o700
+
+
+def test_a_path_longer_than_an_address_may_be(server: MakeServer, tmp_path: Path) -> None:
+    one = server(data=tmp_path / ("d" * 90) / ("e" * 90)).ready()
+    assert len(str(control.socket_path(one.data))) > 108
+    assert one.call("status")["ok"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "expected"),
+    [
+        (b"\n", "a request is one JSON object on a line"),
+        (b"[]\n", "a request is one JSON object on a line"),
+        (b"\xff\xfe\n", "a request is one JSON object on a line"),
+        (b"{}\n", "unknown command None"),
+        (b'{"cmd":"eat"}\n', "unknown command 'eat'"),
+        (b'{"cmd":["status"]}\n', "unknown command ['status']"),
+    ],
+)
+def test_what_cannot_be_understood_is_refused(server: MakeServer, request_: bytes, expected: str) -> None:
+    one = server(workers=1).ready()
+    assert json.loads(raw(control.socket_path(one.data), request_)) == {"ok": False, "error": expected}
+    assert one.call("status")["ok"]
+
+
+def test_silent_and_endless_callers_harm_nobody(server: MakeServer) -> None:
+    one = server(workers=1).ready()
+    path = control.socket_path(one.data)
+    silent = [socket.socket(socket.AF_UNIX) for _ in range(10)]
+    for connection in silent:
+        connection.connect(str(path))
+    assert one.call("status")["ok"]
+    with socket.socket(socket.AF_UNIX) as endless:
+        endless.settimeout(20)
+        endless.connect(str(path))
+        with contextlib.suppress(ConnectionResetError, BrokenPipeError):
+            for _ in range(1000):
+                endless.sendall(b"x" * 4096)
+            pytest.fail("4 MB without an end of line were taken")
+    for connection in silent:
+        connection.close()
+    assert one.call("status")["ok"]
+
+
+def test_mistakes_in_commands_are_one_line() -> None:
+    for arguments in (("eat",), ("serve", "--prot", "1"), ("ctl",), ("ctl", "scale", "two"), ("user", "add"), ()):
+        done = chatcore(*arguments)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert "--help" in done.stderr
+    assert chatcore("serve", "--set", "history").stderr == "chatcore: --set history is not NAME=VALUE\n"
+
+
+def test_version_and_config() -> None:
+    assert chatcore("--version").stdout == f"chatcore {__version__}\n"
+    assert "port = 9\n" in chatcore("config", CHATCORE_PORT="9").stdout
+    assert json.loads(chatcore("config", "--json", "--set", "limits.history=7").stdout)["limits.history"]["value"] == 7

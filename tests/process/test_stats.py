@@ -1,0 +1,76 @@
+"""The shared page: what a worker writes, its parent sees."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+import pytest
+
+from chatcore.stats import CELL_BYTES, CELLS_PER_SLOT, ERROR_BYTES, Health, State, StatsCell, StatsPage, _Field
+
+from .harness import eventually
+
+FIELDS = [name for name, value in vars(StatsCell).items() if isinstance(value, _Field)]
+
+
+def test_what_a_child_writes_its_parent_reads() -> None:
+    page = StatsPage(4)
+    cell = page.cell(2, 1)
+    cell.reset(nonce=77)
+    pid = os.fork()
+    if pid == 0:
+        cell.pid = os.getpid()
+        cell.messages_in += 5
+        cell.store_health = Health.OK
+        cell.error = "it broke"
+        cell.ready()
+        signal.pause()
+    try:
+        eventually(lambda: cell.state == State.READY)
+        assert (cell.pid, cell.nonce, cell.messages_in, cell.store_health) == (pid, 77, 5, Health.OK)
+        assert cell.error == "it broke"
+        assert abs(time.monotonic_ns() - cell.heartbeat_ns) < 20e9
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    assert cell.messages_in == 5  # still to be read after its death
+
+
+def test_cells_and_fields_do_not_overlap() -> None:
+    page = StatsPage(3)
+    cells = [page.cell(slot, which) for slot in range(3) for which in range(CELLS_PER_SLOT)]
+    for at, cell in enumerate(cells):
+        for number, name in enumerate(FIELDS):
+            setattr(cell, name, at * 1000 + number)
+        cell.error = f"error {at}"
+    for at, cell in enumerate(cells):
+        assert [getattr(cell, name) for name in FIELDS] == [at * 1000 + number for number in range(len(FIELDS))]
+        assert cell.error == f"error {at}"
+
+
+def test_a_new_worker_finds_nothing_of_the_last_one() -> None:
+    cell = StatsCell.private()
+    for name in FIELDS:
+        setattr(cell, name, 2**64 - 1)
+    cell.error = "x" * 1000
+    cell.reset(nonce=5)
+    assert {name: getattr(cell, name) for name in FIELDS if name not in ("nonce", "started_ns")} == dict.fromkeys(
+        [name for name in FIELDS if name not in ("nonce", "started_ns")], 0
+    )
+    assert cell.nonce == 5
+    assert cell.error == ""
+
+
+def test_only_what_fits() -> None:
+    cell = StatsCell.private()
+    for value in (-1, 2**64):
+        with pytest.raises(ValueError, match=r"out of bounds|invalid value"):
+            cell.connections = value
+    cell.error = "é" * CELL_BYTES
+    assert cell.error.rstrip("\ufffd") == "é" * (ERROR_BYTES // 2)
+    page = StatsPage(2)
+    for slot, which in ((2, 0), (-1, 0), (0, 2), (0, -1)):
+        with pytest.raises(IndexError):
+            page.cell(slot, which)
