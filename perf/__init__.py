@@ -1,0 +1,1 @@
+"""Benchmarks of chatcore: ``python -m perf NAME``."""

@@ -1,0 +1,67 @@
+"""An open store on a fresh folder, and short ways to fill it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from chatcore.store.base import Entry, NewEntry, Opening, User
+from chatcore.store.entries import new_entry
+from chatcore.store.sqlite.schema import prepare
+from chatcore.store.sqlite.store import SQLiteStore
+
+_cids = itertools.count()
+
+
+def message(conv: str, sender: User, body: str = "hello", cid: str | None = None) -> NewEntry:
+    """A message to append; without a cid, one of its own."""
+    return new_entry(conv, sender.id, cid or f"cid-{next(_cids)}", "msg", {"body": body})
+
+
+def change(conv: str, actor: User, user: User, role: str) -> NewEntry:
+    """A ``member`` entry to append."""
+    return new_entry(conv, actor.id, f"cid-{next(_cids)}", "member", {"user": user.id, "role": role})
+
+
+class Opened:
+    """A store in use: what it told, and who and what is in it."""
+
+    def __init__(self, store: SQLiteStore, told: list[Entry]) -> None:
+        self.store = store
+        self.told = told
+
+    async def user(self, name: str) -> User:
+        return await self.store.add_user(name, "hash")
+
+    async def conversation(self, creator: User, *others: User, kind: str = "group", title: str | None = "t") -> str:
+        opening = Opening(creator.id, f"open-{next(_cids)}", kind, title, tuple(u.id for u in others), b"12345678")
+        return (await self.store.open(opening)).conv
+
+    async def log(self, conv: str) -> list[Entry]:
+        """All entries."""
+        found: list[Entry] = []
+        while more := await self.store.entries(conv, len(found), 1000, 10**9):
+            found.extend(more)
+        return found
+
+
+def run(data: Path, work: Callable[[Opened], Awaitable[Any]], **options: Any) -> Any:
+    """Open a store on the folder, do the work on the loop that workers use, and close it."""
+
+    async def main() -> Any:
+        told: list[Entry] = []
+        store = SQLiteStore(data, told.extend, **options)
+        await store.start()
+        try:
+            return await work(Opened(store, told))
+        finally:
+            await store.close()
+
+    prepare(data)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(main())
