@@ -257,7 +257,6 @@ class Peer(asyncio.Protocol):
             self._pending.clear()
         self._queued = transport.get_write_buffer_size()
         if self._limit < 0 and self._queued <= self.hub.queue_bytes // 2:
-            self._limit = self.hub.queue_bytes
             self._tell_all([_LOST_FRAME])
             self.flush()
 
@@ -273,15 +272,17 @@ class Peer(asyncio.Protocol):
         return True
 
     def _tell_all(self, first: list[bytes]) -> None:
-        """Queue the complete set of subscriptions and ask for a confirmation. Not bounded by the
-        queue's limit, but by what the worker is subscribed to: a link is worth nothing without it."""
+        """Queue the complete set of subscriptions and ask for a confirmation. It comes on top of the
+        queue's limit: a link is worth nothing without it."""
         self.asked = self.greeted = self.hub.next_ask()
         frames = [*first, _RESET_FRAME, *channel_frames(SUBSCRIBE, self.hub.own), frame(ASK, _ID.pack(self.asked))]
         if self._owed:
             frames.append(frame(CONFIRM, _ID.pack(self._owed)))
             self._owed = 0
+        size = sum(map(len, frames))
         self._pending += frames
-        self._queued += sum(map(len, frames))
+        self._queued += size
+        self._limit = self.hub.queue_bytes + size
 
 
 class Inbound(asyncio.Protocol):
