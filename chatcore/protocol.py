@@ -24,7 +24,8 @@ MAX_INT: Final = 2**53 - 1
 # No server message is larger; a page is cut at it and says ``more``.
 MAX_SERVER_MESSAGE_BYTES: Final = 256 * 1024
 
-ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,64}$"
+# \Z, not $: that would let a newline pass at the end, and ids go out unescaped (encode_entry).
+ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,64}\Z"
 
 Id = Annotated[str, msgspec.Meta(pattern=ID_PATTERN)]
 Seq = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
@@ -237,17 +238,12 @@ class Malformed(Exception):
     """Not a JSON object: the connection is closed with 4103."""
 
 
-class _Envelope(msgspec.Struct, gc=False):
-    t: str
-    id: RequestId | None = None
-
-
 class _IdOnly(msgspec.Struct, gc=False):
     id: RequestId | None = None
 
 
 _decoder: Final[msgspec.json.Decoder[AnyRequest]] = msgspec.json.Decoder(AnyRequest)
-_envelope: Final = msgspec.json.Decoder(_Envelope)
+_fields: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _id_only: Final = msgspec.json.Decoder(_IdOnly)
 
 
@@ -259,6 +255,12 @@ class InvalidRequest(BadRequest):
         self.id = id
 
 
+# What a decoder raises when the bytes are no JSON (ValidationError, which is JSON of another shape, comes first).
+_NOT_JSON: Final = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
+# What is told of a fault quotes the request, and the client knows that already.
+_MESSAGE_CHARS: Final = 200
+
+
 def decode(data: bytes) -> AnyRequest:
     """Decode and validate one request.
 
@@ -268,23 +270,31 @@ def decode(data: bytes) -> AnyRequest:
     try:
         return _decoder.decode(data)
     except msgspec.ValidationError as exc:
-        why = str(exc)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
+        why = str(exc)[:_MESSAGE_CHARS]
+    except _NOT_JSON as exc:
         raise Malformed(str(exc)) from None
+    # The decoder stopped at the first fault: whether the rest is JSON is not known yet.
     try:
-        envelope = _envelope.decode(data)
-    except msgspec.ValidationError as exc:
-        if not data.lstrip().startswith(b"{"):
-            raise Malformed("not a JSON object") from None
-        raise InvalidRequest(str(exc), request_id(data)) from None
-    raise InvalidRequest(f"{envelope.t[:32]}: {why}", envelope.id)
+        fields = _fields.decode(data)
+    except msgspec.ValidationError:
+        raise Malformed("not a JSON object") from None
+    except _NOT_JSON as exc:
+        raise Malformed(str(exc)) from None
+    raise InvalidRequest(why, _as_request_id(fields.get("id")))
+
+
+def _as_request_id(raw: msgspec.Raw | None) -> int | None:
+    try:
+        return None if raw is None else msgspec.json.decode(raw, type=RequestId)
+    except msgspec.ValidationError:
+        return None
 
 
 def request_id(data: bytes) -> int | None:
     """The ``id`` of a request that is not going to be looked at further."""
     try:
         return _id_only.decode(data).id
-    except msgspec.MsgspecError:
+    except _NOT_JSON:
         return None
 
 
