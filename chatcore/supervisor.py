@@ -25,9 +25,10 @@ from typing import Final
 from . import __version__, datadir
 from .config import ConfigError
 from .control import Caller, ControlServer, Json
-from .listeners import Listeners, steer
+from .listeners import Listeners
 from .process import EXIT_START_ERROR, StartError, WorkerContext, WorkerMain, fork_worker
 from .reload import Reload
+from .scale import Scale
 from .sdnotify import Notifier
 from .settings import MAX_WORKERS, Settings
 from .slot import MS, Slot, Worker, how_it_ended
@@ -38,8 +39,6 @@ log = logging.getLogger("chatcore.supervisor")
 
 #: A drained worker has closed everything by its deadline; this is to get out of the process.
 KILL_GRACE_NS: Final = 1_000 * MS
-#: While a slot retires the handshakes under way (SYN seen, not accepted yet) still end on its listener.
-RETIRE_SETTLE_NS: Final = 1_000 * MS
 #: Files of a worker that are not clients: the store, the bus, libraries.
 SPARE_FILES: Final = 512
 #: Rounds while something is awaited that sends no signal (a worker getting ready), and otherwise.
@@ -77,11 +76,8 @@ class Supervisor:
         self._main = worker_main
         self._reread = reread
         self._announce = announce
-        self._slots: list[Slot] = []
-        self._target = settings.worker_count()
         self._reload: Reload | None = None
         self._reload_again: list[Caller] | None = None  # None: not asked for
-        self._scalers: list[Caller] = []
         self._drainers: list[Caller] = []
         self._announced = False
         self._ever_ready = False
@@ -102,8 +98,7 @@ class Supervisor:
         self._page = StatsPage(MAX_WORKERS)
         datadir.refuse_if_held(self.data)
         self._listeners = Listeners(self.settings.server.host, self.settings.server.port)
-        for index in range(self._target):
-            self._slots.append(Slot(index, self._listeners.open()))
+        self._scale = Scale(self._listeners, self.settings.worker_count())
         lock_fd = datadir.lock(self.data)
         try:
             self._control = ControlServer(self.data, self._command)
@@ -115,7 +110,7 @@ class Supervisor:
         # What was made so far is for ever: the collector need not touch, and so copy, its pages in workers.
         gc.collect()
         gc.freeze()
-        log.info("starting %d workers on %s, data in %s", self._target, self._listeners.url, self.data)
+        log.debug("starting %d workers on %s, data in %s", self._scale.target, self._listeners.url, self.data)
         try:
             self._loop()
         finally:
@@ -155,8 +150,6 @@ class Supervisor:
         os.close(lock_fd)
         for caller in self._drainers:
             caller.answer({"ok": True})
-        for caller in self._scalers:
-            caller.fail("the server stopped")
         self._notifier.close()
 
     def _loop(self) -> None:
@@ -179,7 +172,7 @@ class Supervisor:
         if self._reload or any(worker.starting() for worker in self._workers()):
             return ROUND_BUSY_MS
         due = [now + ROUND_IDLE_MS * MS]
-        due += [slot.restart_ns for slot in self._slots if slot.current is None]
+        due += [slot.restart_ns for slot in self._slots if slot.restart_ns > now]
         due += [worker.kill_ns for worker in self._workers() if worker.kill_ns and not worker.killed]
         return max(0, min(ROUND_IDLE_MS, -((now - min(due)) // MS)))
 
@@ -201,13 +194,18 @@ class Supervisor:
         if self._halted:
             return
         if not self._stopping:
-            self._converge(now)
+            self._scale.step(now, self._kill_at(now), reloading=self._reload is not None)
+            self._fork_missing(now)
             if self._reload and self._reload.step(now, self._spawn, self._kill_at(now)):
                 self._reloaded(self._reload)
             self._tell_ready()
         self._tell_systemd(now)
 
     # -- workers
+
+    @property
+    def _slots(self) -> list[Slot]:
+        return self._scale.slots
 
     def _workers(self) -> Iterator[Worker]:
         for slot in self._slots:
@@ -236,7 +234,7 @@ class Supervisor:
         except OSError as error:
             log.error("no process for worker %d: %s", slot.index, error.strerror)
             return None
-        log.info("worker %d is process %d", slot.index, pid)
+        log.debug("worker %d is process %d", slot.index, pid)
         return Worker(pid, nonce, which, cell, time.monotonic_ns())
 
     def _close_in_child(self, own: Slot) -> None:
@@ -287,46 +285,23 @@ class Supervisor:
             for other in self._workers():
                 other.kill("no worker can start")
             return
+        if not worker.ready_ns:
+            # It is tried again, for ever if need be; nobody should have to wait for that.
+            self._scale.fail(f"worker {slot.index} died before it was ready: {error}")
         log.error(
             "worker %d (process %d) died: %s; the next one comes in %d ms", slot.index, worker.pid, error, pause // MS
         )
 
-    def _converge(self, now: int) -> None:
-        """Fork what is missing; open or retire slots until there are as many as wanted."""
+    def _fork_missing(self, now: int) -> None:
+        """A worker for every slot that has none and may have one by now."""
         for slot in self._slots:
             if slot.current is slot.coming is None and not slot.retire_ns and now >= slot.restart_ns:
                 slot.current = self._spawn(slot, self.settings)
                 if slot.current is None:
                     slot.restart_ns = now + ROUND_IDLE_MS * MS
-            if slot.retire_ns and now >= slot.retire_ns:
-                for worker in slot.workers():
-                    worker.drain(self._kill_at(now))
-        active = [slot for slot in self._slots if not slot.retire_ns]
-        if len(active) > self._target and not self._reload:
-            for slot in self._slots[self._target :]:
-                slot.retire_ns = slot.retire_ns or now + RETIRE_SETTLE_NS
-            steer(self._slots[0].listener, self._target)
-        # From the end only: the order of the listeners is the kernel's numbering of them.
-        while self._slots[-1].retire_ns and now >= self._slots[-1].retire_ns and not any(self._slots[-1].workers()):
-            self._slots.pop().listener.close()
-            if not any(slot.retire_ns for slot in self._slots):
-                steer(self._slots[0].listener, 0)
-        if len(active) == len(self._slots) < self._target:
-            try:
-                self._slots.append(Slot(len(self._slots), self._listeners.open()))
-            except StartError as error:
-                log.error("no slot can be added: %s", error)
-                self._target = len(self._slots)
-        elif self._all_ready():
-            for caller in self._scalers:
-                caller.answer({"ok": True, "workers": len(self._slots)})
-            self._scalers.clear()
-
-    def _all_ready(self) -> bool:
-        return len(self._slots) == self._target and all(slot.is_ready() and not slot.retire_ns for slot in self._slots)
 
     def _tell_ready(self) -> None:
-        if not self._announced and self._all_ready():
+        if not self._announced and self._scale.reached():
             self._announced = True
             self._announce(self._listeners.url, self.settings, len(self._slots))
             self._notifier.ready()
@@ -356,14 +331,16 @@ class Supervisor:
             elif number == signal.SIGHUP and not self._stopping:
                 self._start_reload(())
             elif number == signal.SIGTTIN:
-                self._scale(self._target + 1)
+                self._scale.to(self._scale.target + 1)
             elif number == signal.SIGTTOU:
-                self._scale(self._target - 1)
+                self._scale.to(self._scale.target - 1)
 
     def _command(self, request: Json, caller: Caller) -> None:
         match request.get("cmd"):
             case "status":
-                caller.answer({"ok": True, **report(self._slots, self._target, self._listeners.url, self._stopping)})
+                caller.answer(
+                    {"ok": True, **report(self._slots, self._scale.target, self._listeners.url, self._stopping)}
+                )
             case "drain":
                 if request.get("wait", True):
                     self._drainers.append(caller)
@@ -381,8 +358,7 @@ class Supervisor:
                         f"workers = {workers!r} is not allowed: it must be a whole number from 1 to {MAX_WORKERS}"
                     )
                     return
-                self._scale(workers)
-                self._scalers.append(caller)
+                self._scale.to(workers, caller)
             case other:
                 caller.fail(f"unknown command {other!r}")
 
@@ -397,16 +373,13 @@ class Supervisor:
             self._reload = None
         for caller in self._reload_again or ():
             caller.fail("the server is stopping")
+        self._scale.fail("the server is stopping")
         kill_ns = self._kill_at(time.monotonic_ns())
         for slot in self._slots:
             # Whoever comes from now on is refused at once and tries elsewhere or later, instead of waiting.
             slot.listener.close()
             for worker in slot.workers():
                 worker.drain(kill_ns)
-
-    def _scale(self, workers: int) -> None:
-        self._target = max(1, min(MAX_WORKERS, workers))
-        log.info("there are to be %d workers", self._target)
 
     def _start_reload(self, callers: Sequence[Caller]) -> None:
         if self._reload:
@@ -435,7 +408,7 @@ class Supervisor:
         self._reload = None
         if reload.adopted:
             if reload.settings.worker_count() != self.settings.worker_count():
-                self._scale(reload.settings.worker_count())
+                self._scale.to(reload.settings.worker_count())
             self.settings = reload.settings
         if reload.error:
             log.error("not reloaded, the old workers stay: %s", reload.error)

@@ -40,7 +40,7 @@ def test_a_slot_that_goes_gets_no_new_connections_but_answers_those_it_has(serve
     # Connected, not yet accepted by anybody: some of them wait for worker 1.
     waiting = [one.connect() for _ in range(20)]
     one.signal(signal.SIGTTOU)
-    one.logged("there are to be 1 workers")
+    one.logged("the number of workers is to be 1")
     answers = [one.ask_on(connection) for connection in waiting]
     assert all(answer.line == "hello" for answer in answers)
     assert {one.ask().slot for _ in range(50)} == {0}
@@ -67,3 +67,13 @@ def test_numbers_that_make_no_sense_are_refused(server: MakeServer, workers: obj
     with pytest.raises(control.ControlError, match="it must be a whole number from 1 to 128"):
         one.call("scale", workers=workers)
     assert slots(one) == [0]
+
+
+def test_growing_by_workers_that_cannot_start_is_said(server: MakeServer) -> None:
+    one = server(workers=1).ready()
+    one.behave(crash="boom")
+    with pytest.raises(control.ControlError, match="worker 1 died before it was ready: RuntimeError: boom"):
+        one.call("scale", workers=2)
+    assert slots(one) == [0]
+    assert one.call("scale", workers=1) == {"ok": True, "workers": 1}
+    assert one.ask().slot == 0

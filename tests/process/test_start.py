@@ -10,6 +10,7 @@ from pathlib import Path
 from .harness import Server, alive, eventually
 
 MakeServer = Callable[..., Server]
+DEBUG = {"CHATCORE_DEBUG": "1"}  # logs every fork
 
 
 def test_it_says_where_it_is_once_every_worker_is_ready(server: MakeServer, tmp_path: Path) -> None:
@@ -118,9 +119,7 @@ def test_an_unknown_host_is_one_line(server: MakeServer) -> None:
 def test_it_halts_when_a_worker_says_that_nothing_can_start(server: MakeServer) -> None:
     one = server(worker={"start_error": "the database is broken"})
     assert one.ended() == 1
-    last = one.log().splitlines()[-1]
-    assert last == "chatcore: no worker could start: the database is broken"
-    assert one.log().count("the database is broken") == 1
+    assert one.log() == "chatcore: no worker could start: the database is broken\n"
     assert one.printed() == ""
 
 
@@ -143,13 +142,14 @@ def test_it_goes_on_when_at_least_one_worker_got_ready(server: MakeServer) -> No
 
 def test_a_worker_that_is_not_ready_in_time_is_killed(server: MakeServer, tmp_path: Path) -> None:
     one = server("--set", "timeouts.worker_start_ms=300", workers=1, worker={"never_ready": str(tmp_path / "never")})
-    one.logged("worker 0 is process")
     assert one.ended() == 1
     assert one.log().splitlines()[-1] == "chatcore: no worker could start: it was not ready after 300 ms"
 
 
 def test_nothing_is_left_after_a_failed_start(server: MakeServer) -> None:
-    one = server(workers=2, worker={"start_error": "no", "slot": 0, "others": {"never_ready": "/nonexistent"}})
+    one = server(
+        workers=2, worker={"start_error": "no", "slot": 0, "others": {"never_ready": "/nonexistent"}}, env=DEBUG
+    )
     assert one.ended() == 1
     started = [int(line.rpartition(" ")[2]) for line in one.log().splitlines() if " is process " in line]
     assert started

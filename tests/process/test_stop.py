@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -94,8 +96,24 @@ def test_no_reload_while_it_stops(server: MakeServer) -> None:
     assert len(one.workers()) == 2
 
 
+def test_the_supervisor_sleeps_while_workers_drain(server: MakeServer) -> None:
+    one = server(worker={"slot": 1, "drain_s": 1.5}).ready()
+    ticks = [0]
+
+    def over() -> bool:
+        with contextlib.suppress(OSError, IndexError):
+            ticks.append(sum(map(int, Path(f"/proc/{one.pid}/stat").read_text().rpartition(")")[2].split()[11:13])))
+        return one.process.poll() is not None
+
+    over()
+    one.signal(signal.SIGTERM)
+    one.logged("worker 0 .* has left")
+    eventually(over)
+    assert (max(ticks) - ticks[1]) / os.sysconf("SC_CLK_TCK") < 0.5
+
+
 def test_a_stop_while_starting_leaves_nothing(server: MakeServer) -> None:
-    one = server(worker={"never_ready": "/nonexistent"})
+    one = server(worker={"never_ready": "/nonexistent"}, env={"CHATCORE_DEBUG": "1"})
     one.logged("worker 1 is process")
     one.workers()
     one.signal(signal.SIGTERM)
