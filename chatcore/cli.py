@@ -177,20 +177,30 @@ def _real_worker() -> WorkerMain:
 
 def _announce(url: str, settings: Settings, workers: int) -> None:
     """The server is ready: where it is, and what to type next."""
-    # The same program, however this one was found.
-    beside = Path(sys.executable).with_name("chatcore")
-    program = "chatcore" if shutil.which("chatcore") else str(beside) if beside.exists() else "python3 -m chatcore"
     data = "" if settings.server.data == Settings.default().server.data else f" --data {settings.server.data}"
+    # As seen from this machine; left out where the chat looks by itself.
     here = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    chat = f"{_program()} chat" + ("" if here == "http://127.0.0.1:8080" else f" {here}")
+    # Where strangers may make accounts the chat does it; elsewhere somebody has to begin.
+    following = [chat] if settings.registration_open() else [f"{_program()} user add NAME{data}", chat]
     lines = [
         f"chatcore {__version__} is ready: {workers} worker{'s' if workers != 1 else ''} on {url}",
-        f"  data       {Path(settings.server.data).absolute()}",
-        f"  next       {program} user add NAME{data}",
-        f"             {program} chat {here}",
-        f"  look       {program} ctl status{data}",
-        "  stop       Ctrl-C",
+        f"  data   {Path(settings.server.data).absolute()}",
+        *(f"  {'' if number else 'next':6} {command}" for number, command in enumerate(following)),
+        f"  look   {_program()} ctl status{data}",
+        "  stop   Ctrl-C",
     ]
     print("\n".join(lines), flush=True)
+
+
+def _program() -> str:
+    """How to call this very program in the shell it was called from."""
+    if shutil.which("chatcore"):
+        return "chatcore"
+    beside = Path(sys.executable).with_name("chatcore")
+    if not beside.exists():
+        return f"{sys.executable} -m chatcore"
+    return str(beside.relative_to(Path.cwd())) if beside.is_relative_to(Path.cwd()) else str(beside)
 
 
 # -- user

@@ -37,8 +37,18 @@ def test_nothing_given_is_the_default() -> None:
     assert load() == Settings.default() == Settings()
 
 
-def test_tests_and_the_build_have_variables_of_their_own() -> None:
-    assert load(env={"CHATCORE_TEST_X": "1", "CHATCORE_DEBUG": "1", "CHATCORE_SANITIZE": "address"}) == Settings()
+def test_tests_the_build_and_the_chat_have_variables_of_their_own() -> None:
+    assert (
+        load(
+            env={
+                "CHATCORE_TEST_X": "1",
+                "CHATCORE_DEBUG": "1",
+                "CHATCORE_SANITIZE": "address",
+                "CHATCORE_PASSWORD": "x",
+            }
+        )
+        == Settings()
+    )
 
 
 @pytest.mark.parametrize(

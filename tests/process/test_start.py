@@ -24,8 +24,14 @@ def test_it_says_where_it_is_once_every_worker_is_ready(server: MakeServer, tmp_
     one.ready()
     assert f"3 workers on http://127.0.0.1:{one.port}" in one.printed()
     assert str(tmp_path / "data") in one.printed()
-    assert "user add" in one.printed()
+    assert f"chat http://127.0.0.1:{one.port}\n" in one.printed()
+    assert "user add" not in one.printed()
     assert one.ask().line == "hello"
+
+
+def test_what_to_type_next_is_to_make_an_account_where_strangers_cannot(server: MakeServer) -> None:
+    one = server("--set", "server.registration=closed").ready()
+    assert f"user add NAME --data {one.data}\n" in one.printed()
 
 
 def test_every_worker_gets_connections_and_has_its_own_name(server: MakeServer) -> None:
