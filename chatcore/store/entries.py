@@ -30,7 +30,8 @@ def conversation_id(secret: bytes, o: Opening) -> str:
     """Opening is idempotent: a dm is known by its two users, another by creator and cid."""
     if o.kind == "dm":
         return derived_id(secret, "dm", *sorted((o.creator, o.members[0])))
-    return derived_id(secret, o.kind, o.creator, o.cid)
+    # Not by its kind: the cid of a group used again for a channel is a conflict.
+    return derived_id(secret, "open", o.creator, o.cid)
 
 
 def first_entries(conv: str, o: Opening, everybody: Sequence[str]) -> list[NewEntry]:
