@@ -25,8 +25,9 @@ from ._fast.reactor import TICK_MS, Frame, Reactor, Topic
 from .accounts.service import Accounts
 from .api.routes import Api
 from .bus.local import LocalBus
-from .chat.delivery import Delivery, Room
+from .chat.delivery import Delivery
 from .chat.presence import Presence
+from .chat.room import Room
 from .chat.service import Chat
 from .chat.users import Users
 from .errors import ChatError, Internal, Unavailable

@@ -26,9 +26,8 @@ def main(argv: list[str]) -> int:
         del rest[at : at + 2]
     result = BENCHES[name](rest)
     host = result["machine"]
-    print(
-        f"{name}: {host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB, kernel {host['kernel']}, {host['date']}"
-    )
+    about = f"{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB, kernel {host['kernel']}"
+    print(f"{name}: {about}, {host['date']}")
     for row in result["rows"]:
         print(f"  {row['case']}")
         for key, value in row.items():

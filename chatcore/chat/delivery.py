@@ -15,17 +15,18 @@ it says "same tick".
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import orjson
 
 from ..errors import ChatError, Unavailable
 from ..protocol import MEMBER_ROLES
-from ..store.base import Changes, Entry, View
+from ..store.base import Entry, View
 from . import events
+from .room import Directory, Reads, Room, Subscriber, Subscriptions, TopicLike
 
 log = logging.getLogger("chatcore.delivery")
 
@@ -44,115 +45,6 @@ BACKOFF_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 SWEEP_S: Final = 10.0
 # Changes of conversations that a session is not attached to are merged over this time.
 QUIET_MERGE_S: Final = 2.0
-
-
-class Subscriber(Protocol):
-    """A session, as the delivery sees it."""
-
-    @property
-    def conn(self) -> int: ...
-    @property
-    def user_id(self) -> str: ...
-    @property
-    def closed(self) -> bool: ...
-    @property
-    def ready(self) -> bool:
-        """Its list of conversations was read: what joins from now on must be told."""
-
-    def attach_lock(self) -> asyncio.Lock:
-        """One attach of a session after the other, so that none repeats what another pushed."""
-
-    def wants(self, conv: str) -> bool:
-        """Attached (True), or told only of changes (False)."""
-
-    def push(self, payload: bytes) -> object: ...
-
-    def push_view(self, view: View, after: int | None) -> None:
-        """Push a ``conv``; ``after`` only when the conversation becomes attached."""
-
-    async def drained(self) -> bool:
-        """Wait until the outbox is below its low-water mark. False: it was closed for making no progress."""
-
-
-class TopicLike(Protocol):
-    """The part of ``_fast.Topic`` that is used here."""
-
-    def __len__(self) -> int: ...
-    def __contains__(self, conn: int) -> bool: ...
-    def add(self, conn: int) -> bool: ...
-    def discard(self, conn: int) -> bool: ...
-    def fan_out(self, frame: Any, skip_owner: int = 0) -> int: ...
-    def sessions(self) -> list[Any]: ...
-
-
-class Reads(Protocol):
-    """The part of the store that is used here."""
-
-    async def heads(self, convs: Sequence[str]) -> dict[str, int]: ...
-    async def entries(self, conv: str, after: int, limit: int, max_bytes: int) -> list[Entry]: ...
-    async def position(self) -> int: ...
-    async def changes(self, after: int) -> Changes: ...
-    async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]: ...
-
-
-class Subscriptions(Protocol):
-    """The part of the bus that is used here."""
-
-    async def subscribe(self, channels: list[str]) -> None: ...
-    def unsubscribe(self, channels: list[str]) -> None: ...
-
-
-class Directory(Protocol):
-    """Who is connected to this worker."""
-
-    def sessions_of(self, user: str) -> Iterable[Subscriber]: ...
-    def owner_of(self, user: str) -> int: ...
-    def refresh(self, user: str, conv: str) -> None:
-        """The user's row of a conversation changed: bring the user's sessions up to date (own task)."""
-
-    def revoked(self, tokens: list[bytes], users: list[str]) -> None: ...
-
-
-class Room:
-    """A conversation that somebody on this worker is attached to."""
-
-    __slots__ = (
-        "attaching",
-        "conv",
-        "dirty",
-        "idle_sweeps",
-        "last",
-        "pins",
-        "pump",
-        "quiet",
-        "ready",
-        "recheck",
-        "ring",
-        "small",
-        "topic",
-        "want",
-    )
-
-    def __init__(self, conv: str, ring: int, ready: asyncio.Future[None]) -> None:
-        self.conv = conv
-        self.topic: TopicLike  # attached and live: exactly the entries up to `last` were queued
-        self.quiet: TopicLike  # members that want to be told of changes only
-        self.last = -1  # -1: not known yet
-        self.want = 0
-        self.ring: deque[Entry] = deque(maxlen=ring)  # dense, ends with `last`
-        self.pump: asyncio.Task[None] | None = None
-        self.recheck = False  # the pump is to ask the store even if want == last
-        self.attaching: set[Subscriber] = set()  # on the way: behind `last`, or membership not read yet
-        self.pins = 0
-        self.ready = ready
-        self.idle_sweeps = 0
-        self.dirty = False
-        self.small: bool | None = None  # few enough members for typing and read marks; None: ask
-
-    @property
-    def unused(self) -> bool:
-        """Nobody here needs it any more."""
-        return not (self.pins or self.attaching or len(self.topic) or len(self.quiet))
 
 
 class Delivery:
@@ -507,10 +399,8 @@ class Delivery:
     async def _check_loop(self) -> None:
         tries = 0
         while True:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._check_now.wait(), self._check_interval_s)
-            except TimeoutError:
-                pass
             self._check_now.clear()
             try:
                 await self._look()

@@ -168,7 +168,8 @@ def append_change(e: NewEntry) -> Op:
         if e.t == "meta":
             refused = rules.check_meta(kind, mine)
         else:
-            assert e.user is not None and e.role is not None
+            assert e.user is not None
+            assert e.role is not None
             theirs = _role(tx, e.conv, e.user)
             owners = tx.one("SELECT count(*) FROM members WHERE conv = ? AND role = 'owner'", (e.conv,))
             assert owners is not None
@@ -211,7 +212,8 @@ def write_entry(tx: Transaction, e: NewEntry, ts: int) -> Appended:
     wire = encode_entry(e.t, e.conv, seq, e.sender, ts, e.cid, e.fields)
     tx.appended.append(Entry(e.conv, seq, e.t, e.sender, msgs, last, wire))
     if e.t == "member":
-        assert e.user is not None and e.role is not None
+        assert e.user is not None
+        assert e.role is not None
         set_role(tx, e.conv, e.user, e.role, seq, msgs)
     elif e.t == "meta":
         tx.db.execute(
