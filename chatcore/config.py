@@ -36,7 +36,7 @@ __all__ = [
 
 ENV_PREFIX = "CHATCORE_"
 #: Not settings: what tests, the build and the terminal chat look at.
-ENV_IGNORED = ("CHATCORE_TEST_", "CHATCORE_DEBUG", "CHATCORE_SANITIZE", "CHATCORE_PASSWORD")
+ENV_IGNORED = ("CHATCORE_TEST_", "CHATCORE_DEBUG", "CHATCORE_SANITIZE", "CHATCORE_PASSWORD", "CHATCORE_USER")
 #: The common ones, by a short name too. The long name wins if both are set.
 ENV_SHORT = {
     "CHATCORE_HOST": "server.host",
