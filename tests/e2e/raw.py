@@ -108,6 +108,10 @@ class Raw:
     async def upgrade(self, **headers: str | None) -> bytes:
         """Ask for the upgrade; the head of the response."""
         await self.send(handshake(**headers))
+        return await self.head()
+
+    async def head(self) -> bytes:
+        """The head of the response to an upgrade that was accepted."""
         while b"\r\n\r\n" not in self._buffer:
             if not await self._more():
                 raise EOFError(f"no response but {self._buffer!r}")
