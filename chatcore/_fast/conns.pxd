@@ -35,7 +35,7 @@ cdef enum Flag:
     AUTHED = 256
     HTTP_SEEN = 512             # on_http was called
     HTTP_ASKED = 1024           # something was received after the last write: an answer is due
-    TIMED = 2048                # in the wheel
+    PINGED = 2048               # a ping was sent and nothing was heard since
 
 cdef struct Topics:
     # The topics of one connection, one allocation: this, then room pointers, then room numbers.
@@ -166,6 +166,7 @@ cdef Conn *conn_new(Hub *h, int fd) noexcept nogil
 cdef void conn_free(Hub *h, Conn *c) noexcept nogil
 cdef void conn_ended(Hub *h, Conn *c, uint16_t code) noexcept nogil
 cdef void conn_kill(Hub *h, Conn *c, uint16_t code) noexcept nogil
+cdef void conn_reset(Hub *h, Conn *c) noexcept nogil
 cdef void conn_linger(Hub *h, Conn *c) noexcept nogil
 cdef void conn_close(Hub *h, Conn *c, uint16_t code, const uint8_t *reason, size_t size,
                      uint16_t told) noexcept nogil

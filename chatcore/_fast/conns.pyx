@@ -27,8 +27,8 @@ from chatcore._fast.outbox cimport (
     Outbox, outbox_clear, outbox_drop_unsent, outbox_push,
 )
 from chatcore._fast.sys cimport (
-    CC_CHECK, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT, SHUT_WR, c_close, cc_now_ns, epoll_ctl,
-    epoll_event, shutdown,
+    CC_CHECK, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT, SHUT_WR, SO_LINGER, SOL_SOCKET, c_close,
+    cc_now_ns, epoll_ctl, epoll_event, linger, setsockopt, shutdown,
 )
 
 cdef extern from "stdlib.h" nogil:
@@ -136,6 +136,17 @@ cdef void conn_kill(Hub *h, Conn *c, uint16_t code) noexcept nogil:
     h.open -= 1
     h.stats.closed += 1
     conn_touch(h, c)
+
+
+cdef void conn_reset(Hub *h, Conn *c) noexcept nogil:
+    """Close the socket now with RST: the kernel drops what it holds for it."""
+    cdef linger reset
+    if c.state == DEAD:
+        return
+    reset.l_onoff = 1
+    reset.l_linger = 0
+    setsockopt(c.fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset))
+    conn_kill(h, c, CLOSE_BROKEN)
 
 
 cdef void conn_linger(Hub *h, Conn *c) noexcept nogil:
@@ -257,16 +268,21 @@ cdef void expired(Hub *h, Conn *c) noexcept nogil:
         conn_close(h, c, CLOSE_NO_AUTH, NULL, 0, CLOSE_NO_AUTH)
     elif c.state == OPEN:
         silent = hub_ms(h) - c.heard_ms
-        if silent >= 2 * c.ping_ms:
+        if silent >= 2 * c.ping_ms and c.flags & PINGED:
+            # (After a pause of the whole process nobody was pinged: then they are first.)
             h.stats.no_pong += 1
             conn_close(h, c, CLOSE_NO_PONG, NULL, 0, CLOSE_NO_PONG)
             return
         h.ping.refs += 1
         if conn_send(h, c, h.ping):
+            c.flags |= PINGED
             next_ms = jittered(h, c.ping_ms)
-            if next_ms > 2 * c.ping_ms - silent:
+            if silent < 2 * c.ping_ms and next_ms > 2 * c.ping_ms - silent:
                 next_ms = 2 * c.ping_ms - silent
             timer_set(h, c, next_ms)
+    elif c.out.count:
+        # The peer does not read. With a FIN the kernel would keep its buffers for minutes.
+        conn_reset(h, c)
     else:
         # HTTP: no request or no upgrade in time. CLOSING, LINGER: the peer did not answer.
         conn_kill(h, c, CLOSE_BROKEN)

@@ -40,7 +40,8 @@ cdef class Reactor(Core):
     cdef int reserve_fd         # given up for a moment to refuse a connection when none are left
     cdef bint polling
     cdef bint flushing
-    cdef bint stopped
+    cdef bint stopped           # by shutdown, or not begun
+    cdef bint freed
 
     cdef int enter(self) except -1
     cdef int leave(self) except -1

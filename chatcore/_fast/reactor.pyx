@@ -23,9 +23,9 @@ from libc.string cimport memcpy
 from chatcore._fast.bucket cimport BUCKET_FLOOD, bucket_rate, bucket_take
 from chatcore._fast.conns cimport (
     ARMED_OUT, AUTHED, BLOCKED, CHUNK_CONNS, CHUNK_SHIFT, CLOSING, DEAD, DIRTY, EOF_SEEN, FREE,
-    HTTP, HTTP_ASKED, HTTP_SEEN, LINGER, NO_IN, OPEN, SHUT, TELL_CLOSED, TELL_WRITABLE,
+    HTTP, HTTP_ASKED, HTTP_SEEN, LINGER, NO_IN, OPEN, PINGED, SHUT, TELL_CLOSED, TELL_WRITABLE,
     WHEEL_SLOTS, Conn, Core, Hub, Members, conn_close, conn_ended, conn_free, conn_get,
-    conn_handle, conn_interest, conn_kill, conn_linger, conn_new, conn_queue, conn_send,
+    conn_handle, conn_interest, conn_kill, conn_linger, conn_new, conn_queue, conn_reset, conn_send,
     conn_settle, conn_touch, hub_ms, timer_set, timer_stop, topics_leave, topics_members,
     wheel_turn,
 )
@@ -37,7 +37,7 @@ from chatcore._fast.frames cimport (
 )
 from chatcore._fast.outbox cimport SCRATCH_BYTES, Send, outbox_send, outbox_written
 from chatcore._fast.sys cimport (
-    AF_INET, AF_INET6, CC_CHECK, EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM,
+    AF_INET, AF_INET6, CC_CHECK, EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, EBADF, EINVAL, ENOTSOCK,
     EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLHUP, EPOLLIN,
     EPOLLOUT, IPPROTO_TCP, MSG_DONTWAIT, O_CLOEXEC, O_RDONLY, SO_LINGER, SOCK_CLOEXEC,
     SOCK_NONBLOCK, SOL_SOCKET, TCP_NODELAY, accept4, c_close, c_open, cc_now_ns, epoll_create1,
@@ -136,7 +136,7 @@ cdef class Reactor(Core):
         bint allow_binary=False,
     ):
         cdef Hub *h = &self.hub
-        if not self.stopped or h.epfd >= 0 or self.recv_buffer != NULL:
+        if not self.stopped or self.freed or self.recv_buffer != NULL:
             raise RuntimeError("a reactor is made once")
         if recv_buffer_bytes < READ_MIN:
             raise ValueError(f"recv_buffer_bytes must be at least {READ_MIN}")
@@ -144,8 +144,8 @@ cdef class Reactor(Core):
             raise ValueError("max_message_bytes must be from 125 to 2^30 - 1")
         if not 1024 <= outbox_limit_bytes < 1 << 30:
             raise ValueError("outbox_limit_bytes must be from 1024 to 2^30 - 1")
-        if not 0 <= outbox_low_water_bytes <= outbox_limit_bytes:
-            raise ValueError("outbox_low_water_bytes must be from 0 to outbox_limit_bytes")
+        if not 0 <= outbox_low_water_bytes < 1 << 30:
+            raise ValueError("outbox_low_water_bytes must be from 0 to 2^30 - 1")
         if rate_per_s < 0 or rate_burst < 1:
             raise ValueError("rate_per_s must not be negative, rate_burst at least 1")
         h.max_message = max_message_bytes
@@ -458,6 +458,9 @@ cdef class Reactor(Core):
                 n += 1
         elif err == ENOMEM or err == ENOBUFS:
             self.pause_listeners(True)
+        elif err == EBADF or err == EINVAL or err == ENOTSOCK:
+            # Its owner has shut it down; it would be reported for ever.
+            epoll_ctl(self.hub.epfd, EPOLL_CTL_DEL, listener, NULL)
         return n
 
     cdef int adopt(self, int fd):
@@ -551,8 +554,9 @@ cdef class Reactor(Core):
         cdef Hub *h = &self.hub
         cdef Event ev
         cdef size_t used
+        c.flags &= ~<uint16_t>PINGED
         c.heard_ms = <uint32_t>((h.now_ns - h.start_ns) // 1000000)
-        while n and (c.state == OPEN or c.state == CLOSING):
+        while n and (c.state == OPEN or c.state == CLOSING) and not self.stopped:
             used = rx_parse(&c.rx, data, n, h.max_message, h.allow_binary, &ev)
             data += used
             n -= used
@@ -604,8 +608,7 @@ cdef class Reactor(Core):
                 conn_kill(h, c, CLOSE_BROKEN)
             else:
                 conn_send(h, c, f)
-        if c.state == OPEN:
-            rx_done(&c.rx)
+        rx_done(&c.rx)
         return 0
 
     cdef int deliver(self, Conn *c, Event *ev, int64_t wait) except -1:
@@ -779,13 +782,9 @@ cdef class Reactor(Core):
     def abort(self, uint64_t conn):
         cdef Hub *h = &self.hub
         cdef Conn *c = conn_get(h, conn)
-        cdef linger reset
         if c == NULL:
             return
-        reset.l_onoff = 1
-        reset.l_linger = 0
-        setsockopt(c.fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset))
-        conn_kill(h, c, CLOSE_BROKEN)
+        conn_reset(h, c)
         self.schedule()
 
     def topics_of(self, uint64_t conn):
@@ -824,28 +823,26 @@ cdef class Reactor(Core):
         """Abort and free all; also the end of a reactor that was only half made."""
         cdef Hub *h = &self.hub
         cdef Conn *c
-        cdef PyObject *session
-        cdef linger reset
         cdef uint32_t i
+        if self.freed:
+            return 0
+        self.freed = True
         self.stopped = True
-        reset.l_onoff = 1
-        reset.l_linger = 0
+        sessions = []
         for i in range(h.slot_count):
             c = &h.chunks[i >> CHUNK_SHIFT][i & (CHUNK_CONNS - 1)]
             if c.state == FREE:
                 continue
-            if c.state != DEAD:
-                setsockopt(c.fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset))
-                conn_kill(h, c, CLOSE_BROKEN)
-            session = c.session
-            c.session = NULL
-            c.flags = 0
-            Py_XDECREF(session)
+            conn_reset(h, c)
+            if c.session != NULL:
+                sessions.append(<object>c.session)
+                Py_XDECREF(c.session)
+                c.session = NULL
         h.dirty_first = NULL
         h.dirty_last = NULL
         h.graves = NULL
         h.free = NULL
-        h.slot_count = 0
+        h.slot_count = 0                # no handle is valid any more
         for i in range(h.chunk_count):
             free(h.chunks[i])
         free(h.chunks)
@@ -872,4 +869,6 @@ cdef class Reactor(Core):
         self.call_soon = self.flush_callback = self.handler = None
         self.on_http = self.on_http_closed = self.on_message = None
         self.on_writable = self.on_closed = None
+        # Last, for it may run anything: the sessions go.
+        del sessions
         return 0

@@ -6,7 +6,6 @@ cdef extern from * nogil:
     """
     #ifndef CHATCORE_SYS_H
     #define CHATCORE_SYS_H
-    #define _CC_LIKELY(x) __builtin_expect(!!(x), 1)
     #include <stdio.h>
     #include <stdlib.h>
     #include <time.h>
@@ -32,6 +31,9 @@ cdef extern from "errno.h" nogil:
     int errno
     enum:
         EAGAIN
+        EBADF
+        EINVAL
+        ENOTSOCK
         EINTR
         EMFILE
         ENFILE
@@ -110,8 +112,8 @@ cdef extern from "sys/epoll.h" nogil:
         EPOLLERR
         EPOLL_CLOEXEC
         EPOLL_CTL_ADD
-        EPOLL_CTL_MOD
         EPOLL_CTL_DEL
+        EPOLL_CTL_MOD
     int epoll_create1(int flags)
     int epoll_ctl(int epfd, int op, int fd, epoll_event *event)
     int epoll_wait(int epfd, epoll_event *events, int maxevents, int timeout)

@@ -72,8 +72,8 @@ async def main(port: int) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    Echo(port)
-    print(f"echo on 127.0.0.1:{port}", flush=True)
+    echo = Echo(port)
+    print(f"echo on 127.0.0.1:{echo.listener.getsockname()[1]}", flush=True)
     await stop.wait()
 
 

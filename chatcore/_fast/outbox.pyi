@@ -1,0 +1,1 @@
+"""What waits to be sent on one connection (C only, nothing for Python)."""
