@@ -32,7 +32,7 @@ from chatcore._fast.conns cimport (
 from chatcore._fast.conns cimport TICK_NS
 from chatcore._fast.frames cimport (
     CLOSE_BROKEN, CLOSE_NO_STATUS, EV_BINARY, EV_CLOSE, EV_FAIL, EV_NONE, EV_PING, EV_TEXT,
-    OP_BINARY, OP_PING, OP_PONG, OP_TEXT, RAW, Event, Frame as CFrame, FrameBuf, frame_close, frame_drop,
+    OP_BINARY, OP_PING, OP_PONG, OP_TEXT, RAW, Event, Frame as CFrame, FrameBuf, Rx, frame_drop,
     frame_new, rx_done, rx_free, rx_parse,
 )
 from chatcore._fast.outbox cimport SCRATCH_BYTES, Send, outbox_send, outbox_written
@@ -811,8 +811,7 @@ cdef class Reactor(Core):
         return self.hub.stats
 
     def sizes(self):
-        """Bytes of C memory of a connection; for measurements."""
-        return {"conn": sizeof(Conn)}
+        return {"conn": sizeof(Conn), "rx": sizeof(Rx)}
 
     def shutdown(self):
         self.stopped = True

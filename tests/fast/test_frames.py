@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 from typing import Any
 
 import pytest
@@ -265,7 +266,7 @@ class Oracle:
             if not payload:
                 return ("close", 1005, b"")
             code = int.from_bytes(payload[:2], "big")
-            legal = code in range(1000, 1015) and code not in (1004, 1005, 1006) or 3000 <= code <= 4999
+            legal = 3000 <= code <= 4999 or (code in range(1000, 1015) and code not in (1004, 1005, 1006))
             if len(payload) == 1 or not legal:
                 return ("fail", 1002)
             try:
@@ -296,7 +297,7 @@ frames = st.builds(
 
 def cut_up(data: bytes, cuts: list[int]) -> list[bytes]:
     places = sorted({0, len(data), *(c % (len(data) + 1) for c in cuts)})
-    return [data[a:b] for a, b in zip(places, places[1:], strict=False)]
+    return [data[a:b] for a, b in itertools.pairwise(places)]
 
 
 @settings(max_examples=600, deadline=None)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import gc
 import logging
 import os
 import resource
 import socket
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 
@@ -468,11 +466,9 @@ def few_descriptors() -> Iterator[Callable[[], None]]:
 
     def use_up() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, _open_files())) + 1, hard))
-        try:
+        with pytest.raises(OSError, match="Too many open files"):
             while True:
                 taken.append(os.dup(0))
-        except OSError as exc:
-            assert exc.errno == errno.EMFILE
 
     yield use_up
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -580,6 +576,5 @@ async def test_one_busy_connection_does_not_starve_the_loop() -> None:
             raw.send(frame(TEXT, b"x" * 1000) * 3000)
         await server.until(lambda: sum(len(s.messages) for s in server.sessions) == 12000, "all of it")
         assert turns > 12000 * 1008 / 262144 / 2, "a turn for each buffer of input at least"
-        assert sys.getrefcount(server) > 0
         for raw in raws:
             await raw.close()

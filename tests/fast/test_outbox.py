@@ -148,10 +148,9 @@ async def test_replies_nobody_reads_are_limited_too() -> None:
         pings = frame(9, b"p" * 125) * 50 + frame(TEXT, b"x" * 100)
         while not session.closed:
             raw.send(pings)
+            before = server.reactor.stats()["bytes_in"]
             await server.until(
-                lambda n=server.reactor.stats()["bytes_in"]: bool(session.closed)
-                or server.reactor.stats()["bytes_in"] > n,
-                "it is read or closed",
+                lambda n=before: bool(session.closed) or server.reactor.stats()["bytes_in"] > n, "it is read or closed"
             )
         assert session.closed == [4002]
         await server.until(lambda: server.reactor.connections() == 0, "cut off")
