@@ -162,6 +162,12 @@ class Client(Requests):
         """
         return _Events(self._io)
 
+    async def ready(self) -> None:
+        """Wait until all conversations are known. Raises TimeoutError."""
+        async with asyncio.timeout(self._timeout_s):
+            while not self._core.in_step:
+                await self._until_changed()
+
     async def view(self, conv: str) -> Conversation:
         """The view of a conversation; waits until the server has sent it. Raises TimeoutError."""
         async with asyncio.timeout(self._timeout_s):
@@ -253,11 +259,17 @@ class Client(Requests):
         self._core.world.marked(conv, upto)
         self._io.settle()
 
-    async def attach(self, only: Sequence[str]) -> None:
-        """Attach just these conversations from now on, on later connections too; none: be away."""
-        cursors = self._core.world.catchup.cursors
-        await self.ask("attach", {"only": list(only), "have": {c: cursors[c].have for c in only if c in cursors}})
-        self._core.attach(list(only))
+    async def attach(self, only: Sequence[str] | None) -> None:
+        """Attach just these conversations from now on, on later connections too.
+
+        None: all of them; an empty list: none, which means to be away.
+        """
+        fields: dict[str, Any] = {}
+        if only is not None:
+            cursors = self._core.world.catchup.cursors
+            fields = {"only": list(only), "have": {c: cursors[c].have for c in only if c in cursors}}
+        await self.ask("attach", fields)
+        self._core.attach(list(only) if only is not None else None)
 
     async def watch(self, users: Sequence[str]) -> list[Presence]:
         """Be told of the presence of these users (and no others), on later connections too.
@@ -269,7 +281,10 @@ class Client(Requests):
         return states_of(reply)
 
     async def join(self, conv: str) -> Conversation:
-        """Join a channel."""
+        """Join a channel; nothing happens to one that the user is in already."""
+        await self.ready()  # or the owner of a channel might make a plain member of himself
+        if conv in self.conversations:
+            return self.conversations[conv]
         await self.member(conv, self.user.id, "member")
         return await self.view(conv)
 

@@ -74,6 +74,8 @@ class Core:
         self._authenticated = False
         self._pulse = Pulse()
         self._auth_at: float | None = None
+        #: ``ready`` came on this connection: every conversation is known.
+        self.in_step = False
         #: When to connect; None while there is a connection or one is being made.
         self.connect_at: float | None = 0.0
         #: The socket is to be aborted, then ``lost`` to be called.
@@ -128,6 +130,7 @@ class Core:
             case "hello":
                 self._hello(obj)
             case "ready":
+                self.in_step = True
                 self.world.push(obj)
                 self._backoff.ready(now)
                 self._pulse.synced(now)
@@ -140,7 +143,7 @@ class Core:
         if gen != self._gen or self.failure:
             return
         self._now = now
-        self._open = self._authenticated = self.drop = False
+        self._open = self._authenticated = self.in_step = self.drop = False
         self._auth_at = None
         self._frames.clear()
         rejection = rejection_from(code, reason)
@@ -240,7 +243,7 @@ class Core:
         """Remember whose presence to ask for again on later connections."""
         self._watched = users
 
-    def attach(self, only: list[str]) -> None:
+    def attach(self, only: list[str] | None) -> None:
         """Remember the choice of conversations for later connections."""
         self._only = only
 

@@ -13,10 +13,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+import msgspec
+
 from . import accounts
 from .accounts import Address, Session
-from .errors import Conflict, NotFound, Unauthenticated
+from .errors import Conflict, Forbidden, NotFound, Unauthenticated
 from .requests import Channel
+from .views import is_out
 
 if TYPE_CHECKING:
     from .client import Client
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 #: Channels looked at for one title; more namesakes than this are somebody's joke.
 _LISTED_MAX: Final = 200
 _PAGE: Final = 50
+#: Later than any time stamp.
+MAX_TS: Final = 2**53
 
 
 async def register_or_say_wrong(address: Address, name: str, password: str) -> Session:
@@ -41,22 +46,23 @@ async def channel(client: Client, title: str) -> str:
         made = await client.open("channel", title=title)
         found = await namesakes(client, title)
         if made not in [c.id for c in found]:
-            return made
-    chosen = found[0].id if len(found) == 1 else await _oldest(client, [c.id for c in found])
-    if chosen not in client.conversations:
-        await client.join(chosen)
-    await client.view(chosen)
-    return chosen
+            return made  # the directory does not show it yet; nobody else's is there either
+    chosen = found[0] if len(found) == 1 else await _oldest(client, found)
+    if is_out(chosen.role):
+        await client.join(chosen.id)
+    await client.view(chosen.id)
+    return chosen.id
 
 
 async def namesakes(client: Client, title: str) -> list[Channel]:
-    """All channels of exactly this title."""
+    """All channels of this title; as in the directory, case does not matter."""
+    wanted = title.strip().casefold()
     found: list[Channel] = []
     after: str | None = None
     listed = 0
     while listed < _LISTED_MAX:
         page = await client.channels(title, after=after, limit=_PAGE)
-        found += [c for c in page.conversations if c.title == title]
+        found += [c for c in page.conversations if c.title.casefold() == wanted]
         listed += _PAGE
         after = page.next
         if after is None:
@@ -64,24 +70,28 @@ async def namesakes(client: Client, title: str) -> list[Channel]:
     return found
 
 
-async def _oldest(client: Client, ids: list[str]) -> str:
+async def _oldest(client: Client, found: list[Channel]) -> Channel:
     """The oldest of several channels. Its log is only for members: look at each from inside."""
-    ages: list[tuple[int, str]] = []
+    ages: list[tuple[int, str, Channel]] = []
     joined: list[str] = []
-    for conv in ids:
-        if conv not in client.conversations:
-            await client.join(conv)
-            joined.append(conv)
-        first = await client.history(conv, after=0, limit=1, raw=True)
+    for one in found:
+        if is_out(one.role):
+            try:
+                await client.join(one.id)
+            except Forbidden:
+                continue  # not for us, so not where we would meet anybody
+            joined.append(one.id)
+        first = await client.history(one.id, after=0, limit=1, raw=True)
         # One without any entry is the youngest: nobody has said anything there.
-        ages.append((first.entries[0].ts if first.entries else 2**53, conv))
-    chosen = min(ages)[1]
-    for conv in ids:
-        mine = client.conversations.get(conv)
+        ages.append((first.entries[0].ts if first.entries else MAX_TS, one.id, one))
+    if not ages:
+        raise Forbidden(f"you may not join {found[0].title!r}")
+    chosen = min(ages)[2]
+    for one in found:
         # Leave what was joined to look, and the namesake that we have just made ourselves.
-        if conv != chosen and (conv in joined or (mine is not None and mine.role == "owner" and mine.members <= 1)):
-            await client.leave(conv)
-    return chosen
+        if one.id != chosen.id and (one.id in joined or (one.role == "owner" and one.members <= 1)):
+            await client.leave(one.id)
+    return msgspec.structs.replace(chosen, role="member")
 
 
 async def dm(client: Client, name: str) -> str:

@@ -42,11 +42,12 @@ class MembersPage(msgspec.Struct, frozen=True):
 
 
 class Channel(msgspec.Struct, frozen=True):
-    """A channel of the public directory."""
+    """A channel of the public directory; ``role`` is the user's own in it ("none": not in it)."""
 
     id: str = msgspec.field(name="c")
     title: str = ""
     members: int = 0
+    role: str = "none"
 
 
 class ChannelsPage(msgspec.Struct, frozen=True):
@@ -126,7 +127,10 @@ class Requests:
 
     async def channels(self, prefix: str | None = None, *, after: str | None = None, limit: int = 50) -> ChannelsPage:
         """A page of the public directory: channels whose title begins with ``prefix``."""
-        return _as(ChannelsPage, await self.ask("channels", _given(prefix=prefix, after=after, limit=limit)))
+        reply = await self.ask("channels", _given(prefix=prefix, after=after, limit=limit))
+        if "conversations" not in reply and "channels" in reply:
+            reply = reply | {"conversations": reply["channels"]}
+        return _as(ChannelsPage, reply)
 
     async def block(self, user: str, on: bool = True) -> None:
         """Refuse direct messages from ``user``, or allow them again."""

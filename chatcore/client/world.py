@@ -171,10 +171,12 @@ class World:
             return
         if self._sent is not None:
             self._sent.add(conv)
-        self.views[conv] = with_push(self.views.get(conv), push)
+        before = self.views.get(conv)
+        self.views[conv] = with_push(before, push)
         if push.after is not None:
             self._attached(conv, push.after)
-        self._tell_view(conv)
+        if self.views[conv] != before:
+            self._tell_view(conv)
 
     def _attached(self, conv: str, after: int) -> None:
         """Entries after ``after`` are pushed from here on: see to what lies before it."""
@@ -230,11 +232,12 @@ class World:
             match event:
                 case Entry():
                     ends = self._ends_membership(event)
+                    before = self.views.get(conv)
                     view = self._fold(event)
                     self._out.append((event, Mark(conv=conv, have=event.seq, view=view)))
                     if ends:
                         self.forget(conv)
-                    elif isinstance(event, MemberChanged) and self.me and event.user == self.me.id and view:
+                    elif before and view and (before.role, before.title) != (view.role, view.title):
                         self._tell_view(conv)
                 case Gap():
                     self._out.append((event, Mark(conv=conv, have=event.last)))
