@@ -162,7 +162,7 @@ class Chat:
         if req.limit > self._limits.channels:
             raise TooLarge(f"limit: at most {self._limits.channels}")
         found, more = await self._store.channels(user, req.prefix, req.after, req.limit)
-        page: dict[str, Any] = {"channels": found}
+        page: dict[str, Any] = {"conversations": found}
         if more is not None:
             page["next"] = more
         return page
