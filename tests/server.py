@@ -13,6 +13,7 @@ import re
 import selectors
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -93,6 +94,28 @@ def eventually(condition: Callable[[], T], what: str = "", patience_s: float = P
         assert time.monotonic() < deadline, f"not within {patience_s} s: {what or condition}"
         time.sleep(0.01)
     return value
+
+
+def _socket_inode(port: int, peer_port: int) -> int:
+    """The inode of the socket of 127.0.0.1:port that is connected to 127.0.0.1:peer_port (0: no process has it).
+
+    Asked by netlink (sock_diag(7)), for just this one: /proc/net/tcp lists thousands after some hundred tests.
+    """
+    loopback = socket.inet_aton("127.0.0.1")
+    any_cookie = b"\xff" * 8
+    one = struct.pack("!HH16s16s", port, peer_port, loopback, loopback) + struct.pack("=I", 0) + any_cookie
+    query = struct.pack("=BBBBI", socket.AF_INET, socket.IPPROTO_TCP, 0, 0, 0xFFFFFFFF) + one
+    by_family, request = 20, 1
+    header = struct.pack("=IHHII", 16 + len(query), by_family, request, 1, 0)
+    inet_diag = 4
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, inet_diag) as netlink:
+        netlink.send(header + query)
+        reply = netlink.recv(8192)
+    _, kind = struct.unpack_from("=IH", reply)
+    if kind != by_family:
+        return 0
+    # struct inet_diag_msg: four bytes, the id of the socket, four numbers, the inode.
+    return int(struct.unpack_from("=I", reply, 16 + 4 + 48 + 16)[0])
 
 
 class Server:
@@ -243,13 +266,8 @@ class Server:
         The kernel spreads connections by a hash that nobody can foresee, and the status page is a tick
         old; who holds the server's end of a connection can be seen in /proc at once.
         """
-        inode = None
-        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-            fields = line.split()
-            local, remote = int(fields[1].rpartition(":")[2], 16), int(fields[2].rpartition(":")[2], 16)
-            if (local, remote) == (self.port, client_port):
-                inode = fields[9]
-        if inode in (None, "0"):
+        inode = _socket_inode(self.port, client_port)
+        if not inode:
             return None
         for slot, pid in self.pids().items():
             try:

@@ -46,11 +46,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = outcome.get_result()
     if not report.failed:
         return
-    for value in getattr(item, "funcargs", {}).values():
-        for server in getattr(value, "servers", [value]):
-            if isinstance(server, Server):
-                tail = "\n".join(server.log().splitlines()[-LOG_LINES:])
-                report.sections.append((f"log of the server on {server.data}", tail))
+    found = [
+        server for value in getattr(item, "funcargs", {}).values() for server in getattr(value, "servers", [value])
+    ]
+    for server in {one for one in found if isinstance(one, Server)}:
+        tail = "\n".join(server.log().splitlines()[-LOG_LINES:])
+        report.sections.append((f"log of the server on {server.data}", tail))
 
 
 @pytest.fixture(scope="session", params=BACKENDS, ids=lambda backend: backend.name)

@@ -236,7 +236,9 @@ async def test_somebody_removed_twice_is_told_twice(world: World) -> None:
     """Also those sessions that are not attached, which see no entries."""
     group = await Group.make(world)
     bob = group.users["bob"]
-    quiet = [await world.connect(bob, on=slot, only=[]) for slot in (0, 1)]
+    quiet = await world.both_workers(bob, only=[])
+    for client in quiet:
+        client.forget()
     for _ in range(2):
         await group.set("admin", "bob", "none")
         for client in quiet:
