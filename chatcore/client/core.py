@@ -420,8 +420,10 @@ class Core:
                 self._ask(Call("history", fields, partial(self._page, conv), repeat=False))
         for call in self._calls.take():
             self._ask(call)
-        for pending in self._outbox.take(self._now):
-            self._ask(Call("send", _fields(pending.draft), partial(self._sent, pending), repeat=False))
+        # Again, because what is refused right here makes way for the next.
+        while taken := self._outbox.take(self._now):
+            for pending in taken:
+                self._ask(Call("send", _fields(pending.draft), partial(self._sent, pending), repeat=False))
 
     def _ask(self, call: Call) -> None:
         frame = self._calls.ask(call)

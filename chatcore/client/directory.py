@@ -6,11 +6,13 @@ whoever has just made a channel lists the directory once more, and if there are
 several of that title takes the one whose first entry has the lowest time stamp
 (then the lowest id), leaving its own. Someone who listed before the other one
 was made holds the older one already, so both agree; and a channel that is made
-later under the same title does not draw anybody away.
+later under the same title does not draw anybody away. Namesakes that everybody
+has left are looked at only if there are no others.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -29,6 +31,8 @@ _LISTED_MAX: Final = 200
 _PAGE: Final = 50
 #: Later than any time stamp.
 MAX_TS: Final = 2**53
+#: Between tries to leave a namesake of our own; looking takes a few milliseconds.
+LEAVE_WAITS_S: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 async def register_or_say_wrong(address: Address, name: str, password: str) -> Session:
@@ -67,7 +71,7 @@ async def namesakes(client: Client, title: str) -> list[Channel]:
         after = page.next
         if after is None:
             break
-    return found
+    return [one for one in found if one.members] or found
 
 
 async def _oldest(client: Client, found: list[Channel]) -> Channel:
@@ -90,8 +94,20 @@ async def _oldest(client: Client, found: list[Channel]) -> Channel:
     for one in found:
         # Leave what was joined to look, and the namesake that we have just made ourselves.
         if one.id != chosen.id and (one.id in joined or (one.role == "owner" and one.members <= 1)):
-            await client.leave(one.id)
+            await _leave(client, one.id)
     return msgspec.structs.replace(chosen, role="member")
+
+
+async def _leave(client: Client, conv: str) -> None:
+    """Leave a namesake. Its owner cannot while others are in it, who only came to look."""
+    for wait_s in LEAVE_WAITS_S:
+        try:
+            await client.leave(conv)
+        except Forbidden:
+            await asyncio.sleep(wait_s)
+        else:
+            return
+    # Then we stay in it, which does no harm.
 
 
 async def dm(client: Client, name: str) -> str:

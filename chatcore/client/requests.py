@@ -127,10 +127,7 @@ class Requests:
 
     async def channels(self, prefix: str | None = None, *, after: str | None = None, limit: int = 50) -> ChannelsPage:
         """A page of the public directory: channels whose title begins with ``prefix``."""
-        reply = await self.ask("channels", _given(prefix=prefix, after=after, limit=limit))
-        if "conversations" not in reply and "channels" in reply:
-            reply = reply | {"conversations": reply["channels"]}
-        return _as(ChannelsPage, reply)
+        return _as(ChannelsPage, await self.ask("channels", _given(prefix=prefix, after=after, limit=limit)))
 
     async def block(self, user: str, on: bool = True) -> None:
         """Refuse direct messages from ``user``, or allow them again."""

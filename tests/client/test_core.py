@@ -531,6 +531,17 @@ def test_a_request_that_is_too_large_does_not_go_out() -> None:
     assert wire.core.unacknowledged == []
 
 
+def test_what_follows_a_message_that_is_too_large_goes_out_at_once() -> None:
+    wire = Wire()
+    wire.auth()
+    wire.core.send(draft("a"), ignore, stored=True)
+    wire.core.send(draft("b", "x" * 70_000), ignore, stored=True)
+    wire.core.send(draft("c"), ignore, stored=True)
+    (first,) = wire.frames()
+    wire.say({"t": "ok", "id": first["id"], "s": 1, "ts": 1})
+    assert [f["cid"] for f in wire.frames()] == ["c"]
+
+
 def test_typing_is_not_kept_for_later() -> None:
     wire = Wire()
     wire.core.tell("typing", {"c": "c1"})
