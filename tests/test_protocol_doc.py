@@ -256,25 +256,28 @@ def paths(value: Json, fields: dict[str, Field], prefix: str = "") -> Iterator[t
                 yield from paths(one, fields, path + "[].")
 
 
-def _missing(value: Any, fields: dict[str, Field], prefix: str = "") -> Iterator[str]:
+def absent(value: Any, fields: dict[str, Field], prefix: str = "") -> Iterator[str]:
+    """Every field that a message could have had and has not, with its path."""
     for path, field in fields.items():
         name = path[len(prefix) :]
         if not path.startswith(prefix) or "." in name:
             continue
         if name not in value:
-            if field.presence in ("always", "required"):
-                yield path
+            yield path
         elif field.type == "object":
-            yield from _missing(value[name], fields, path + ".")
+            yield from absent(value[name], fields, path + ".")
         elif field.type == "array of object":
             for one in value[name]:
-                yield from _missing(one, fields, path + "[].")
+                yield from absent(one, fields, path + "[].")
 
 
 def check(value: Json, fields: dict[str, Field], what: str, seen: set[str] | None = None) -> None:
     """A message has what the document says, and nothing else."""
-    missing = list(_missing(value, fields))
+    without = set(absent(value, fields))
+    missing = [path for path in sorted(without) if fields[path].presence in ("always", "required")]
     assert not missing, f"{what} lacks {missing}, which PROTOCOL.md says is always there: {value}"
+    if seen is not None:
+        seen.update("no " + path for path in without)
     for path, item in paths(value, fields):
         assert path in fields, f"{what} has a field {path!r} that PROTOCOL.md does not know: {value}"
         assert is_of(item, fields[path]), f"{what}, field {path}: {item!r} is no {fields[path].type}"
@@ -283,6 +286,14 @@ def check(value: Json, fields: dict[str, Field], what: str, seen: set[str] | Non
         if fields[path].type in ("entry", "array of entry"):
             for entry in [item] if fields[path].type == "entry" else item:
                 check(entry, entry_fields(entry["t"]), f"an entry in {what}")
+
+
+def both_ways(fields: dict[str, Field]) -> Iterator[str]:
+    """What has to be seen of these fields, in the terms of `check`: all of them, and optional ones absent, too."""
+    for path, field in fields.items():
+        yield path
+        if field.presence == "optional":
+            yield "no " + path
 
 
 def check_push(push: Json, seen: set[tuple[str, str]] | None = None) -> None:
@@ -463,7 +474,7 @@ def test_conv() -> None:
         b'{"t":"conv","c":"c1","role":"none"}',
     ):
         check_push(orjson.loads(push), seen)
-    same({path for _, path in seen}, documented_push("conv"), "conv")
+    same({path for _, path in seen}, both_ways(documented_push("conv")), "conv (no: without)")
 
 
 def test_a_refusal() -> None:
@@ -589,7 +600,10 @@ def test_examples_on_the_wire() -> None:
     for where, lines in wire_examples():
         for side, message in lines:
             if side == "C ":
-                request = p.decode(orjson.dumps(message))
+                try:
+                    request = p.decode(orjson.dumps(message))
+                except p.InvalidRequest as exc:
+                    pytest.fail(f"{where}: the example {message} is refused: {exc.message}")
                 assert set(message) - {"t"} <= set(struct_fields(type(request))), f"{where}: {message}"
                 requests.add(message["t"])
                 outstanding[message.get("id")] = message["t"]
@@ -738,7 +752,7 @@ class Http:
                 check_push({"t": "conv", **one})
                 assert "after" not in one
             assert list(answer) == ["conversations"]
-            mine = {"conversations"}
+            mine.add("conversations")
         else:
             check(answer, section.fields("Answer field"), route, mine)
         self.seen.update((route, path) for path in mine)
@@ -763,6 +777,8 @@ async def live(port: int, tokens: dict[str, str], ids: dict[str, str], seen: set
         await alice.ask("send", c=group, cid="m1", body="hi", data="{}", re=1)
         assert (await alice.ask("send", c=group, cid="m1", body="hi", data="{}", re=1))["dup"]
         assert (await alice.ask("send", c=group, cid="m1", body="ho"))["code"] == "conflict"
+        await alice.ask("send", c=group, cid="m2", body="there")
+        await bob.until(t="msg", cid="m2")
         await alice.ask("typing", c=group)
         assert (await alice.ask("typing", c=group))["code"] == "rate_limited"
         await bob.until(t="typing")
@@ -774,11 +790,13 @@ async def live(port: int, tokens: dict[str, str], ids: dict[str, str], seen: set
         await alice.ask("meta", c=group, cid="t1", title="Dinner")
         assert (await alice.ask("meta", c=group, cid="t1", title="Dinner"))["dup"]
         assert (await alice.ask("members", c=group, limit=1))["next"]
+        assert "next" not in await alice.ask("members", c=group)
         await alice.ask("users", ids=[ids["bob"]])
         await alice.ask("watch", users=[ids["bob"]])
         channel = (await alice.ask("open", kind="channel", cid="o2", title="General"))["c"]
         await alice.ask("open", kind="channel", cid="o3", title="Random")
         assert (await bob.ask("channels", limit=1))["next"]
+        assert "next" not in await bob.ask("channels")
         await bob.ask("member", c=channel, user=ids["bob"], role="member")
         await bob.until(t="conv", c=channel)
         await bob.ask("member", c=channel, user=ids["bob"], role="none")
@@ -796,7 +814,9 @@ async def live(port: int, tokens: dict[str, str], ids: dict[str, str], seen: set
         assert "seen" in gone
         states = (await alice.ask("watch", users=[ids["bob"]]))["states"]
         assert "seen" in states[0]
-        await first.close()
+        async with connect(url, compression=None, ping_interval=None, proxy=None) as again:
+            await Wire(again, seen).ask("auth", token=tokens["bob"])
+            await alice.until(t="presence", state="online")
     async with connect(url, compression=None, ping_interval=None, proxy=None) as third:
         alice = Wire(third, seen)
         assert not (await alice.ask("auth", token=tokens["alice"], sync=sync, have={group: 1}))["full"]
@@ -839,8 +859,8 @@ def test_what_a_real_server_says(tmp_path: Path) -> None:
     finally:
         server.stop()
         server.kill()
-    expected = {(t, path) for t in p.PUSHES if t not in ("ok", "error") for path in documented_push(t)}
-    expected |= {(f"ok {t}", path) for t in parts("Requests") for path in documented_ok(t)}
-    same(expected, seen, "fields that a real server sends")
-    expected = {(route, path) for route, section in parts("HTTP").items() for path in section.fields("Answer field")}
-    same(expected, ask.seen, "fields of HTTP answers")
+    expected = {(t, path) for t in p.PUSHES if t not in ("ok", "error") for path in both_ways(documented_push(t))}
+    expected |= {(f"ok {t}", path) for t in parts("Requests") for path in both_ways(documented_ok(t))}
+    same(expected, (one for one in seen if not one[0].startswith("error")), "what a real server sends (no: without)")
+    expected = {(t, path) for t, section in parts("HTTP").items() for path in both_ways(section.fields("Answer field"))}
+    same(expected, ask.seen, "the answers of HTTP (no: without)")
