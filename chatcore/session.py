@@ -47,6 +47,7 @@ class Session:
         "_worker",
         "closed",
         "conn",
+        "expires",
         "ready",
         "watching",
     )
@@ -66,6 +67,7 @@ class Session:
         self._lock: asyncio.Lock | None = None  # one attach after the other
         self._typing: TypingGate | None = None
         self.watching: set[str] = set()
+        self.expires = 0.0  # when its token ends, as far as is known here (the loop's clock)
 
     # --- Subscriber -------------------------------------------------------------
     @property
@@ -256,6 +258,7 @@ class Session:
             self._renew(who, req)
             return None
         self._token_hash = who.token_hash
+        self.expires = asyncio.get_running_loop().time() + who.expires_ms / 1000
         self._only = None if req.only is None else frozenset(req.only)
         self._user = await worker.users.add(self, who.user.id, who.user.name, who.token_hash)
         if self._gone():
@@ -286,6 +289,7 @@ class Session:
             raise Forbidden("this connection belongs to another user")
         self._worker.users.retoken(self, self._token_hash, who.token_hash)
         self._token_hash = who.token_hash
+        self.expires = asyncio.get_running_loop().time() + who.expires_ms / 1000
         if req.id is not None:
             self.push(p.ok(req.id, _identity(who)))
 

@@ -143,7 +143,7 @@ class Timeouts:
 class Accounts:
     """Passwords and tokens."""
 
-    token_ttl_ms: int = _int(2_592_000_000, 60_000, 31_536_000_000, "An unused token ends after this: 30 days.")
+    token_ttl_ms: int = _int(2_592_000_000, 1_000, 31_536_000_000, "An unused token ends after this: 30 days.")
     password_hash_memory_kib: int = _int(19_456, 8, 4_194_304, "Memory of argon2id; the least that OWASP accepts.")
     password_hash_time: int = _int(2, 1, 100, "Passes of argon2id; the least that OWASP accepts for this memory.")
     password_hash_parallel: int = _int(1, 1, 64, "Lanes of argon2id; one, as a worker has one core.")

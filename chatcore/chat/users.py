@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,6 +12,7 @@ import orjson
 
 from ..bus.base import Bus
 from ..errors import ChatError
+from ..protocol import CloseCode
 from ..store.base import Store, View
 from . import events
 
@@ -21,6 +24,8 @@ log = logging.getLogger("chatcore.users")
 
 # A user's rows that were told lately; more than change at once, few enough to forget.
 TOLD_MAX: Final = 64
+# How late the end of a token may be noticed; all sessions are looked at each time.
+EXPIRY_SWEEP_S: Final = 2.0
 
 Spawn = Callable[[Coroutine[Any, Any, None], str], object]
 
@@ -53,6 +58,17 @@ class Users:
         self._numbers = 0
         self.delivery: Delivery  # set once both exist: each needs the other
         self.sessions = 0
+        self._expiry: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Start the task that ends sessions with their tokens."""
+        self._expiry = asyncio.create_task(self._expire(), name="users-expiry")
+
+    async def close(self) -> None:
+        """End the task."""
+        if self._expiry is not None:
+            self._expiry.cancel()
+            await asyncio.gather(self._expiry, return_exceptions=True)
 
     def get(self, user: str) -> ConnectedUser | None:
         """The user, if connected here."""
@@ -166,6 +182,26 @@ class Users:
         if len(connected.told) >= TOLD_MAX:
             connected.told.clear()
         connected.told[conv] = rev
+
+    async def _expire(self) -> None:
+        """A session ends with its token. Tokens slide while used, so the store is asked before."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(EXPIRY_SWEEP_S)
+            now = loop.time()
+            due = [token for token, holders in self._by_token.items() if any(x.expires <= now for x in holders)]
+            for token_hash in due:
+                try:
+                    found = await self._store.token(token_hash)
+                except ChatError as exc:
+                    log.warning("expiry of tokens: %s", exc)
+                    break
+                left_ms = 0 if found is None else found.expires - time.time_ns() // 1_000_000
+                for x in list(self._by_token.get(token_hash, ())):
+                    if left_ms > 0:
+                        x.expires = loop.time() + left_ms / 1000
+                    else:
+                        x.close(CloseCode.BAD_TOKEN, "token expired")
 
     def revoked(self, tokens: list[bytes], users: list[str]) -> None:
         """Close the sessions of these tokens and users."""
