@@ -7,6 +7,7 @@ directory, a control socket and a log.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -17,8 +18,9 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,20 +41,35 @@ QUICK: Mapping[str, str] = {
 T = TypeVar("T")
 
 
+@contextlib.contextmanager
+def _hold_write_lock(data: Path) -> Iterator[None]:
+    """Nobody else writes to the embedded store meanwhile: what a disk that hangs looks like."""
+    files = [(data / name).open("r+") for name in ("write.next", "write.lock")]
+    try:
+        for file in files:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    finally:
+        for file in reversed(files):
+            file.close()
+
+
 @dataclass(frozen=True)
 class Backend:
     """Where a server keeps its data and how its workers hear of each other, as settings in the environment.
 
     ``prepare`` is given the data directory of a new server, so that a backend that is shared between
-    servers can give each its own names in it.
+    servers can give each its own names in it. ``stall`` makes writes to the store of a data directory
+    hang until it is left.
     """
 
     name: str
-    prepare: Callable[[Path], Mapping[str, str]] = field(default=lambda data: {})
+    prepare: Callable[[Path], Mapping[str, str]]
+    stall: Callable[[Path], AbstractContextManager[None]]
 
 
 #: What the end-to-end tests run on, each of them; `conftest.py` of e2e makes a parameter of it.
-BACKENDS = (Backend("sqlite-local"),)
+BACKENDS = (Backend("sqlite-local", prepare=lambda data: {}, stall=_hold_write_lock),)
 
 
 def environment(settings: Mapping[str, object] | None = None) -> dict[str, str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import secrets
+import subprocess
 from dataclasses import dataclass
 from typing import Any
 
-from ..server import PATIENCE_S, Server
+from ..server import PATIENCE_S, Server, command
 from .client import Client, Message
 from .raw import Raw
 from .rest import Response, http
@@ -50,6 +52,11 @@ class World:
                     await client.close()
         for raw in self.raws:
             raw.close()
+
+    async def command(self, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        """Run ``chatcore ARGUMENTS`` on the server's data."""
+        run = functools.partial(command, *arguments, "--data", self.server.data, stdin=stdin)
+        return await asyncio.to_thread(run, settings=self.server.settings)
 
     # --- users -------------------------------------------------------------------
     async def http(self, method: str, path: str, **options: Any) -> Response:
