@@ -89,6 +89,15 @@ class Found:
 Verdict = Appended | ChatError | None
 
 
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """One verdict per entry, and as of when: whatever the store needs to read no earlier state later
+    (MongoDB: the operation time of a causally consistent session; with a single server, nothing)."""
+
+    verdicts: Sequence[Verdict]
+    as_of: object = None
+
+
 class LogOps(Protocol):
     """What the loop asks of a store. Reads: from the primary, of what a majority has.
 
@@ -99,18 +108,18 @@ class LogOps(Protocol):
     async def newest(self, conv: str) -> Head:
         """The newest entry; ``Head()`` if there is none. It may lag."""
 
-    async def allowed(self, conv: str, head: Head, entries: Sequence[NewEntry]) -> Sequence[Verdict]:
-        """One verdict per entry, from a state that holds every change up to ``head`` (or later ones, too)."""
+    async def allowed(self, conv: str, head: Head, entries: Sequence[NewEntry]) -> Ruling:
+        """What becomes of each, by a state that holds every change up to ``head`` (or later ones, too)."""
 
     async def insert(self, conv: str, rows: Sequence[Row]) -> None:
         """One ordered command, stopping at the first error, acknowledged by a majority with its journal;
         never retried by the driver. Returns only if all of it was clean."""
 
-    async def find(self, conv: str, keys: Sequence[Key], as_of: int) -> list[Found]:
+    async def find(self, conv: str, keys: Sequence[Key], as_of: object) -> list[Found]:
         """Those of these that are committed.
 
-        ``as_of``: a seq known to be committed. A primary that does not see it (it lost its office
-        and has not noticed) must not say "not found": the operation raises Unknown.
+        ``as_of``, if not None, is that of a ruling. A primary that has not seen as much (it lost
+        its office and has not noticed) must not say "not found": the operation raises Unknown.
         """
 
 
@@ -144,19 +153,29 @@ class _Item:
         self.tried = 0  # the highest seq that a command carried it to
         self.waiters: list[tuple[asyncio.Future[Appended], bytes]] = []
 
-    def answer(self, outcome: Appended | ChatError) -> None:
-        """Resolve all waiters. Who came with the same cid for something else gets a conflict."""
-        for waiter, digest in self.waiters:
-            if waiter.done():
-                continue  # it was cancelled: nobody is there any more
-            if isinstance(outcome, ChatError):
-                waiter.set_exception(outcome)
-                waiter.exception()  # an answer, not a bug: no log line if it is not looked at
-            elif digest != self.new.digest:
-                waiter.set_exception(_conflict(self.new.cid))
-                waiter.exception()
+    def committed(self, seq: int, ts: int, digest: bytes, dup: bool) -> None:
+        """It is in the log, with this digest: `ok` to all who meant that, a conflict to the others."""
+        for waiter, meant in self.waiters:
+            if meant == digest:
+                _resolve(waiter, Appended(seq, ts, dup))
             else:
-                waiter.set_result(outcome)
+                _resolve(waiter, Conflict(f"cid {self.new.cid} was used for something else"))
+
+    def denied(self, verdict: Appended | ChatError) -> None:
+        """No entry. The verdict is on the content of this item: who meant something else asks again."""
+        for waiter, meant in self.waiters:
+            same = meant == self.new.digest
+            _resolve(waiter, verdict if same else Unavailable("the same cid was under way for something else"))
+
+
+def _resolve(waiter: asyncio.Future[Appended], outcome: Appended | ChatError) -> None:
+    if waiter.done():
+        return  # it was cancelled: nobody is there any more
+    if isinstance(outcome, ChatError):
+        waiter.set_exception(outcome)
+        waiter.exception()  # an answer, not a bug: no log line if nobody looks at it
+    else:
+        waiter.set_result(outcome)
 
 
 class _Log:
@@ -217,8 +236,7 @@ class Appender:
         if item is None:
             full = len(state.queue) >= self._limits.queue_entries or self._waiting >= self._limits.total_entries
             if full or self._closing:
-                future.set_exception(Unavailable("too much is waiting" if full else "the server is stopping"))
-                future.exception()
+                _resolve(future, Unavailable("too much is waiting" if full else "the server is stopping"))
                 self._rest(state)
                 return future
             item = _Item(new, self._loop.time())
@@ -298,10 +316,11 @@ class Appender:
             state.head = Head(last.seq, last.msgs, last.last_msg)
             state.commit_s = self._loop.time() - began
             state.losses = 0
-            self._settle(state, [(item, Appended(r.seq, r.ts), r.entry()) for item, r in zip(batch, rows, strict=True)])
+            new = [Found(row.new.cid, row.new.digest, row.ts, row.entry()) for row in rows]
+            self._settle(state, new, dup=False)
             return
-        found = await self._ops.find(state.conv, [item.key for item in batch], head.seq)
-        self._settle_found(state, found)
+        found = await self._ops.find(state.conv, [item.key for item in batch], None)
+        self._settle(state, found, dup=True)
         if not state.queue:
             return
         if self._loop.time() - next(iter(state.queue.values())).since > self._limits.max_wait_s:
@@ -341,10 +360,10 @@ class Appender:
         An earlier try may have appended one of them while it was allowed, and may do so
         yet, if the place that it was to have is still free: then nothing is known.
         """
-        verdicts = await self._ops.allowed(state.conv, head, [item.new for item in batch])
-        denied = {item.key: v for item, v in zip(batch, verdicts, strict=True) if v is not None}
+        ruling = await self._ops.allowed(state.conv, head, [item.new for item in batch])
+        denied = {item.key: v for item, v in zip(batch, ruling.verdicts, strict=True) if v is not None}
         if denied:
-            self._settle_found(state, await self._ops.find(state.conv, list(denied), head.seq))
+            self._settle(state, await self._ops.find(state.conv, list(denied), ruling.as_of), dup=True)
             for key, verdict in denied.items():
                 item = state.queue.get(key)
                 if item is None:
@@ -352,7 +371,7 @@ class Appender:
                 if item.tried > head.seq:
                     raise Unknown("refused now, but tried before")
                 self._remove(state, key)
-                item.answer(verdict)
+                item.denied(verdict)
         return [item for item in batch if item.key not in denied]
 
     def _place(self, batch: Iterable[_Item], head: Head) -> list[Row]:
@@ -368,25 +387,16 @@ class Appender:
         return rows
 
     # --- answers -----------------------------------------------------------
-    def _settle_found(self, state: _Log, found: list[Found]) -> None:
-        """Answer and announce what was read back: who wrote it may not have told anybody."""
-        outcomes: list[tuple[_Item, Appended | ChatError, Entry]] = []
-        for f in sorted(found, key=lambda f: f.entry.seq):
-            item = state.queue.get((f.entry.sender, f.cid))
+    def _settle(self, state: _Log, committed: list[Found], dup: bool) -> None:
+        """Committed: take out of the queue, tell, answer, in this order. What was read back is told,
+        too: who wrote it may not have lived to do it."""
+        entries = sorted(committed, key=lambda f: f.entry.seq)
+        items = [self._remove(state, (f.entry.sender, f.cid)) for f in entries]
+        if entries:
+            self._tell([f.entry for f in entries])
+        for f, item in zip(entries, items, strict=True):
             if item is not None:
-                same = f.digest == item.new.digest
-                outcome = Appended(f.entry.seq, f.ts, dup=True) if same else _conflict(f.cid)
-                outcomes.append((item, outcome, f.entry))
-        if outcomes:
-            self._settle(state, outcomes)
-
-    def _settle(self, state: _Log, outcomes: list[tuple[_Item, Appended | ChatError, Entry]]) -> None:
-        """Committed: take out of the queue, tell, answer, in this order."""
-        for item, _, _ in outcomes:
-            self._remove(state, item.key)
-        self._tell([entry for _, _, entry in outcomes])
-        for item, outcome, _ in outcomes:
-            item.answer(outcome)
+                item.committed(f.entry.seq, f.ts, f.digest, dup)
 
     def _tell(self, entries: list[Entry]) -> None:
         try:
@@ -405,7 +415,8 @@ class Appender:
         items = list(state.queue.values())
         for item in items:
             self._remove(state, item.key)
-            item.answer(Unavailable(why))
+            for waiter, _ in item.waiters:
+                _resolve(waiter, Unavailable(why))
         state.losses = 0
         late = [item.key for item in items if item.tried]
         if late and not self._closing and self._late_entries + len(late) <= self._limits.late_entries:
@@ -422,7 +433,7 @@ class Appender:
             for at in LATE_LOOKS_S:
                 await asyncio.sleep(began + at - self._loop.time())
                 try:
-                    found = await self._ops.find(conv, sorted(left), 0)
+                    found = await self._ops.find(conv, sorted(left), None)
                 except Exception as exc:
                     log.info("looking for late entries of %s: %s", conv, exc)
                     continue
@@ -441,7 +452,3 @@ class Appender:
             self._idle[state.conv] = state
             if len(self._idle) > self._limits.heads:
                 del self._idle[next(iter(self._idle))]
-
-
-def _conflict(cid: str) -> Conflict:
-    return Conflict(f"cid {cid} was used for something else")

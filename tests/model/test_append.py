@@ -1,0 +1,18 @@
+"""The append loop keeps its promises on a store where everything goes wrong (log.md, Append)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from .append_world import Action, play
+from .strategies import bounded, climates, scripts, seeds
+from .weather import Climate
+
+
+@bounded(500)
+@given(script=scripts, seed=seeds, climate=climates, writers=st.integers(1, 3))
+def test_every_promise_in_any_weather(script: Sequence[Action], seed: int, climate: Climate, writers: int) -> None:
+    play(script, seed, climate, writers)
