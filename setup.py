@@ -1,7 +1,9 @@
 """The extension modules of chatcore._fast; everything else about the package is in pyproject.toml.
 
 ``CHATCORE_DEBUG=1`` builds with the internal checks (CC_CHECK, bounds, asserts) and without
-optimisation that hides lines; ``CHATCORE_SANITIZE=undefined`` (or ``address``) adds a sanitizer.
+optimisation that hides lines; ``CHATCORE_SANITIZE=undefined`` (or ``address,undefined``) adds
+sanitizers (the latter needs LD_PRELOAD of libasan and libubsan). Use ``build_ext --force`` when
+changing between them.
 """
 
 import os
@@ -22,6 +24,8 @@ if SANITIZE:
     LDFLAGS += [f"-fsanitize={SANITIZE}"]
 
 setup(
+    # What Cython made is in the modules; the .pyx stay, so that a debugger and a profiler show them.
+    exclude_package_data={"chatcore._fast": ["*.c"]},
     ext_modules=cythonize(
         [
             Extension(

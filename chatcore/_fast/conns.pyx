@@ -15,20 +15,15 @@ The rules that everything in this package relies on:
 * One timer per connection; what it means follows from the state (see `expired`).
 """
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free, malloc, realloc
-from libc.string cimport memcpy, memmove, memset
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
+from libc.stdlib cimport free, malloc, realloc
+from libc.string cimport memcpy, memset
 
-from chatcore._fast.bucket cimport Rate
-from chatcore._fast.frames cimport (
-    CLOSE_BROKEN, CLOSE_NO_STATUS, FrameBuf, Rx, frame_close, frame_drop, rx_free,
-)
-from chatcore._fast.outbox cimport (
-    Outbox, outbox_clear, outbox_drop_unsent, outbox_push,
-)
+from chatcore._fast.frames cimport CLOSE_BROKEN, FrameBuf, frame_close, frame_drop, rx_free
+from chatcore._fast.outbox cimport outbox_clear, outbox_drop_unsent
 from chatcore._fast.sys cimport (
-    CC_CHECK, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT, SHUT_WR, SO_LINGER, SOL_SOCKET, c_close,
-    cc_now_ns, epoll_ctl, epoll_event, linger, setsockopt, shutdown,
+    CC_CHECK, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT, SHUT_WR, SO_LINGER, SOL_SOCKET, c_close, cc_now_ns,
+    epoll_ctl, epoll_event, linger, setsockopt, shutdown,
 )
 
 cdef extern from "stdlib.h" nogil:

@@ -1,6 +1,6 @@
 """WebSocket framing (RFC 6455): see frames.pyx."""
 
-from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport uint8_t, uint16_t, uint32_t
 
 cdef enum:
     # RFC 6455 section 5.2

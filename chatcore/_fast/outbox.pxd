@@ -1,7 +1,6 @@
 """What waits to be sent on one connection: see outbox.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t
-from libc.stdlib cimport malloc
 
 from chatcore._fast.frames cimport FrameBuf
 

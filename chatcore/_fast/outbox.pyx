@@ -8,7 +8,7 @@ reference counts; outbox_send only reads.
 
 from libc.stdint cimport uint8_t, uint32_t
 from libc.stdlib cimport free, malloc
-from libc.string cimport memcpy
+from libc.string cimport memcpy, memset
 
 from chatcore._fast.frames cimport FrameBuf, frame_drop
 from chatcore._fast.sys cimport (
@@ -139,7 +139,7 @@ cdef void outbox_send(Send *s, uint8_t *scratch) noexcept nogil:
     if n == 1:
         r = send(s.fd, iov[0].iov_base, iov[0].iov_len, MSG_DONTWAIT | MSG_NOSIGNAL)
     else:
-        msg = msghdr()
+        memset(&msg, 0, sizeof(msg))
         msg.msg_iov = iov
         msg.msg_iovlen = n
         r = sendmsg(s.fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL)

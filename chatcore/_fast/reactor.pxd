@@ -1,6 +1,6 @@
 """The reactor: see reactor.pyx."""
 
-from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint8_t, uint64_t
 
 from chatcore._fast.conns cimport Conn, Core
 from chatcore._fast.frames cimport Event

@@ -14,8 +14,8 @@ import sys
 
 cimport cython
 from cpython.bytes cimport PyBytes_FromStringAndSize
-from cpython.unicode cimport PyUnicode_DecodeUTF8
 from cpython.ref cimport Py_INCREF, Py_XDECREF, PyObject
+from cpython.unicode cimport PyUnicode_DecodeUTF8
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
@@ -23,26 +23,24 @@ from libc.string cimport memcpy
 from chatcore._fast.bucket cimport BUCKET_FLOOD, bucket_rate, bucket_take
 from chatcore._fast.conns cimport (
     ARMED_OUT, AUTHED, BLOCKED, CHUNK_CONNS, CHUNK_SHIFT, CLOSING, DEAD, DIRTY, EOF_SEEN, FREE,
-    HTTP, HTTP_ASKED, HTTP_SEEN, LINGER, NO_IN, OPEN, PINGED, SHUT, TELL_CLOSED, TELL_WRITABLE,
-    WHEEL_SLOTS, Conn, Core, Hub, Members, conn_close, conn_ended, conn_free, conn_get,
-    conn_handle, conn_interest, conn_kill, conn_linger, conn_new, conn_queue, conn_reset, conn_send,
-    conn_settle, conn_touch, hub_ms, timer_set, timer_stop, topics_leave, topics_members,
-    wheel_turn,
+    HTTP, HTTP_ASKED, HTTP_SEEN, LINGER, NO_IN, OPEN, PINGED, TICK_NS, TELL_CLOSED, TELL_WRITABLE, Conn,
+    Core, Hub, conn_close, conn_ended, conn_free, conn_get, conn_handle, conn_interest, conn_kill,
+    conn_linger, conn_new, conn_queue, conn_reset, conn_send, conn_settle, conn_touch, hub_ms,
+    timer_set, timer_stop, topics_members, wheel_turn,
 )
-from chatcore._fast.conns cimport TICK_NS
 from chatcore._fast.frames cimport (
     CLOSE_BROKEN, CLOSE_NO_STATUS, EV_BINARY, EV_CLOSE, EV_FAIL, EV_NONE, EV_PING, EV_TEXT,
     OP_BINARY, OP_PING, OP_PONG, OP_TEXT, RAW, Event, Frame as CFrame, FrameBuf, Rx, frame_drop,
-    frame_new, rx_done, rx_free, rx_parse,
+    frame_new, rx_done, rx_parse,
 )
 from chatcore._fast.outbox cimport SCRATCH_BYTES, Send, outbox_send, outbox_written
 from chatcore._fast.sys cimport (
-    AF_INET, AF_INET6, CC_CHECK, EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, EBADF, EINVAL, ENOTSOCK,
-    EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLHUP, EPOLLIN,
-    EPOLLOUT, IPPROTO_TCP, MSG_DONTWAIT, O_CLOEXEC, O_RDONLY, SO_LINGER, SOCK_CLOEXEC,
-    SOCK_NONBLOCK, SOL_SOCKET, TCP_NODELAY, accept4, c_close, c_open, cc_now_ns, epoll_create1,
-    epoll_ctl, epoll_event, epoll_wait, errno, getpeername, inet_ntop, linger, ntohs, recv,
-    setsockopt, sockaddr, sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t,
+    AF_INET, AF_INET6, EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, EBADF, EINVAL,
+    ENOTSOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLHUP,
+    EPOLLIN, EPOLLOUT, IPPROTO_TCP, MSG_DONTWAIT, O_CLOEXEC, O_RDONLY, SOCK_CLOEXEC, SOCK_NONBLOCK,
+    TCP_NODELAY, accept4, c_close, c_open, cc_now_ns, epoll_create1, epoll_ctl, epoll_event,
+    epoll_wait, errno, getpeername, inet_ntop, ntohs, recv, setsockopt, sockaddr, sockaddr_in,
+    sockaddr_in6, sockaddr_storage, socklen_t,
 )
 
 from chatcore._fast.frames import Frame
