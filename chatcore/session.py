@@ -37,6 +37,7 @@ class Session:
     __slots__ = (
         "_busy",
         "_drained",
+        "_live",
         "_lock",
         "_only",
         "_sync",
@@ -61,6 +62,7 @@ class Session:
         self._token_hash = b""
         self._only: frozenset[str] | None = None
         self._sync = 0
+        self._live = False  # `ready` was sent: from then on there is a `sync` to give
         self._busy = 0  # requests not yet answered
         self._waiting: list[tuple[bytes, int]] | None = None  # came while logging in; None: not logging in
         self._drained: asyncio.Future[bool] | None = None
@@ -309,10 +311,13 @@ class Session:
         since = int(parts[2])
         return since if since <= position else None
 
-    def _sync_now(self) -> str:
+    def _sync_now(self) -> dict[str, str]:
+        """The ``sync`` as of now; none while what it stands for is still being sent."""
+        if not self._live:
+            return {}
         if self._lock is None or not self._lock.locked():
             self._sync = max(self._sync, self._worker.delivery.settled)
-        return f"{self._worker.store.store_id}.{self.user_id}.{self._sync}"
+        return {"sync": f"{self._worker.store.store_id}.{self.user_id}.{self._sync}"}
 
     async def _catch_up(self, user: str, convs: list[str], have: dict[str, int], since: int | None) -> None:
         """The ``conv`` pushes, the entries that were missed, and ``ready``."""
@@ -333,6 +338,7 @@ class Session:
                 if not self.closed:
                     sync = f"{self._worker.store.store_id}.{user}.{self._sync}"
                     self.push(orjson.dumps({"t": "ready", "sync": sync}))
+                    self._live = True
         except ChatError as exc:
             # It has been told `ok`, so it cannot be told `unavailable` any more: it resumes.
             self.close(p.CloseCode.INTERNAL, exc.message[:100])
@@ -385,7 +391,7 @@ class Session:
             case p.Block():
                 await chat.block(user, req.user, req.on)
             case p.Ping():
-                return {"ts": self._worker.now_ms(), "sync": self._sync_now()}
+                return {"ts": self._worker.now_ms(), **self._sync_now()}
         return {}
 
     async def _attach(self, user: str, req: p.Attach) -> dict[str, Any] | None:

@@ -72,8 +72,8 @@ class Limits:
     """Sizes and counts that bound what one client, user or worker can use."""
 
     frame_bytes: int = _int(65_536, 1_024, 262_144, "Largest WebSocket message from a client; a body, data and room.")
-    body_bytes: int = _int(8_192, 1, 65_536, "Largest text of a message; some pages, while 100 still fit one push.")
-    data_bytes: int = _int(8_192, 0, 65_536, "Largest `data` of a message, for bots and games; as large as a text.")
+    body_bytes: int = _int(8_192, 1, 16_384, "Largest text of a message; some pages, while 100 still fit one push.")
+    data_bytes: int = _int(8_192, 0, 16_384, "Largest `data` of a message, for bots and games; as large as a text.")
     have: int = _int(1_000, 1, 10_000, "Conversations named in `have`; as many as a user can be in.")
     only: int = _int(100, 1, 10_000, "Conversations named in `only`; more than any screen shows.")
     history: int = _int(100, 1, 1_000, "Entries on one page of history; below the largest server message.")
@@ -83,6 +83,7 @@ class Limits:
     users: int = _int(100, 1, 1_000, "Users looked up in one request; one query of the store.")
     members: int = _int(100, 1, 1_000, "Members on one page; one query of the store.")
     channels: int = _int(100, 1, 1_000, "Channels on one page of the directory; one query of the store.")
+    conversations: int = _int(100, 1, 1_000, "Conversations on one page over HTTP; each may show a whole message.")
     open_members: int = _int(100, 1, 1_000, "Members named when a conversation is opened; each becomes an entry.")
     title_chars: int = _int(100, 1, 1_000, "Longest title of a conversation; one line of a list.")
     name_chars: int = _int(32, 1, 64, "Longest name of a user; fits beside every message.")

@@ -121,7 +121,7 @@ class Accounts:
         await self._store.revoke_token(identity.token_hash)
 
     async def update(self, identity: Identity, name: str | None, password: str | None, old: str | None) -> User:
-        """Change one's name, or one's password (which needs the old one)."""
+        """Change one's name, or one's password (which needs the old one, and logs out everywhere else)."""
         if name is not None:
             name = check_name(name, self._settings.limits.name_chars)
         hashed: str | None = None
@@ -131,4 +131,4 @@ class Accounts:
             if account is None or not await self._passwords.verify(account.password, old or ""):
                 raise Forbidden("the old password is wrong")
             hashed = await self._passwords.hash(password)
-        return await self._store.update_user(identity.user.id, name, hashed)
+        return await self._store.update_user(identity.user.id, name, hashed, identity.token_hash)

@@ -12,7 +12,7 @@ import orjson
 from .. import protocol as p
 from ..accounts.service import Identity, Login
 from ..errors import BadRequest, ChatError, NotFound, Unauthenticated
-from ..net.http import HttpRequest, HttpResponse, bearer, error_response, json_response, not_modified
+from ..net.http import WEBSOCKET_PATH, HttpRequest, HttpResponse, bearer, error_response, json_response, not_modified
 from ..session import conv_push
 from ..store.base import User
 
@@ -73,6 +73,10 @@ class Api:
     async def handle(self, request: HttpRequest) -> HttpResponse:
         """Answer one request."""
         method = "GET" if request.method == "HEAD" else request.method
+        if request.path == WEBSOCKET_PATH:
+            upgrade = {"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+            body = orjson.dumps({"code": "bad_request", "message": "this is for WebSocket connections"})
+            return HttpResponse(426, body, upgrade)
         path, arg = self._match(request.path)
         if path is None:
             return error_response(NotFound("no such resource"))
@@ -178,13 +182,25 @@ class Api:
     # --- conversations ---------------------------------------------------------------
     async def _conversations(self, request: HttpRequest, arg: str) -> HttpResponse:
         who = await self._identify(request)
+        most = self._worker.settings.limits.conversations
+        asked = self._number(request, "limit")
+        limit = most if asked is None else asked
+        if not 1 <= limit <= most:
+            raise BadRequest(f"limit: 1 to {most}")
         _, views = await self._worker.store.views(who.user.id)
+        after = request.query.get("after")
+        if after is not None:
+            ids = [view.conv for view in views]
+            if after not in ids:
+                raise NotFound("after: no such conversation")
+            views = views[ids.index(after) + 1 :]
         entries = []
-        for view in views:
+        for view in views[:limit]:
             fields: dict[str, Any] = orjson.loads(conv_push(view, None))
             del fields["t"]
             entries.append(fields)
-        return json_response(200, {"conversations": entries})
+        more = {"next": views[limit - 1].conv} if len(views) > limit else {}
+        return json_response(200, {"conversations": entries, **more})
 
     async def _history(self, request: HttpRequest, arg: str) -> HttpResponse:
         who = await self._identify(request)

@@ -155,7 +155,6 @@ class Delivery:
 
     def _fold_member(self, room: Room, e: Entry) -> None:
         """Somebody joined or left by this entry: so do the sessions that are here."""
-        room.small = None
         change = orjson.loads(e.wire)
         user = change["user"]
         if change["role"] in MEMBER_ROLES:
@@ -283,6 +282,7 @@ class Delivery:
     def attach_soon(self, x: Subscriber, conv: str, have: int | None) -> None:
         """Attach in a task of its own (somebody was added to a conversation by entry ``have`` + 1, if known)."""
         if x.ready and not self._is_in(x, conv):
+            self.refreshing += 1  # nothing is settled before it is attached
             self._spawn(self._attach_one(x, conv, have), "delivery-attach")
 
     def _is_in(self, x: Subscriber, conv: str) -> bool:
@@ -298,6 +298,8 @@ class Delivery:
             log.warning("attaching %s to %s: %s", x.user_id, conv, exc)
             if not x.closed:
                 self._directory.refresh(x.user_id, conv)
+        finally:
+            self.refreshed()
 
     async def attach(
         self,
@@ -435,7 +437,7 @@ class Delivery:
             self.settled = max(self.settled, self.seen)
 
     def refreshed(self) -> None:
-        """A refresh ended (the directory counts them in ``refreshing``)."""
+        """A refresh or an attach in a task of its own ended (``refreshing`` counts them)."""
         self.refreshing -= 1
         self._settle()
 

@@ -95,7 +95,6 @@ class Room:
         "ready",
         "recheck",
         "ring",
-        "small",
         "topic",
         "want",
     )
@@ -114,7 +113,6 @@ class Room:
         self.ready = ready
         self.idle_sweeps = 0
         self.dirty = False
-        self.small: bool | None = None  # few enough members for typing and read marks; None: ask
 
     @property
     def unused(self) -> bool:

@@ -133,9 +133,6 @@ class Chat:
         entry = new_entry(req.c, user, secrets.token_urlsafe(12), "member", {"user": req.user, "role": req.role})
         done = await self._store.append(entry)
         self._users.tell_changed(req.user, req.c, have=done.seq - 1 if done.seq else None)
-        room = self._delivery.rooms.get(req.c)
-        if room is not None:
-            room.small = None
         return done
 
     async def meta(self, user: str, req: Meta) -> Appended:
@@ -192,7 +189,7 @@ class Chat:
         """Move the read mark; the others see it in small conversations."""
         if await self._store.set_read(user, req.c, req.upto):
             self._users.tell_changed(user, req.c)
-            if await self._small(req.c):
+            if await self._store.member_count(req.c) <= self._limits.small:
                 wire = orjson.dumps({"t": "read", "c": req.c, "user": user, "upto": req.upto})
                 self._tell(req.c, user, wire)
 
@@ -207,15 +204,6 @@ class Chat:
     def _tell(self, conv: str, skip_user: str, wire: bytes) -> None:
         self._delivery.push_state(conv, skip_user, wire)
         self._bus.publish(events.conv_channel(conv), events.pack_state(skip_user, wire))
-
-    async def _small(self, conv: str) -> bool:
-        room = self._delivery.rooms.get(conv)
-        if room is not None and room.small is not None:
-            return room.small
-        small = await self._store.member_count(conv) <= self._limits.small
-        if room is not None:
-            room.small = small
-        return small
 
 
 class TypingGate:

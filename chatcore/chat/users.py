@@ -174,7 +174,8 @@ class Users:
         for x in connected.sessions:
             if room is not None:
                 self.delivery.detach(x, room)
-            x.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
+            if x.ready:
+                x.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
         self._remember(connected, conv, -1)
 
     @staticmethod
@@ -227,7 +228,8 @@ class Users:
     def push_all(self, user: str, wire: bytes) -> None:
         """Push something to the user's sessions here."""
         for x in self.sessions_of(user):
-            x.push(wire)
+            if x.ready:
+                x.push(wire)
 
     def tell_revoked(self, user: str, token_hash: bytes) -> None:
         """A token was revoked: its sessions end at once, wherever they are (the store tells it too)."""

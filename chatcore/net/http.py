@@ -112,9 +112,8 @@ class Refused(Exception):
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
-        self.response = json_response(
-            status, {"code": "too_large" if status in (413, 414, 431) else "bad_request", "message": message}
-        )
+        code = {404: "not_found", 413: "too_large", 414: "too_large", 431: "too_large"}.get(status, "bad_request")
+        self.response = json_response(status, {"code": code, "message": message})
 
 
 class HttpApp(Protocol):
@@ -279,8 +278,7 @@ class HttpConnection:
         if "transfer-encoding" in headers or int(headers.get("content-length", "0")) != 0:
             raise Refused(400, "an upgrade has no body")
         if path != WEBSOCKET_PATH:
-            refused = Refused(404, f"WebSocket connections go to {WEBSOCKET_PATH}")
-            raise refused
+            raise Refused(404, f"WebSocket connections go to {WEBSOCKET_PATH}")
         if headers.get("sec-websocket-version") != "13":
             version = Refused(426, "only version 13 is known")
             version.response.headers["Sec-WebSocket-Version"] = "13"

@@ -226,7 +226,8 @@ class Store(Protocol):
     # --- accounts ----------------------------------------------------------
     async def add_user(self, name: str, password: str) -> User: ...
 
-    async def update_user(self, user: str, name: str | None, password: str | None) -> User: ...
+    async def update_user(self, user: str, name: str | None, password: str | None, keep: bytes = b"") -> User:
+        """Another name, another password hash (which revokes all tokens but the one with hash ``keep``), or both."""
 
     async def set_disabled(self, name: str, disabled: bool) -> None: ...
 

@@ -51,10 +51,16 @@ def check_member(
     """
     had = user_role or "none"
     mine = actor_role or "none"
-    if kind is None or (mine not in MEMBER_ROLES and not (kind == "channel" and actor == user)):
+    if kind is None or (
+        mine not in MEMBER_ROLES
+        # A channel is open to all; and who has left a group may find that out again.
+        and not (actor == user and (kind == "channel" or (role == had and user_role is not None)))
+    ):
         return NotFound("no such conversation")
     if kind == "dm":
         return Forbidden("a dm has always the same two members")
+    if role == had:
+        return None  # nothing to do, which is what a repeated request finds
     if actor == user:
         return _check_oneself(kind, had, role, owners, members)
     if _RANK[role] > _RANK["member"] or _RANK[had] > _RANK["member"]:
@@ -72,19 +78,14 @@ def check_member(
         return None
     if _RANK[mine] < _RANK["admin"]:
         return Forbidden("only admins remove and ban")
-    if role == "none" and had == "none":
-        return NotFound("not a member")
     return None
 
 
 def _check_oneself(kind: str, had: str, role: str, owners: int, members: int) -> ChatError | None:
     if had == "banned":
         return Forbidden("you are banned here")
-    if role == "member":
-        if had == "none" and kind == "channel":
-            return None
-        if had == "member":
-            return None
+    if role == "member" and had == "none" and kind == "channel":
+        return None
     if role in ("none", "member") and had in MEMBER_ROLES:
         if had == "owner" and owners == 1 and members > 1:
             return Forbidden("appoint another owner first")

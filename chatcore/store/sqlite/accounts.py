@@ -28,8 +28,8 @@ def add_user(name: str, password: str) -> Op:
     return op
 
 
-def update_user(user: str, name: str | None, password: str | None) -> Op:
-    """Another name, another password hash, or both. A new password ends all other sessions' tokens later."""
+def update_user(user: str, name: str | None, password: str | None, keep: bytes) -> Op:
+    """Another name, another password hash, or both. A new password revokes all tokens but ``keep``."""
 
     def op(tx: Transaction) -> User:
         row = tx.one("SELECT name FROM users WHERE id = ?", (user,))
@@ -40,6 +40,9 @@ def update_user(user: str, name: str | None, password: str | None) -> Op:
             tx.db.execute("UPDATE users SET name = ?, name_key = ? WHERE id = ?", (name, name_key(name), user))
         if password is not None:
             tx.db.execute("UPDATE users SET password = ? WHERE id = ?", (password, user))
+            others = tx.db.execute("DELETE FROM tokens WHERE user = ? AND hash <> ? RETURNING hash", (user, keep))
+            for (token,) in others.fetchall():
+                _revoke(tx, token, None)  # type: ignore[arg-type]
         return User(user, name if name is not None else row[0])
 
     return op

@@ -60,9 +60,10 @@ def now_ms() -> int:
 class Transaction:
     """One open write transaction: the counter, and the entries that it appended."""
 
-    def __init__(self, db: apsw.Connection, secret: bytes) -> None:
+    def __init__(self, db: apsw.Connection, secret: bytes, max_conversations: int = 1000) -> None:
         self.db = db
         self.secret = secret
+        self.max_conversations = max_conversations
         self.appended: list[Entry] = []
         self._counter = -1
 
@@ -178,13 +179,24 @@ def append_change(e: NewEntry) -> Op:
                 refused = NotFound("no such user")
             if refused is None and (theirs or "none") == e.role:
                 return Appended(0, now_ms())
+            if refused is None and e.role in MEMBER_ROLES and theirs not in MEMBER_ROLES:
+                refused = _check_room_for(tx, e.user)
             if refused is None and kind == "channel" and e.user == e.sender:
-                return _join_or_leave(tx, e.conv, e.user, e.role)
+                # Who joins a channel that everybody left owns it: somebody must be able to lead it.
+                role = "owner" if e.role == "member" and members == 0 else e.role
+                return _join_or_leave(tx, e.conv, e.user, role)
         if refused is not None:
             raise refused
         return write_entry(tx, e, now_ms())
 
     return op
+
+
+def _check_room_for(tx: Transaction, user: str) -> ChatError | None:
+    row = tx.one(f"SELECT count(*) FROM members WHERE user = ? AND role IN {_ROLES}", (user,))
+    if row is not None and row[0] >= tx.max_conversations:
+        return Forbidden(f"{user} is in {tx.max_conversations} conversations, which is the limit")
+    return None
 
 
 def _join_or_leave(tx: Transaction, conv: str, user: str, role: str) -> Appended:
@@ -247,7 +259,7 @@ def set_role(tx: Transaction, conv: str, user: str, role: str, as_of: int, msgs:
         tx.db.execute("UPDATE convs SET members = members + ? WHERE id = ?", (1 if is_ else -1, conv))
 
 
-def open_conversation(o: Opening, max_per_user: int) -> Op:
+def open_conversation(o: Opening) -> Op:
     """Make a conversation and its first entries, or find what the same request made."""
 
     def op(tx: Transaction) -> Opened:
@@ -263,9 +275,8 @@ def open_conversation(o: Opening, max_per_user: int) -> Op:
         for user in everybody:
             if tx.one("SELECT 1 FROM users WHERE id = ? AND disabled = 0", (user,)) is None:
                 raise NotFound(f"no such user: {user}")
-        mine = tx.one(f"SELECT count(*) FROM members WHERE user = ? AND role IN {_ROLES}", (o.creator,))
-        if mine is not None and mine[0] >= max_per_user:
-            raise Forbidden(f"you are in {max_per_user} conversations, which is the limit")
+            if (refused := _check_room_for(tx, user)) is not None:
+                raise refused
         if o.kind == "dm" and tx.one("SELECT 1 FROM blocks WHERE user = ? AND other = ?", (o.members[0], o.creator)):
             raise Forbidden("this user takes no direct messages from you")
         ts = now_ms()

@@ -90,6 +90,7 @@ class SQLiteStore:
             queue=self._queue,
             batch=self._batch,
             checkpoint_pages=self._checkpoint_pages,
+            max_conversations=self._max_conversations,
         )
         self._reader.start()
         self._writer.start()
@@ -119,7 +120,7 @@ class SQLiteStore:
         return self._writer.put(entry)
 
     async def open(self, conv: Opening) -> Opened:
-        opened: Opened = await self._writer.put(ops.open_conversation(conv, self._max_conversations))
+        opened: Opened = await self._writer.put(ops.open_conversation(conv))
         return opened
 
     async def heads(self, convs: Sequence[str]) -> dict[str, int]:
@@ -177,8 +178,8 @@ class SQLiteStore:
         user: User = await self._writer.put(accounts.add_user(name, password))
         return user
 
-    async def update_user(self, user: str, name: str | None, password: str | None) -> User:
-        changed: User = await self._writer.put(accounts.update_user(user, name, password))
+    async def update_user(self, user: str, name: str | None, password: str | None, keep: bytes = b"") -> User:
+        changed: User = await self._writer.put(accounts.update_user(user, name, password, keep))
         return changed
 
     async def set_disabled(self, name: str, disabled: bool) -> None:

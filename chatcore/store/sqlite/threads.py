@@ -169,6 +169,7 @@ class Writer(_Thread):
         queue: int,
         batch: int,
         checkpoint_pages: int,
+        max_conversations: int,
     ) -> None:
         super().__init__("store-writer", loop, queue)
         self._path = database_path(data)
@@ -177,6 +178,7 @@ class Writer(_Thread):
         self._on_commit = on_commit
         self._batch = batch
         self._checkpoint_pages = checkpoint_pages
+        self._max_conversations = max_conversations
         self._wal_pages = 0
         self.commits = 0
 
@@ -230,7 +232,7 @@ class Writer(_Thread):
     def _commit(self, db: apsw.Connection, batch: list[Work]) -> tuple[list[Any], list[Entry]]:
         db.execute("BEGIN IMMEDIATE")
         try:
-            tx = ops.Transaction(db, self._secret)
+            tx = ops.Transaction(db, self._secret, self._max_conversations)
             outcomes: list[Any] = []
             at = 0
             while at < len(batch):
