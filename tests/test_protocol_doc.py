@@ -751,7 +751,7 @@ class Http:
             for one in answer["conversations"]:
                 check_push({"t": "conv", **one})
                 assert "after" not in one
-            check({"conversations": [], **answer}, section.fields("Answer field"), route, mine)
+            check({**answer, "conversations": []}, section.fields("Answer field"), route, mine)
         else:
             check(answer, section.fields("Answer field"), route, mine)
         self.seen.update((route, path) for path in mine)
