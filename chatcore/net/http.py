@@ -11,8 +11,9 @@ import base64
 import binascii
 import hashlib
 import logging
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from urllib.parse import parse_qsl, unquote
 
 import httptools
@@ -30,6 +31,9 @@ MAX_HEADER_BYTES: Final = 8192  # one line, the request line too
 MAX_HEAD_BYTES: Final = 32768  # all of them
 # Requests that a client may send ahead on one connection, in bytes not yet parsed.
 MAX_PIPELINE_BYTES: Final = 65536
+# Parsed at a time. The parser cannot be stopped between two requests of a piece, so this bounds how
+# many wait as objects; the rest wait as bytes.
+PIECE_BYTES: Final = 1024
 WEBSOCKET_PATH: Final = "/ws"
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
 
@@ -116,6 +120,11 @@ class Refused(Exception):
         self.response = json_response(status, {"code": code, "message": message})
 
 
+class _Parsed(NamedTuple):
+    request: HttpRequest
+    keep_alive: bool
+
+
 class HttpApp(Protocol):
     """What answers requests and takes upgraded connections."""
 
@@ -135,43 +144,74 @@ class HttpConnection:
         self._conn = conn
         self._max_body_bytes = max_body_bytes
         self._deadline_ms = deadline_ms
+        self._parser = httptools.HttpRequestParser(self)
+        self._queue: deque[_Parsed] = deque()  # complete, not begun
         self._busy = False  # a request is being answered
         self._ended = False
-        self._pending = bytearray()
+        self._pending = bytearray()  # not parsed yet
+        self._last: HttpResponse | None = None  # to be sent when the queue is empty, and then the end
+        self._leftover: bytes | None = None  # an upgrade was asked for; what came behind it
         self._head_only = False
         self._keep_alive = True
-        self._begin()
-
-    def _begin(self) -> None:
-        self._parser = httptools.HttpRequestParser(self)
-        self._url = b""
-        self._head_bytes = 0
-        self._headers: dict[str, str] = {}
-        self._count = 0
-        self._body = bytearray()
-        self._complete = False
+        self.on_message_begin()
 
     # --- bytes ------------------------------------------------------------------
     def feed(self, data: bytes) -> None:
         """Bytes from the client."""
         if self._ended:
             return
+        self._pending += data
         if self._busy:
-            self._pending += data
             if len(self._pending) > MAX_PIPELINE_BYTES:
                 self._end(Refused(413, "too much sent ahead").response)
             return
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Parse what came until there is a request to begin with; one is worked on at a time."""
+        while not (self._ended or self._busy):
+            if self._queue:
+                self._begin(self._queue.popleft())
+            elif self._last is not None:
+                self._end(self._last)
+            elif self._leftover is not None:
+                self._try_upgrade(self._leftover + self._pending)
+            elif self._pending:
+                piece = bytes(self._pending[:PIECE_BYTES])
+                del self._pending[:PIECE_BYTES]
+                self._parse(piece)
+            else:
+                return
+
+    def _parse(self, piece: bytes) -> None:
         try:
-            self._parser.feed_data(data)
+            self._parser.feed_data(piece)
+            if self._in_head:
+                self._fed += len(piece)
+                if self._fed > MAX_HEAD_BYTES:
+                    self._last = Refused(431, "the head of the request is too large").response
         except httptools.HttpParserUpgrade as exc:
-            self._try_upgrade(data[exc.args[0] :])
+            self._leftover = piece[exc.args[0] :]
         except httptools.HttpParserCallbackError as exc:
             cause = exc.__context__
-            self._end(cause.response if isinstance(cause, Refused) else Refused(400, "bad request").response)
+            self._last = cause.response if isinstance(cause, Refused) else Refused(400, "bad request").response
         except httptools.HttpParserError as exc:
-            self._end(Refused(400, f"not HTTP/1.1: {exc}").response)
+            self._last = Refused(400, f"not HTTP/1.1: {exc}").response
+
+    def _begin(self, parsed: _Parsed) -> None:
+        self._busy = True
+        self._keep_alive = parsed.keep_alive
+        self._head_only = parsed.request.method == "HEAD"
+        # The deadline was for the request to come; the answer has its own.
+        self._reactor.http_deadline(self._conn, self._deadline_ms)
+        self._app.http_request(self, parsed.request)
 
     def _try_upgrade(self, leftover: bytes) -> None:
+        if self._headers.get("upgrade", "").lower() != "websocket" and "content-length" not in self._headers:
+            # Another protocol (h2c): a server may ignore the offer (RFC 9110, 7.8). The parser has stopped here.
+            self._leftover = None
+            self._begin(_Parsed(self._request(), False))
+            return
         try:
             response = self._handshake()
         except Refused as exc:
@@ -184,7 +224,22 @@ class HttpConnection:
         self._ended = True
         self._reactor.write(self._conn, encode_response(response, keep_alive=False), True)
 
+    def close_idle(self) -> None:
+        """Close it, unless a request is being answered or is coming in."""
+        if not (self._busy or self._queue or self._pending or self._fed or self._ended):
+            self._ended = True
+            self._reactor.write(self._conn, b"", True)
+
     # --- callbacks of the parser ----------------------------------------------------
+    def on_message_begin(self) -> None:
+        self._url = b""
+        self._head_bytes = 0
+        self._headers: dict[str, str] = {}
+        self._count = 0
+        self._body = bytearray()
+        self._in_head = True
+        self._fed = 0  # bytes of the head as they came: an unfinished line is inside the parser
+
     def on_url(self, url: bytes) -> None:
         self._grow(len(url))
         self._url += url
@@ -192,6 +247,8 @@ class HttpConnection:
             raise Refused(414, "the request line is too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._in_head:
+            return  # a trailer: nothing here uses one
         self._grow(len(name) + len(value))
         self._count += 1
         if self._count > MAX_HEADERS or len(name) + len(value) > MAX_HEADER_BYTES:
@@ -210,9 +267,12 @@ class HttpConnection:
             raise Refused(431, "the head of the request is too large")
 
     def on_headers_complete(self) -> None:
+        self._in_head = False
         length = self._headers.get("content-length")
         if length is not None and int(length) > self._max_body_bytes:
             raise Refused(413, f"body: at most {self._max_body_bytes} bytes")
+        if self._headers.get("expect", "").lower() == "100-continue" and not (self._busy or self._queue):
+            self._reactor.write(self._conn, b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
         self._body += body
@@ -222,22 +282,14 @@ class HttpConnection:
     def on_message_complete(self) -> None:
         if self._parser.should_upgrade():
             return
-        if self._busy or self._complete:
-            raise Refused(400, "one request at a time")
-        self._complete = True
-        self._busy = True
+        self._queue.append(_Parsed(self._request(), self._parser.should_keep_alive()))
+        self._fed = 0
+
+    def _request(self) -> HttpRequest:
+        path, query = self._target()
         method = self._parser.get_method().decode("latin-1")
-        self._keep_alive = self._parser.should_keep_alive()
-        self._head_only = method == "HEAD"
-        try:
-            path, query = self._target()
-        except Refused as exc:
-            self._end(exc.response)
-            return
-        # The deadline was for the request to come; the answer has its own.
-        self._reactor.http_deadline(self._conn, self._deadline_ms)
-        request = HttpRequest(method, path, query, self._headers, bytes(self._body), self._reactor.peer(self._conn))
-        self._app.http_request(self, request)
+        peer = self._reactor.peer(self._conn)
+        return HttpRequest(method, path, query, self._headers, bytes(self._body), peer)
 
     def _target(self) -> tuple[str, dict[str, str]]:
         try:
@@ -261,11 +313,8 @@ class HttpConnection:
             return
         self._reactor.write(self._conn, data)
         self._busy = False
-        self._begin()
         self._reactor.http_deadline(self._conn, self._deadline_ms)
-        if self._pending:
-            ahead, self._pending = bytes(self._pending), bytearray()
-            self.feed(ahead)
+        self._go_on()
 
     # --- RFC 6455, 4.2 --------------------------------------------------------------------
     def _handshake(self) -> bytes:
