@@ -11,6 +11,7 @@ import os
 import secrets
 from pathlib import Path
 from typing import Final
+from urllib.parse import quote
 
 import apsw
 
@@ -93,18 +94,36 @@ def prepare(data: Path) -> None:
     """
     path = database_path(data)
     fresh = not path.exists() or path.stat().st_size == 0
+    wal = path.with_name(path.name + "-wal")
     try:
+        if not fresh and not wal.exists():
+            # Nobody has it open: look at it first in the one way that leaves no files beside it,
+            # so that what is not ours stays as it is.
+            unchanged = f"file:{quote(os.fspath(path.absolute()))}?immutable=1"
+            db = apsw.Connection(unchanged, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
+            try:
+                if not _is_empty(db):
+                    _verify(db, path)
+            finally:
+                db.close()
         db = connect(path, write=True)
         try:
-            if fresh:
+            if fresh or _is_empty(db):
                 _create(db, path)
             _verify(db, path)
+            if db.execute("PRAGMA journal_mode").fetchall() != [("wal",)]:
+                db.execute("PRAGMA journal_mode = WAL")
         finally:
             db.close()
     except (apsw.Error, OSError) as exc:
         raise BrokenStore(f"the database {path} cannot be used: {exc}") from None
     for name in LOCK_NAMES:
         (data / name).touch(mode=0o600)
+
+
+def _is_empty(db: apsw.Connection) -> bool:
+    # As an earlier first start leaves it that was killed before it had made the tables.
+    return db.pragma("application_id") == 0 and not db.execute("SELECT 1 FROM sqlite_schema LIMIT 1").fetchall()
 
 
 def _create(db: apsw.Connection, path: Path) -> None:
@@ -129,5 +148,3 @@ def _verify(db: apsw.Connection, path: Path) -> None:
     # The whole file is not read (it may be large): the root page of every table and index is.
     for (name,) in db.execute("SELECT name FROM sqlite_schema WHERE type = 'table'").fetchall():
         db.execute(f'SELECT 1 FROM "{name}" LIMIT 1').fetchall()
-    if db.execute("PRAGMA journal_mode").fetchall() != [("wal",)]:
-        db.execute("PRAGMA journal_mode = WAL")
