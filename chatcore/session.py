@@ -40,6 +40,7 @@ class Session:
         "_live",
         "_lock",
         "_only",
+        "_reading",
         "_sync",
         "_token_hash",
         "_typing",
@@ -49,6 +50,7 @@ class Session:
         "closed",
         "conn",
         "expires",
+        "joining",
         "ready",
         "watching",
     )
@@ -68,6 +70,8 @@ class Session:
         self._drained: asyncio.Future[bool] | None = None
         self._lock: asyncio.Lock | None = None  # one attach after the other
         self._typing: TypingGate | None = None
+        self._reading: asyncio.Lock | None = None  # one expensive query after the other
+        self.joining = 0
         self.watching: set[str] = set()
         self.expires = 0.0  # when its token ends, as far as is known here (the loop's clock)
 
@@ -229,11 +233,14 @@ class Session:
     async def _auth(self, req: p.Auth) -> dict[str, Any] | None:
         try:
             after_reply = await self._log_in(req)
+        except ChatError as exc:
+            self._refuse(req.id, exc)
+            after_reply = None
         finally:
             waiting, self._waiting = self._waiting, None
         if after_reply is not None:
-            # The reply is out; what waited is dealt with before the replay, which may take long.
             self._worker.spawn(after_reply, "session-attach")
+        # The reply is out; what waited is dealt with before the replay, which may take long.
         for data, wait_ms in waiting or ():
             if not self.closed:
                 self.on_message(data, wait_ms)
@@ -315,7 +322,7 @@ class Session:
         """The ``sync`` as of now; none while what it stands for is still being sent."""
         if not self._live:
             return {}
-        if self._lock is None or not self._lock.locked():
+        if not self.joining and (self._lock is None or not self._lock.locked()):
             self._sync = max(self._sync, self._worker.delivery.settled)
         return {"sync": f"{self._worker.store.store_id}.{self.user_id}.{self._sync}"}
 
@@ -377,6 +384,21 @@ class Session:
                 return {"s": done.seq, "ts": done.ts, **({"dup": True} if done.dup else {})}
             case p.Notify():
                 await chat.notify(user, req.c, req.level)
+            case p.Members() | p.Users() | p.Channels() | p.Watch():
+                if self._reading is None:
+                    self._reading = asyncio.Lock()
+                async with self._reading:
+                    return await self._look_up(user, req)
+            case p.Block():
+                await chat.block(user, req.user, req.on)
+            case p.Ping():
+                return {"ts": self._worker.now_ms(), **self._sync_now()}
+        return {}
+
+    async def _look_up(self, user: str, req: p.Members | p.Users | p.Channels | p.Watch) -> dict[str, Any] | None:
+        """Queries whose work a client chooses: one at a time, so that others have their turn in between."""
+        chat = self._worker.chat
+        match req:
             case p.Members():
                 return await chat.members(user, req)
             case p.Users():
@@ -388,11 +410,6 @@ class Session:
                 if self.closed:
                     return None
                 return {"states": await self._worker.presence.watch(self, req.users)}
-            case p.Block():
-                await chat.block(user, req.user, req.on)
-            case p.Ping():
-                return {"ts": self._worker.now_ms(), **self._sync_now()}
-        return {}
 
     async def _attach(self, user: str, req: p.Attach) -> dict[str, Any] | None:
         limits = self._worker.settings.limits

@@ -108,6 +108,9 @@ class Limits:
         1_000, 1, 100_000, "Plain HTTP connections in one worker; each has Python objects, so there are fewer."
     )
     append_queue: int = _int(10_000, 1, 1_000_000, "Entries waiting for the store in one worker; seconds of its work.")
+    ring_bytes: int = _int(
+        262_144, 4_096, 16_777_216, "Bytes of those entries; large ones are read from the store instead."
+    )
     ring: int = _int(64, 1, 4_096, "Last entries kept for each attached conversation; a short gap costs no query.")
 
 

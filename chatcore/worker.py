@@ -124,6 +124,9 @@ class Worker:
             self._make_topic,
             Frame,
             ring=limits.ring,
+            ring_bytes=limits.ring_bytes,
+            # With the low-water mark before it, a replay stays below the limit of the outbox.
+            replay_bytes=(limits.outbox_bytes - limits.outbox_low_water_bytes) // 2,
             backlog=limits.backlog,
             check_interval_s=settings.store.check_interval_ms / 1000,
         )
@@ -173,6 +176,8 @@ class Worker:
         self.reactor.unlisten()
         self.context.listener.close()
         self.draining = True
+        for http in list(self._http.values()):
+            http.close_idle()
         await self._close_sessions(deadline)
         await self._wait_for(lambda: self.reactor.connections() == 0, deadline)
         await self._wait_for(lambda: not self._tasks, deadline)
@@ -194,8 +199,9 @@ class Worker:
         spread = self.settings.server.reconnect_spread_ms
         while self.sessions and self._loop.time() < deadline:
             # Those with nothing outstanding first; the others get until the deadline to be answered.
-            idle = [x for x in self.sessions if not x.busy]
-            for i, x in enumerate(idle):
+            for i, x in enumerate(list(self.sessions)):
+                if x.busy:
+                    continue
                 x.close(p.CloseCode.RESTART, f"restart {random.randint(0, spread)}")
                 self.sessions.discard(x)
                 if i % DRAIN_BATCH == DRAIN_BATCH - 1:
@@ -344,15 +350,18 @@ class Worker:
         session = Session(self, conn)
         self.sessions.add(session)
         auth_ms = self.settings.timeouts.auth_ms
-        if self.draining:
-            self.reactor.upgrade(conn, session, response, b"", auth_ms)
+        full = self.reactor.websockets() >= self.settings.limits.connections_per_worker
+        if not (self.draining or full):
+            response += self._hello
+        else:
+            leftover = b""
+        if not self.reactor.upgrade(conn, session, response, leftover, auth_ms):
+            self.sessions.discard(session)  # the client is gone already
+        elif self.draining:
             spread = self.settings.server.reconnect_spread_ms
             session.close(p.CloseCode.RESTART, f"restart {random.randint(0, spread)}")
-        elif self.reactor.websockets() >= self.settings.limits.connections_per_worker:
-            self.reactor.upgrade(conn, session, response, b"", auth_ms)
+        elif full:
             session.close(p.CloseCode.OVER_CAPACITY, "over capacity")
-        else:
-            self.reactor.upgrade(conn, session, response + self._hello, leftover, auth_ms)
 
     # --- the bus' listener ------------------------------------------------------------
     def on_bus(self, channel: str, payload: bytes) -> None:

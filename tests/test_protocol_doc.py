@@ -490,6 +490,7 @@ INTERNAL: Final = {
     "limits.http_connections_per_worker",
     "limits.append_queue",
     "limits.ring",
+    "limits.ring_bytes",
     "timeouts.stuck_worker_ms",
     "timeouts.worker_start_ms",
     "accounts.password_hash_memory_kib",

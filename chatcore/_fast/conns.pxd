@@ -25,6 +25,7 @@ cdef enum State:
 
 cdef enum Flag:
     DIRTY = 1                   # in the dirty list
+    BURST = 8                   # times the outbox limit that one turn may queue; frames are shared
     BLOCKED = 2                 # the socket took no more; EPOLLOUT will tell
     ARMED_OUT = 4               # EPOLLOUT is in the epoll set
     NO_IN = 8                   # EPOLLIN is not
@@ -186,10 +187,14 @@ cdef inline bint conn_queue(Hub *h, Conn *c, FrameBuf *f) noexcept nogil:
     return True
 
 cdef inline bint conn_send(Hub *h, Conn *c, FrameBuf *f) noexcept nogil:
-    """conn_queue for messages: over the limit the connection is closed with 4002."""
+    """conn_queue for messages: over the limit the connection is closed with 4002.
+
+    Only who lets the socket fill is too slow: what one turn of the loop queues may be more than
+    the limit, and the peer had no chance to read it yet. BURST bounds even that.
+    """
     if not conn_queue(h, c, f):
         return False
-    if c.out.bytes > h.outbox_limit:
+    if c.out.bytes > h.outbox_limit and (c.flags & BLOCKED or c.out.bytes // BURST > h.outbox_limit):
         conn_too_slow(h, c)
         return False
     return True

@@ -23,7 +23,8 @@ class Passwords:
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="passwords")
         self._limit = queue
         self._waiting = 0
-        self._nobody: str | None = None
+        # Made before anybody logs in, so that not even the first unknown name takes longer.
+        self._nobody = self._executor.submit(self._hasher.hash, "nobody's password")
 
     def close(self) -> None:
         """End the thread; what waits is dropped."""
@@ -49,9 +50,7 @@ class Passwords:
 
     def _verify(self, hashed: str | None, password: str) -> bool:
         if hashed is None:
-            if self._nobody is None:
-                self._nobody = self._hasher.hash("nobody's password")
-            self._check(self._nobody, password)
+            self._check(self._nobody.result(), password)
             return False
         return self._check(hashed, password)
 

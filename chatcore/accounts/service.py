@@ -81,8 +81,8 @@ class Accounts:
             raise Forbidden("registration is closed: ask the operator for an account")
         name = check_name(name, self._settings.limits.name_chars)
         self.check_password(password)
-        user = await self._store.add_user(name, await self._passwords.hash(password))
-        return await self._issue(user)
+        hashed = await self._passwords.hash(password)
+        return await self._issue(await self._store.add_user(name, hashed), hashed)
 
     async def login(self, name: str, password: str) -> Login:
         """:raises Unauthenticated: unknown user, wrong password or disabled: one answer, one duration."""
@@ -92,12 +92,12 @@ class Accounts:
         right = await self._passwords.verify(hashed, password if usable else "x")
         if account is None or not right or account.disabled:
             raise Unauthenticated("wrong name or password")
-        return await self._issue(User(account.id, account.name))
+        return await self._issue(User(account.id, account.name), account.password)
 
-    async def _issue(self, user: User) -> Login:
+    async def _issue(self, user: User, hashed: str) -> Login:
         token = secrets.token_urlsafe(TOKEN_BYTES)
         ttl = self._settings.accounts.token_ttl_ms
-        await self._store.add_token(token_hash(token), user.id, now_ms() + ttl)
+        await self._store.add_token(token_hash(token), user.id, now_ms() + ttl, hashed)
         return Login(token, ttl, user)
 
     async def identify(self, token: str) -> Identity:
@@ -112,7 +112,8 @@ class Accounts:
             raise Unauthenticated("this token is not valid")
         ttl = self._settings.accounts.token_ttl_ms
         if left < ttl * (1 - EXTEND_AFTER):
-            await self._store.extend_token(key, now_ms() + ttl)
+            if not await self._store.extend_token(key, now_ms() + ttl):
+                raise Unauthenticated("this token is not valid")
             left = ttl
         return Identity(found.user, key, left)
 

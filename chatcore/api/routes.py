@@ -113,7 +113,7 @@ class Api:
     def _body(request: HttpRequest, kind: type[T]) -> T:
         try:
             return msgspec.json.decode(request.body, type=kind)
-        except msgspec.MsgspecError as exc:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
             raise BadRequest(f"body: {exc}") from None
 
     @staticmethod

@@ -59,6 +59,8 @@ class Delivery:
         make_frame: Callable[[bytes], Any],
         *,
         ring: int = 64,
+        ring_bytes: int = 262_144,
+        replay_bytes: int = 262_144,
         backlog: int = 500,
         check_interval_s: float = 1.0,
     ) -> None:
@@ -68,12 +70,15 @@ class Delivery:
         self._make_topic = make_topic
         self._make_frame = make_frame
         self._ring = ring
+        self._ring_bytes = ring_bytes
+        self._replay_bytes = replay_bytes
         self._backlog = backlog
         self._check_interval_s = check_interval_s
         self.rooms: dict[str, Room] = {}
         self._behind: set[Room] = set()
         self._dirty: set[Room] = set()
         self.refreshing = 0
+        self._merged = 0  # position up to which those who are told of changes only were told
         self.seen = 0
         #: Position up to which all that concerns the live sessions here was queued to them.
         self.settled = 0
@@ -145,6 +150,9 @@ class Delivery:
         """The next entry, to all in the topic. No await inside: same tick."""
         room.last = e.seq
         room.ring.append(e)
+        room.ring_bytes += len(e.wire)
+        while len(room.ring) > self._ring or room.ring_bytes > self._ring_bytes:
+            room.ring_bytes -= len(room.ring.popleft().wire)
         if len(room.topic):
             self.deliveries += room.topic.fan_out(self._make_frame(e.wire))
         if len(room.quiet):
@@ -232,7 +240,7 @@ class Delivery:
         for conv in convs:
             room = self.rooms.get(conv)
             if room is None:
-                room = self.rooms[conv] = Room(conv, self._ring, self._loop.create_future())
+                room = self.rooms[conv] = Room(conv, self._loop.create_future())
                 room.topic = self._make_topic(room)
                 room.quiet = self._make_topic(room)
                 fresh.append(room)
@@ -282,7 +290,7 @@ class Delivery:
     def attach_soon(self, x: Subscriber, conv: str, have: int | None) -> None:
         """Attach in a task of its own (somebody was added to a conversation by entry ``have`` + 1, if known)."""
         if x.ready and not self._is_in(x, conv):
-            self.refreshing += 1  # nothing is settled before it is attached
+            x.joining += 1  # until it is attached, its `sync` stands still
             self._spawn(self._attach_one(x, conv, have), "delivery-attach")
 
     def _is_in(self, x: Subscriber, conv: str) -> bool:
@@ -299,7 +307,7 @@ class Delivery:
             if not x.closed:
                 self._directory.refresh(x.user_id, conv)
         finally:
-            self.refreshed()
+            x.joining -= 1
 
     async def attach(
         self,
@@ -337,8 +345,14 @@ class Delivery:
                 if view.head > room.want:
                     room.want = view.head
                     self._start_pump(room, 0)
+                # As fast as it is read: a log-in tells of many conversations.
+                if not await x.drained():
+                    return
                 if x in room.attaching:
                     await self._attach_room(x, room, view, have.get(room.conv), tell)
+                    if x in room.stale:
+                        room.stale.discard(x)
+                        self._directory.refresh(x.user_id, room.conv)
                 elif x.conn in room.quiet and tell(view):
                     x.push_view(view, None)
                 if x.closed:
@@ -348,6 +362,7 @@ class Delivery:
         finally:
             for room in rooms:
                 room.attaching.discard(x)
+                room.stale.discard(x)
             self.release(rooms)
 
     async def _attach_room(
@@ -382,8 +397,8 @@ class Delivery:
         upto = min(room.last, cur + REPLAY_ROWS)
         first = room.last - len(room.ring) + 1
         if cur + 1 >= first:
-            return [e for e in room.ring if cur < e.seq <= upto]
-        rows = await self._store.entries(room.conv, cur, upto - cur, READ_BYTES)
+            return self._cut(e for e in room.ring if cur < e.seq <= upto)
+        rows = await self._store.entries(room.conv, cur, upto - cur, self._replay_bytes)
         dense: list[Entry] = []
         for e in rows:
             if e.seq != cur + 1 + len(dense) or e.seq > upto:
@@ -392,6 +407,17 @@ class Delivery:
         if not dense:
             await asyncio.sleep(BACKOFF_S[0])  # what was delivered must be there: a lagging read
         return dense
+
+    def _cut(self, entries: Iterable[Entry]) -> list[Entry]:
+        """As many as may be in an outbox at once, one at least."""
+        taken: list[Entry] = []
+        size = 0
+        for e in entries:
+            size += len(e.wire)
+            if taken and size > self._replay_bytes:
+                break
+            taken.append(e)
+        return taken
 
     # --- looking ------------------------------------------------------------------
     def check(self) -> None:
@@ -433,11 +459,11 @@ class Delivery:
         self._settle()
 
     def _settle(self) -> None:
-        if not self._behind and not self._dirty and not self.refreshing:
-            self.settled = max(self.settled, self.seen)
+        if not self._behind and not self.refreshing:
+            self.settled = max(self.settled, self._merged if self._dirty else self.seen)
 
     def refreshed(self) -> None:
-        """A refresh or an attach in a task of its own ended (``refreshing`` counts them)."""
+        """A refresh ended (``refreshing`` counts them)."""
         self.refreshing -= 1
         self._settle()
 
@@ -473,10 +499,13 @@ class Delivery:
                 for x in room.quiet.sessions():
                     wanted.setdefault(x, []).append(room.conv)
             self._dirty.clear()
+            # All up to here was delivered, so what it made dirty is in `wanted`.
+            upto = self._merged if self._behind else self.seen
             self.refreshing += 1
             try:
                 for x, convs in wanted.items():
                     await self._push_views(x, convs)
+                self._merged = upto
             finally:
                 self.refreshed()
 

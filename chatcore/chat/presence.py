@@ -30,6 +30,8 @@ log = logging.getLogger("chatcore.presence")
 OFFLINE_GRACE_S: Final = 2.0
 # Changes are merged over this time, then told to the watchers.
 MERGE_S: Final = 0.2
+# Until the next try when the store does not answer.
+RETRY_S: Final = 1.0
 
 
 class Presence:
@@ -126,7 +128,8 @@ class Presence:
             await self._bus.subscribe([events.presence_channel(user) for user in fresh])
         states = await self._states([user for user in users if user in wanted])
         for state in states:
-            self._told.setdefault(state["user"], state["state"])
+            if state["user"] in self._watchers:  # not if the session ended meanwhile
+                self._told.setdefault(state["user"], state["state"])
         return states
 
     def forget(self, x: Session) -> None:
@@ -177,6 +180,8 @@ class Presence:
                 await self._tell()
             except ChatError as exc:
                 log.warning("presence: %s", exc)
+                await asyncio.sleep(RETRY_S)
+                self._wake.set()
 
     async def _settle_leaving(self) -> None:
         now = time.monotonic()
@@ -189,15 +194,24 @@ class Presence:
                 left.append(user)
             self._note(user)
         if left:
-            # Noted before it is told, so that the telling can say since when.
-            await self._store.mark_seen(left)
+            try:
+                # Noted before it is told, so that the telling can say since when.
+                await self._store.mark_seen(left)
+            except ChatError as exc:
+                log.warning("last seen of %d users: %s", len(left), exc)
             for user in left:
                 self._announce(user, False)
 
     async def _tell(self) -> None:
         changed = [user for user in self._changed if user not in self._leaving]
         self._changed.clear()
-        for state in await self._states(changed):
+        try:
+            states = await self._states(changed)
+        except ChatError:
+            # Told later: the next change, or the next round, wakes it.
+            self._changed.update(user for user in changed if user in self._watchers)
+            raise
+        for state in states:
             user = state["user"]
             if self._told.get(user) == state["state"]:
                 continue

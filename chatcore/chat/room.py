@@ -26,6 +26,9 @@ class Subscriber(Protocol):
     def ready(self) -> bool:
         """Its list of conversations was read: what joins from now on must be told."""
 
+    #: Attaches in tasks of their own that have not ended.
+    joining: int
+
     def attach_lock(self) -> asyncio.Lock:
         """One attach of a session after the other, so that none repeats what another pushed."""
 
@@ -95,20 +98,25 @@ class Room:
         "ready",
         "recheck",
         "ring",
+        "ring_bytes",
+        "stale",
         "topic",
         "want",
     )
 
-    def __init__(self, conv: str, ring: int, ready: asyncio.Future[None]) -> None:
+    def __init__(self, conv: str, ready: asyncio.Future[None]) -> None:
         self.conv = conv
         self.topic: TopicLike  # attached and live: exactly the entries up to `last` were queued
         self.quiet: TopicLike  # members that want to be told of changes only
         self.last = -1  # -1: not known yet
         self.want = 0
-        self.ring: deque[Entry] = deque(maxlen=ring)  # dense, ends with `last`
+        self.ring: deque[Entry] = deque()  # dense, ends with `last`; bounded by count and bytes
+        self.ring_bytes = 0
         self.pump: asyncio.Task[None] | None = None
         self.recheck = False  # the pump is to ask the store even if want == last
         self.attaching: set[Subscriber] = set()  # on the way: behind `last`, or membership not read yet
+        # Of those, who is to be told the row again: it changed after the attach had read it.
+        self.stale: set[Subscriber] = set()
         self.pins = 0
         self.ready = ready
         self.idle_sweeps = 0

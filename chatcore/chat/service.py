@@ -34,6 +34,8 @@ from . import events
 from .delivery import Delivery
 from .users import Users
 
+# Users in one query of who knows whom: it may look at every conversation of each, and others wait for it.
+_ACQUAINTED_AT_ONCE: Final = 25
 # Room for the envelope of a page around its entries.
 _ENVELOPE_BYTES: Final = 1024
 
@@ -180,9 +182,12 @@ class Chat:
         """:raises Forbidden: somebody among them shares no conversation with the user."""
         if len(others) > self._limits.watch:
             raise TooLarge(f"users: at most {self._limits.watch}")
-        strangers = set(others) - {user} - await self._store.acquainted(user, others)
-        if strangers:
-            raise Forbidden(f"you share no conversation with {min(strangers)}")
+        asked = sorted(set(others) - {user})
+        for at in range(0, len(asked), _ACQUAINTED_AT_ONCE):
+            some = asked[at : at + _ACQUAINTED_AT_ONCE]
+            strangers = set(some) - await self._store.acquainted(user, some)
+            if strangers:
+                raise Forbidden(f"you share no conversation with {min(strangers)}")
 
     # --- states, at most once -------------------------------------------------------
     async def read(self, user: str, req: Read) -> None:

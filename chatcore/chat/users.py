@@ -24,6 +24,9 @@ log = logging.getLogger("chatcore.users")
 
 # A user's rows that were told lately; more than change at once, few enough to forget.
 TOLD_MAX: Final = 64
+# Between two tries to read what changed for a user, while the store does not answer.
+REFRESH_PAUSE_S: Final = 0.2
+REFRESH_PAUSE_MAX_S: Final = 2.0
 # How late the end of a token may be noticed; all sessions are looked at each time.
 EXPIRY_SWEEP_S: Final = 2.0
 
@@ -141,40 +144,52 @@ class Users:
 
     async def _refresh(self, user: str, conv: str, have: int | None) -> None:
         try:
-            _, views = await self._store.views(user, [conv])
-            connected = self._by_id.get(user)
-            if connected is None:
+            pause = REFRESH_PAUSE_S
+            while (connected := self._by_id.get(user)) is not None:
+                try:
+                    _, views = await self._store.views(user, [conv])
+                except ChatError as exc:
+                    # Nobody would look at this change again: it is told when the store is back.
+                    log.warning("refresh of %s: %s", user, exc)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, REFRESH_PAUSE_MAX_S)
+                    continue
+                if views:
+                    self._tell(connected, views[0], have)
+                else:
+                    self._tell_out(connected, conv)
                 return
-            if views:
-                self._tell(connected, views[0], have)
-            else:
-                self._tell_out(connected, conv)
-        except ChatError as exc:
-            log.warning("refresh of %s: %s", user, exc)
         finally:
             self.delivery.refreshed()
 
     def _tell(self, connected: ConnectedUser, view: View, have: int | None) -> None:
         room = self.delivery.rooms.get(view.conv)
         known = connected.told.get(view.conv) == view.rev
+        all_told = True
         for x in connected.sessions:
             if not x.ready:
                 continue  # its own attach reads the row after it was registered
-            if room is not None and (x.conn in room.topic or x.conn in room.quiet or x in room.attaching):
+            if room is None:
+                self.delivery.attach_soon(x, view.conv, have)
+            elif x in room.attaching:
+                # It may be pushed an older view yet: it is told when it is through.
+                room.stale.add(x)
+                all_told = False
+            elif x.conn in room.topic or x.conn in room.quiet:
                 if not known:
                     x.push_view(view, None)
             else:
                 self.delivery.attach_soon(x, view.conv, have)
-        self._remember(connected, view.conv, view.rev)
+        if all_told:
+            self._remember(connected, view.conv, view.rev)
 
     def _tell_out(self, connected: ConnectedUser, conv: str) -> None:
-        if connected.told.get(conv) == -1:
-            return
+        known = connected.told.get(conv) == -1
         room = self.delivery.rooms.get(conv)
         for x in connected.sessions:
             if room is not None:
                 self.delivery.detach(x, room)
-            if x.ready:
+            if x.ready and not known:
                 x.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
         self._remember(connected, conv, -1)
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
+from typing import Final
 
 from ..errors import BadRequest
+
+# Letters and marks that show nothing (Hangul fillers, Braille blank, combining grapheme joiner).
+_BLANK: Final = frozenset("\u034f\u115f\u1160\u2800\u3164\uffa0")
 
 
 def name_key(name: str) -> str:
@@ -21,7 +25,7 @@ def check_name(name: str, max_chars: int) -> str:
     if not 1 <= len(name) <= max_chars:
         raise BadRequest(f"name: 1 to {max_chars} characters")
     # Categories: Z separators, C control, format, surrogate, private use, unassigned.
-    if any(unicodedata.category(ch)[0] in "ZC" for ch in name):
+    if any(unicodedata.category(ch)[0] in "ZC" or ch in _BLANK for ch in name):
         raise BadRequest("name: no spaces, control or invisible characters")
     if name[0] in "@#":
         raise BadRequest("name: must not begin with @ or #")

@@ -108,7 +108,7 @@ def test_changes_tell_everything_after_a_position_once(tmp_path: Path) -> None:
         assert (await o.store.changes(found.position)).heads == []
         await o.store.append(message(a, bob))
         await o.store.set_read(alice.id, a, 3)
-        await o.store.add_token(b"hash", bob.id, 2**50)
+        await o.store.add_token(b"hash", bob.id, 2**50, "hash")
         await o.store.revoke_token(b"hash")
         await o.store.set_disabled("alice", True)
         more = await o.store.changes(found.position)
@@ -194,7 +194,7 @@ def _statements(tmp_path: Path) -> list[str]:
     do(ops.append_change(change(channel, bob, bob, "member")))
     for op in (
         accounts.update_user(alice.id, "al", "h", b"kept"),
-        accounts.add_token(b"x", alice.id, 1),
+        accounts.add_token(b"x", alice.id, 1, "h"),
         accounts.extend_token(b"x", 2),
         accounts.revoke_token(b"x"),
         accounts.mark_seen([alice.id]),

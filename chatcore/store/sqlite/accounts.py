@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import Conflict, NotFound
+from ...errors import Conflict, NotFound, Unauthenticated
 from ...protocol import MEMBER_ROLES
 from ..base import User
 from ..names import name_key
@@ -73,10 +73,15 @@ def _revoke(tx: Transaction, token: bytes | None, user: str | None) -> None:
     tx.db.execute("INSERT INTO revocations VALUES (?, ?, ?)", (tx.tick(), token, user))
 
 
-def add_token(token_hash: bytes, user: str, expires: int) -> Op:
-    """A new session token; expired ones of anybody are swept away with it."""
+def add_token(token_hash: bytes, user: str, expires: int, password: str) -> Op:
+    """A new session token; expired ones of anybody are swept away with it.
+
+    ``password`` is the hash that was verified: it may have been changed since.
+    """
 
     def op(tx: Transaction) -> None:
+        if tx.one("SELECT 1 FROM users WHERE id = ? AND password = ? AND disabled = 0", (user, password)) is None:
+            raise Unauthenticated("wrong name or password")
         now = now_ms()
         tx.db.execute("DELETE FROM tokens WHERE hash IN (SELECT hash FROM tokens WHERE expires < ? LIMIT 100)", (now,))
         tx.db.execute("INSERT INTO tokens VALUES (?, ?, ?, ?)", (token_hash, user, now, expires))
@@ -87,8 +92,9 @@ def add_token(token_hash: bytes, user: str, expires: int) -> Op:
 def extend_token(token_hash: bytes, expires: int) -> Op:
     """Tokens slide while they are used."""
 
-    def op(tx: Transaction) -> None:
-        tx.db.execute("UPDATE tokens SET expires = max(expires, ?) WHERE hash = ?", (expires, token_hash))
+    def op(tx: Transaction) -> bool:
+        sql = "UPDATE tokens SET expires = max(expires, ?) WHERE hash = ? RETURNING 1"
+        return tx.one(sql, (expires, token_hash)) is not None
 
     return op
 

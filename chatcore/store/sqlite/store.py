@@ -110,6 +110,11 @@ class SQLiteStore:
             await asyncio.sleep(min(0.5, self._timeout_s / 2))
             self._writer.give_up(self._timeout_s)
             self._reader.give_up(self._timeout_s)
+            # Whether it works again is found out without waiting for somebody to write.
+            if not self._writer.healthy and self._writer.idle():
+                self._writer.put(_nothing).add_done_callback(_retrieved)
+            if not self._reader.healthy and self._reader.idle():
+                self._reader.put(ops.position).add_done_callback(_retrieved)
 
     async def _read(self, query: reads.Query[T]) -> T:
         result: T = await self._reader.put(query)
@@ -200,14 +205,22 @@ class SQLiteStore:
     async def mark_seen(self, users: Sequence[str]) -> None:
         await self._writer.put(accounts.mark_seen(users))
 
-    async def add_token(self, token_hash: bytes, user: str, expires: int) -> None:
-        await self._writer.put(accounts.add_token(token_hash, user, expires))
+    async def add_token(self, token_hash: bytes, user: str, expires: int, password: str) -> None:
+        await self._writer.put(accounts.add_token(token_hash, user, expires, password))
 
     async def token(self, token_hash: bytes) -> Token | None:
         return await self._read(reads.token(token_hash))
 
-    async def extend_token(self, token_hash: bytes, expires: int) -> None:
-        await self._writer.put(accounts.extend_token(token_hash, expires))
+    async def extend_token(self, token_hash: bytes, expires: int) -> bool:
+        return bool(await self._writer.put(accounts.extend_token(token_hash, expires)))
 
     async def revoke_token(self, token_hash: bytes) -> None:
         await self._writer.put(accounts.revoke_token(token_hash))
+
+
+def _nothing(tx: ops.Transaction) -> None:
+    """A transaction that only shows that there can be one."""
+
+
+def _retrieved(future: asyncio.Future[Any]) -> None:
+    future.exception()

@@ -23,16 +23,18 @@ from ...errors import ChatError, Internal, Unavailable
 from ..base import Entry, NewEntry, OnCommit
 from . import ops
 from .lock import WriteLock
-from .schema import connect, database_path
+from .schema import BUSY_TIMEOUT_MS, connect, database_path
 
 log = logging.getLogger("chatcore.store")
 
 # Queries waiting at most: beyond it the reader is seconds behind, and more would only wait longer.
 READ_QUEUE: Final = 10_000
-# A broken connection is opened again with these pauses, so that a dead disk is not hammered.
-REOPEN_PAUSE_S: Final = (0.0, 0.1, 0.5, 1.0, 2.0)
 # Try to start the log file over when it has grown to this many times the checkpoint size.
 RESTART_FACTOR: Final = 16
+# A transaction takes no further operation after this: the other workers wait for the lock.
+BATCH_S: Final = 0.05
+# How long a checkpoint waits for a reader that is on an old snapshot.
+CHECKPOINT_BUSY_MS: Final = 50
 
 Work = NewEntry | ops.Op
 Future = asyncio.Future[Any]
@@ -50,7 +52,7 @@ class _Thread:
         self._taken: Sequence[tuple[Any, Future, float]] = ()
         #: False while the database does not answer.
         self.healthy = True
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._guarded, name=name, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
@@ -59,7 +61,7 @@ class _Thread:
         """Queue work; the future is resolved on the loop."""
         future: Future = self._loop.create_future()
         with self._wake:
-            full = self._stopping or len(self._queue) >= self._limit
+            full = self._stopping or len(self._queue) >= self._limit or not self._thread.is_alive()
             if not full:
                 self._queue.append((work, future, time.monotonic()))
                 self._wake.notify()
@@ -97,6 +99,18 @@ class _Thread:
     def _answer(self, call: Callable[..., None], *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be answered
             self._loop.call_soon_threadsafe(call, *args)
+
+    def idle(self) -> bool:
+        """Nothing waits and nothing is being done."""
+        return not self._queue and not self._taken
+
+    def _guarded(self) -> None:
+        try:
+            self._run()
+        except BaseException:
+            # Nothing is known to end here. If something does, it is seen in health, and callers are answered.
+            log.critical("%s has died", self._thread.name, exc_info=True)
+            self.healthy = False
 
     def _run(self) -> None:
         raise NotImplementedError
@@ -183,7 +197,7 @@ class Writer(_Thread):
         self.commits = 0
 
     def _run(self) -> None:
-        lock = WriteLock(self._data)
+        lock: WriteLock | None = None
         db: apsw.Connection | None = None
         try:
             while batch := self._take(self._batch):
@@ -191,6 +205,8 @@ class Writer(_Thread):
                 entries: list[Entry] = []
                 for attempt in range(2):
                     try:
+                        if lock is None:
+                            lock = WriteLock(self._data)
                         with lock:
                             if db is None:
                                 db = self._connect()
@@ -211,12 +227,28 @@ class Writer(_Thread):
                         db = None
                         break
                 if outcomes is None:
+                    # What waits behind it fails with it: nothing overtakes what failed (log.md).
+                    batch += self._take_all()
                     outcomes = [Unavailable("the store does not answer") for _ in batch]
+                elif len(outcomes) < len(batch):
+                    self._put_back(batch[len(outcomes) :])
+                    del batch[len(outcomes) :]
                 self._answer(self._finish, batch, outcomes, entries)
                 self._taken = ()
         finally:
             _close(db)
-            lock.close()
+            if lock is not None:
+                lock.close()
+
+    def _take_all(self) -> list[tuple[Any, Future, float]]:
+        with self._wake:
+            rest = list(self._queue)
+            self._queue.clear()
+        return rest
+
+    def _put_back(self, rest: Sequence[tuple[Any, Future, float]]) -> None:
+        with self._wake:
+            self._queue.extendleft(reversed(rest))
 
     def _connect(self) -> apsw.Connection:
         if not self._path.exists():
@@ -230,12 +262,14 @@ class Writer(_Thread):
         return apsw.SQLITE_OK
 
     def _commit(self, db: apsw.Connection, batch: list[Work]) -> tuple[list[Any], list[Entry]]:
+        """Do what there is time for, from the front, in one transaction; an outcome for each that was done."""
+        until = time.monotonic() + BATCH_S
         db.execute("BEGIN IMMEDIATE")
         try:
             tx = ops.Transaction(db, self._secret, self._max_conversations)
             outcomes: list[Any] = []
             at = 0
-            while at < len(batch):
+            while at < len(batch) and (at == 0 or time.monotonic() < until):
                 run: list[NewEntry] = []
                 while at < len(batch) and isinstance(work := batch[at], NewEntry) and work.t == "msg":
                     run.append(work)
@@ -275,17 +309,23 @@ class Writer(_Thread):
         restart = self._wal_pages >= self._checkpoint_pages * RESTART_FACTOR
         mode = apsw.SQLITE_CHECKPOINT_RESTART if restart else apsw.SQLITE_CHECKPOINT_PASSIVE
         try:
-            db.set_busy_timeout(50)
+            db.set_busy_timeout(CHECKPOINT_BUSY_MS)
             db.wal_checkpoint(mode=mode)
         except apsw.BusyError:
             pass  # a reader is on an old snapshot: next time
         except apsw.Error as exc:
             # The commit before it stands; the next write finds out whether the disk works.
             log.error("checkpoint failed: %s", exc)
+        finally:
+            db.set_busy_timeout(BUSY_TIMEOUT_MS)
         self._wal_pages = 0
 
     def _finish(self, batch: Sequence[tuple[Any, Future, float]], outcomes: list[Any], entries: list[Entry]) -> None:
         """On the loop: tell of what is new, then answer."""
-        if entries:
-            self._on_commit(entries)
+        try:
+            if entries:
+                self._on_commit(entries)
+        except Exception:
+            # They are durable, and found by the next look at the store: the callers are answered.
+            log.exception("telling of %d new entries failed", len(entries))
         _resolve(batch, outcomes)
