@@ -46,12 +46,13 @@ async def register_or_say_wrong(address: Address, name: str, password: str) -> S
 async def channel(client: Client, title: str) -> str:
     """The id of the channel of this title: joined, or made if there is none."""
     found = await namesakes(client, title)
+    made = ""
     if not found:
         made = await client.open("channel", title=title)
         found = await namesakes(client, title)
         if made not in [c.id for c in found]:
             return made  # the directory does not show it yet; nobody else's is there either
-    chosen = found[0] if len(found) == 1 else await _oldest(client, found)
+    chosen = found[0] if len(found) == 1 else await _oldest(client, found, made)
     if is_out(chosen.role):
         await client.join(chosen.id)
     await client.view(chosen.id)
@@ -74,8 +75,11 @@ async def namesakes(client: Client, title: str) -> list[Channel]:
     return [one for one in found if one.members] or found
 
 
-async def _oldest(client: Client, found: list[Channel]) -> Channel:
-    """The oldest of several channels. Its log is only for members: look at each from inside."""
+async def _oldest(client: Client, found: list[Channel], made: str) -> Channel:
+    """The oldest of several channels; ``made`` is the one that we have just made ourselves, if any.
+
+    A log is only for members: look at each from inside.
+    """
     ages: list[tuple[int, str, Channel]] = []
     joined: list[str] = []
     for one in found:
@@ -91,10 +95,11 @@ async def _oldest(client: Client, found: list[Channel]) -> Channel:
     if not ages:
         raise Forbidden(f"you may not join {found[0].title!r}")
     chosen = min(ages)[2]
-    for one in found:
-        # Leave what was joined to look, and the namesake that we have just made ourselves.
-        if one.id != chosen.id and (one.id in joined or (one.role == "owner" and one.members <= 1)):
-            await _leave(client, one.id)
+    # Leave what was joined to look, and at last the namesake that we have just made ourselves:
+    # while we wait for the others to leave ours, they may be waiting for us to leave theirs.
+    for conv in [*joined, made]:
+        if conv and conv != chosen.id:
+            await _leave(client, conv)
     return msgspec.structs.replace(chosen, role="member")
 
 

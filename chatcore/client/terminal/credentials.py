@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -57,6 +58,11 @@ class Tokens:
         self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         replace_file(self._path(user), msgspec.json.encode(Kept(self._url, user, token)))
 
+    def used(self, user: str) -> None:
+        """This user is here now."""
+        with suppress(OSError):
+            os.utime(self._path(user))
+
     def drop(self, user: str) -> None:
         """The token is worth nothing any more."""
         self._path(user).unlink(missing_ok=True)
@@ -96,6 +102,7 @@ class Login:
 
     def kept(self) -> str | None:
         """The token of an earlier time."""
+        self._tokens.used(self.user)
         return self._tokens.get(self.user)
 
     async def fresh(self) -> str:
