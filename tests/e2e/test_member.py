@@ -318,9 +318,10 @@ async def test_what_a_role_does_not_allow_is_forbidden_and_changes_nothing(
     assert len(await world.whole_log(group.clients["owner"], group.conv)) == head
 
 
-async def test_removing_somebody_who_is_not_in_is_not_found(world: World) -> None:
+async def test_removing_somebody_who_is_not_in_changes_nothing(world: World) -> None:
     group = await Group.make(world)
-    await group.refused("not_found", "admin", "outsider", "none")
+    assert "s" not in await group.set("admin", "outsider", "none")
+    assert await group.roles() == BEFORE
 
 
 async def test_appointing_somebody_who_is_not_in_is_not_found(world: World) -> None:
