@@ -6,10 +6,11 @@ import asyncio
 import json
 import re
 import signal
+from collections import Counter
 from pathlib import Path
 
 from .conftest import Serve
-from .raw import CLOSE, TEXT, frame
+from .raw import CLOSE, TEXT, Raw, frame
 from .traffic import Traffic, with_traffic
 from .world import World, new_cid, until
 
@@ -122,6 +123,42 @@ async def test_a_reload_under_traffic_loses_nothing_and_tells_everybody_to_come_
     assert {code for code, _ in closes} == {1012}, closes
     for _, reason in closes:
         _wait_ms(reason)
+
+
+async def test_no_connection_is_reset_while_workers_are_replaced(serve: Serve) -> None:
+    server = serve()
+    world = World(server)
+    outcomes: Counter[str] = Counter()
+    reloading = True
+
+    async def come_and_go() -> None:
+        while reloading:
+            raw = await Raw.open(server.address)
+            try:
+                await raw.upgrade()
+                first = await raw.frame()
+                if first.opcode == CLOSE:
+                    assert int.from_bytes(first.payload[:2], "big") == 1012
+                    outcomes["told to come back"] += 1
+                else:
+                    assert first.json["t"] == "hello"
+                    outcomes["welcome"] += 1
+            finally:
+                raw.close()
+
+    clients = [asyncio.create_task(come_and_go()) for _ in range(8)]
+    try:
+        for _ in range(2):
+            done = await asyncio.to_thread(server.ctl, "reload")
+            assert (done.returncode, done.stderr) == (0, "")
+        reloading = False
+        await asyncio.gather(*clients)
+        assert outcomes["welcome"] > 50, outcomes
+    finally:
+        for task in clients:
+            task.cancel()
+        await asyncio.gather(*clients, return_exceptions=True)
+        await world.aclose()
 
 
 async def test_a_reload_takes_new_settings(serve: Serve, tmp_path: Path) -> None:

@@ -196,6 +196,18 @@ async def test_a_new_password_needs_the_old_one(world: World) -> None:
     assert (await world.http("POST", "/v1/sessions", body=body)).status == 401
 
 
+async def test_a_new_password_ends_the_users_other_sessions(world: World) -> None:
+    user = await world.user()
+    others = await world.both_workers(await world.login(user))
+    mine = await world.connect(user)
+    body = {"password": "battery staple", "old_password": PASSWORD}
+    assert (await world.http("PATCH", "/v1/me", token=user.token, body=body)).status == 200
+    for client in others:
+        assert (await client.end()).code == 4101
+    await mine.request("ping")
+    assert (await world.http("GET", "/v1/me", token=user.token)).status == 200
+
+
 @pytest.mark.parametrize("body", [{}, {"name": ""}, {"name": 7}, {"password": "short", "old_password": PASSWORD}, b"x"])
 async def test_a_change_that_is_none_is_a_bad_request_and_changes_nothing(world: World, body: Any) -> None:
     user = await world.user()

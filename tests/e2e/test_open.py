@@ -154,7 +154,13 @@ async def test_too_many_members_at_once_are_too_large(tight: World) -> None:
 
 
 async def test_a_user_can_be_in_so_many_conversations_and_no_more(tight: World) -> None:
-    _, a = await tight.pair()
+    alice, a = await tight.pair()
     for _ in range(12):
         await tight.group(a)
     await a.refused("forbidden", "open", kind="group", cid=new_cid(), title="one too many")
+    # Nor is he brought into one more, by others or by himself.
+    bob, b = await tight.pair()
+    group, channel = await tight.group(b), await tight.channel(b)
+    await b.refused("forbidden", "member", c=group, user=alice.id, role="member")
+    await a.refused("forbidden", "member", c=channel, user=alice.id, role="member")
+    assert [m["user"] for m in (await b.request("members", c=group, limit=3))["members"]] == [bob.id]

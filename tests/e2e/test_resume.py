@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from .client import Client
+from .conftest import Serve
 from .world import User, World, new_cid
 
 
@@ -269,3 +272,25 @@ async def test_a_have_of_conversations_one_is_not_in_tells_nothing_about_them(wo
     await world.send(a, secret)
     b = await world.connect(bob, sync=sync, have={**have, secret: 0, "no-such-conv": 5})
     assert {m.get("c") for m in b.received} <= {None, conv}
+
+
+async def test_sync_and_have_outlive_a_restart(serve: Serve) -> None:
+    server = serve()
+    world = World(server)
+    try:
+        a, bob, b, conv = await _start(world)
+        quiet = await world.group(a, bob)
+        await b.expect(t="conv", c=quiet)
+        b = await world.connect(bob)
+        sync = b.got(t="ready")[0]["sync"]
+        have = {conv: sent(b)[conv]["head"], quiet: sent(b)[quiet]["head"]}
+        await b.close()
+        last = await world.fill(a, conv, 5)
+        await asyncio.to_thread(server.stop)
+        await asyncio.to_thread(server.start)
+        b = await world.connect(bob, sync=sync, have=have)
+        assert b.got(t="ok")[0]["full"] is False
+        assert list(sent(b)) == [conv]
+        assert b.seqs(conv) == list(range(have[conv] + 1, last + 1))
+    finally:
+        await world.aclose()
