@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from .errors import ConnectionLost
+from .errors import BadRequest, ConnectionLost
 
 _ID_MAX: Final = 2**31 - 1
 
@@ -21,16 +21,33 @@ Done = Callable[[dict[str, Any] | Exception], None]
 
 
 class Call:
-    """One request. ``repeat`` says to ask again after a lost connection."""
+    """One request. ``repeat`` says to ask again after a lost connection.
 
-    __slots__ = ("done", "fields", "id", "repeat", "t")
+    :raises BadRequest: the fields cannot be said in JSON.
+    """
+
+    __slots__ = ("_fields", "done", "id", "repeat", "t")
 
     def __init__(self, t: str, fields: Mapping[str, Any], done: Done, *, repeat: bool = True) -> None:
         self.t = t
-        self.fields = fields
+        # Here and not when it goes out: then whoever asks is told of it.
+        self._fields = encode(t, fields)
         self.done = done
         self.repeat = repeat
         self.id = 0
+
+    def frame(self) -> bytes:
+        """The message, with the id that it has now."""
+        more = b"" if self._fields == b"{}" else b"," + self._fields[1:-1]
+        return b'{"t":"%b","id":%d%b}' % (self.t.encode(), self.id, more)
+
+
+def encode(t: str, fields: Mapping[str, Any]) -> bytes:
+    """The fields of a request as JSON. Raises BadRequest."""
+    try:
+        return msgspec.json.encode(fields)
+    except (TypeError, ValueError, OverflowError) as exc:  # half a surrogate pair, for one
+        raise BadRequest(f"{t}: {exc}") from None
 
 
 class Calls:
@@ -76,7 +93,7 @@ class Calls:
             self._last_id = self._last_id % _ID_MAX + 1
         call.id = self._last_id
         self._asked[call.id] = call
-        return msgspec.json.encode({"t": call.t, "id": call.id, **call.fields})
+        return call.frame()
 
     def unask(self, call: Call) -> None:
         """The frame that :meth:`ask` made does not go out."""

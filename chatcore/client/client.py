@@ -206,6 +206,7 @@ class Client(Requests):
         order of the calls. Cancelling the future does not take it back.
 
         :raises OutboxFull: too many messages wait already.
+        :raises chatcore.errors.BadRequest: the text is no Unicode (half a surrogate pair).
         """
         if self._core.unacknowledged_count >= self._unacknowledged_max:
             raise OutboxFull(f"{self._unacknowledged_max} messages wait for their acknowledgement")

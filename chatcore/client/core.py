@@ -18,11 +18,12 @@ from typing import Any, Final
 import msgspec
 
 from .backoff import Backoff
-from .calls import Call, Calls, Done
+from .calls import Call, Calls, Done, encode
 from .errors import ChatError, ConnectionLost, RateLimited, StateMismatch, TooLarge, error_from, rejection_from
 from .events import Disconnected, Event, Refused, User
 from .outbox import Draft, Outbox, Pending
 from .pulse import AUTH_TIMEOUT_S, PING_TIMEOUT_S, QUIET_S, Pulse
+from .resume import resume_fields
 from .state import Snapshot
 from .world import Mark, World
 
@@ -198,11 +199,14 @@ class Core:
 
     # Inputs: the application.
 
-    def send(self, draft: Draft, done: Any, *, stored: bool) -> Pending:
+    def send(self, draft: Draft, done: Done, *, stored: bool) -> Pending:
         """Send a message; ``done`` is called once, with the reply or an exception.
 
         Until ``stored`` (:meth:`stored`) it does not go out.
+
+        :raises BadRequest: it cannot be said in JSON.
         """
+        encode("send", draft.fields())
         pending = Pending(draft, done, stored)
         if self.failure:
             done(self.failure)
@@ -221,7 +225,10 @@ class Core:
         self._outbox.finish(pending)
 
     def call(self, t: str, fields: Mapping[str, Any], done: Done, *, repeat: bool = True) -> Call:
-        """Ask something; ``done`` is called once, with the reply or an exception."""
+        """Ask something; ``done`` is called once, with the reply or an exception.
+
+        :raises BadRequest: it cannot be said in JSON.
+        """
         call = Call(t, fields, done, repeat=repeat)
         if self.failure:
             done(self.failure)
@@ -333,7 +340,7 @@ class Core:
     def _pong(self, reply: dict[str, Any] | Exception) -> None:
         self._pulse.answered()
         self._pulse.synced(self._now)
-        if isinstance(reply, dict):
+        if isinstance(reply, dict) and self.in_step:
             self.world.synced(reply.get("sync"))
 
     def _auth(self) -> None:
@@ -343,33 +350,12 @@ class Core:
             self._pulse.asked(self._now, AUTH_TIMEOUT_S)
         fields: dict[str, Any] = {"v": VERSION, "token": self._token}
         if first:
-            if self.world.sync is not None:
-                fields |= {"sync": self.world.sync, "have": self._have()}
+            fields |= resume_fields(self.world, most=self._limits["have"], most_bytes=self._limits["frame"] // 2)
             if self._only is not None:
                 fields["only"] = self._only
             if self._ping_ms is not None:
                 fields["ping_ms"] = self._ping_ms
         self._frames.append(self._calls.ask(Call("auth", fields, partial(self._authed, first), repeat=False)))
-
-    def _have(self) -> dict[str, int]:
-        """As many cursors as the server takes, those of the newest conversations first.
-
-        What is left out costs a page of history, if it changed at all.
-        """
-        cursors, views = self.world.catchup.cursors, self.world.views
-
-        def newest(conv: str) -> int:
-            view = views.get(conv)
-            return view.last.ts if view and view.last else 0
-
-        out: dict[str, int] = {}
-        size = 0
-        for conv in sorted(cursors, key=newest, reverse=True)[: self._limits["have"]]:
-            size += len(conv) + 20
-            if size > self._limits["frame"] // 2:
-                break
-            out[conv] = cursors[conv].have
-        return out
 
     def _authed(self, first: bool, reply: dict[str, Any] | Exception) -> None:
         if isinstance(reply, ConnectionLost):
@@ -423,7 +409,7 @@ class Core:
         # Again, because what is refused right here makes way for the next.
         while taken := self._outbox.take(self._now):
             for pending in taken:
-                self._ask(Call("send", _fields(pending.draft), partial(self._sent, pending), repeat=False))
+                self._ask(Call("send", pending.draft.fields(), partial(self._sent, pending), repeat=False))
 
     def _ask(self, call: Call) -> None:
         frame = self._calls.ask(call)
@@ -460,14 +446,3 @@ class Core:
         if isinstance(error, ChatError) and error.retry_after_ms is not None:
             return self._now + max(RETRY_MIN_S, error.retry_after_ms / 1000)
         return None
-
-
-def _fields(draft: Draft) -> dict[str, Any]:
-    fields: dict[str, Any] = {"c": draft.conv, "cid": draft.cid, "body": draft.body}
-    if draft.reply_to is not None:
-        fields["re"] = draft.reply_to
-    if draft.files is not None:
-        fields["files"] = draft.files
-    if draft.data is not None:
-        fields["data"] = draft.data
-    return fields

@@ -11,7 +11,7 @@ import base64
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Final
+from typing import Any, Final
 
 import msgspec
 
@@ -36,9 +36,20 @@ class Draft(msgspec.Struct, frozen=True):
     files: list[str] | None = None
     data: str | None = None
 
+    def fields(self) -> dict[str, Any]:
+        """The fields of the request."""
+        out: dict[str, Any] = {"c": self.conv, "cid": self.cid, "body": self.body}
+        if self.reply_to is not None:
+            out["re"] = self.reply_to
+        if self.files is not None:
+            out["files"] = self.files
+        if self.data is not None:
+            out["data"] = self.data
+        return out
+
 
 #: Called once with the ``ok`` reply, or with the exception that ended it.
-Done = Callable[[dict[str, object] | Exception], None]
+Done = Callable[[dict[str, Any] | Exception], None]
 
 
 class Pending:

@@ -209,9 +209,12 @@ class World:
         if entry is None:
             log.warning("ignored a malformed entry: %.200r", obj)
             return
+        ends = self._ends_membership(entry)
+        if ends and entry.conv not in self.views and entry.conv not in self.catchup.cursors:
+            return  # the `conv` that says the same was first
         cursor = self.catchup.start(entry.conv, entry.seq - 1)
         out: list[Event] = []
-        if self._ends_membership(entry):
+        if ends:
             # The last entry that we get: what is missing before it cannot be paged any more.
             cursor.jump(entry.seq - 1, out)
             out += cursor.push(entry)

@@ -10,6 +10,7 @@ import pytest
 
 from chatcore.client.core import Core
 from chatcore.client.errors import (
+    BadRequest,
     ChatError,
     ConnectionLost,
     Rejected,
@@ -412,6 +413,15 @@ def test_our_removal_comes_last_and_the_conversation_is_gone() -> None:
     assert gone == ConversationGone(conv="c1")
 
 
+def test_our_removal_may_be_told_by_the_conv_first() -> None:
+    wire = Wire()
+    wire.auth(convs=[conv()])
+    wire.events()
+    wire.say({"t": "conv", "c": "c1", "role": "none"})
+    wire.say({"t": "member", "c": "c1", "s": 1, "from": "u2", "ts": 1, "user": "u1", "role": "none"})
+    assert wire.events() == [ConversationGone(conv="c1")]
+
+
 def test_what_is_missing_before_our_removal_is_named() -> None:
     wire = Wire()
     wire.auth(convs=[conv()])
@@ -628,6 +638,17 @@ def test_a_message_that_the_server_closed_over_is_refused_and_not_repeated() -> 
     assert isinstance(results[0], TooLarge)
     wire.auth()
     assert wire.frames() == []
+
+
+def test_what_is_no_unicode_is_refused_at_once_and_does_no_harm() -> None:
+    wire = Wire()
+    wire.auth()
+    with pytest.raises(BadRequest):
+        wire.core.send(draft("a", "\ud83d"), ignore, stored=True)
+    with pytest.raises(BadRequest):
+        wire.core.call("meta", {"title": "\ud83d"}, ignore)
+    wire.core.send(draft("b"), ignore, stored=True)
+    assert [f["cid"] for f in wire.frames()] == ["b"]
 
 
 def test_a_message_waits_until_it_is_stored() -> None:

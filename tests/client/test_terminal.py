@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 from pathlib import Path
 
 from chatcore.client import Message, Typing
@@ -148,6 +149,16 @@ async def test_what_cannot_be_sent_is_said_and_counted(url: str, tmp_path: Path)
         assert await chat.end() == 1
     assert "* not sent: xxx" in chat.err
     assert chat.out.endswith(": fine\n")
+
+
+async def test_an_interrupt_ends_it(url: str, tmp_path: Path) -> None:
+    alice = fresh("alice")
+    async with piped(url, tmp_path, "--register", "--user", alice, "#" + fresh("lobby")) as chat:
+        chat.type("hello\n")
+        await chat.says(f"{alice}: hello\n")
+        chat.process.send_signal(signal.SIGINT)
+        assert await chat.process.wait() == 130
+    assert "Traceback" not in chat.err
 
 
 async def test_on_a_terminal(url: str, tmp_path: Path) -> None:
