@@ -16,7 +16,7 @@ from chatcore.client.errors import ClientClosed, StateMismatch
 from ..server import PATIENCE_S, Server
 from .helpers import PASSWORD, bodies, fresh, login, proxy_to, until
 
-KILLS = 6
+KILLS = 4
 
 
 async def test_a_lost_connection_is_made_again_and_what_was_missed_comes(url: str, server: Server) -> None:
