@@ -60,16 +60,17 @@ class Backend:
 
     ``prepare`` is given the data directory of a new server, so that a backend that is shared between
     servers can give each its own names in it. ``stall`` makes writes to the store of a data directory
-    hang until it is left.
+    hang until it is left. ``file``: the database in the data directory, if it is there at all.
     """
 
     name: str
     prepare: Callable[[Path], Mapping[str, str]]
     stall: Callable[[Path], AbstractContextManager[None]]
+    file: str | None = None
 
 
 #: What the end-to-end tests run on, each of them; `conftest.py` of e2e makes a parameter of it.
-BACKENDS = (Backend("sqlite-local", prepare=lambda data: {}, stall=_hold_write_lock),)
+BACKENDS = (Backend("sqlite-local", prepare=lambda data: {}, stall=_hold_write_lock, file="chatcore.db"),)
 
 
 def environment(settings: Mapping[str, object] | None = None) -> dict[str, str]:
@@ -116,7 +117,8 @@ def eventually(condition: Callable[[], T], what: str = "", patience_s: float = P
 def _socket_inode(port: int, peer_port: int) -> int:
     """The inode of the socket of 127.0.0.1:port that is connected to 127.0.0.1:peer_port (0: no process has it).
 
-    Asked by netlink (sock_diag(7)), for just this one: /proc/net/tcp lists thousands after some hundred tests.
+    Asked by netlink (sock_diag(7)), for just this one: /proc/net/tcp lists thousands after some hundred
+    tests, and is read only where the kernel knows no sock_diag (which looks as if there were no such socket).
     """
     loopback = socket.inet_aton("127.0.0.1")
     any_cookie = b"\xff" * 8
@@ -130,10 +132,20 @@ def _socket_inode(port: int, peer_port: int) -> int:
         reply = netlink.recv(8192)
     _, kind = struct.unpack_from("=IH", reply)
     # Without such a connection the kernel finds who listens on the port.
-    if kind != by_family or struct.unpack_from("!HH", reply, 16 + 4) != (port, peer_port):
+    if kind != by_family:
+        return _socket_inode_in_proc(port, peer_port)
+    if struct.unpack_from("!HH", reply, 16 + 4) != (port, peer_port):
         return 0
     # struct inet_diag_msg: four bytes, the id of the socket, four numbers, the inode.
     return int(struct.unpack_from("=I", reply, 16 + 4 + 48 + 16)[0])
+
+
+def _socket_inode_in_proc(port: int, peer_port: int) -> int:
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if [int(address.rpartition(":")[2], 16) for address in fields[1:3]] == [port, peer_port]:
+            return int(fields[9])
+    return 0
 
 
 class Server:

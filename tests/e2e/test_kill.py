@@ -7,7 +7,7 @@ import signal
 
 from .conftest import Serve
 from .traffic import Traffic, with_traffic
-from .world import until
+from .world import World, until
 
 KILLS = 20
 TALKERS = 20
@@ -34,3 +34,24 @@ async def test_twenty_kills_of_workers_lose_and_repeat_nothing(serve: Serve) -> 
     traffic = await with_traffic(server, TALKERS, CONVERSATIONS, kill_workers)
     assert len(killed) == KILLS
     assert sum(talker.connects for talker in traffic.talkers) > TALKERS + KILLS, "hardly anybody was hit"
+
+
+async def test_who_was_on_a_worker_that_died_appears_offline_unless_he_comes_back(serve: Serve) -> None:
+    server = serve(errors="died: signal 9")
+    world = World(server)
+    try:
+        _, a = await world.pair(on=0)
+        users = [await world.user(name) for name in ("comes-back", "stays-away")]
+        await world.group(a, *users)
+        states = (await a.request("watch", users=[user.id for user in users]))["states"]
+        assert {state["state"] for state in states} == {"offline"}
+        for user in users:
+            await world.connect(user, on=1)
+            await a.expect(t="presence", user=user.id, state="online")
+        os.kill(server.pids()[1], signal.SIGKILL)
+        back = await world.connect(users[0], on=0)
+        await a.expect(t="presence", user=users[1].id, state="offline")
+        assert not a.got(t="presence", user=users[0].id, state="offline")
+        await back.request("ping")
+    finally:
+        await world.aclose()
