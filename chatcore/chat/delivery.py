@@ -328,13 +328,12 @@ class Delivery:
         rooms = await self.acquire(convs)
         try:
             for room in rooms:
-                if x.wants(room.conv):
-                    if x.conn in room.topic and room.conv not in have:
-                        continue  # live already: it missed nothing
-                    self.detach(x, room)
-                    room.attaching.add(x)
-                else:
-                    self.detach(x, room)
+                wanted = x.wants(room.conv)
+                if wanted and x.conn in room.topic and room.conv not in have:
+                    continue  # live already: it missed nothing
+                self.detach(x, room)
+                room.attaching.add(x)
+                if not wanted:
                     room.quiet.add(x.conn)
             # Only now is membership read: whoever is removed after this read is taken out of
             # `attaching` by the entry that removes him (log.md, Deliver).
@@ -348,13 +347,13 @@ class Delivery:
                 # As fast as it is read: a log-in tells of many conversations.
                 if not await x.drained():
                     return
-                if x in room.attaching:
+                if x in room.attaching and x.conn in room.quiet:
+                    await self._tell_quiet(x, room, view, tell)
+                elif x in room.attaching:
                     await self._attach_room(x, room, view, have.get(room.conv), tell)
                     if x in room.stale:
                         room.stale.discard(x)
                         self._directory.refresh(x.user_id, room.conv)
-                elif x.conn in room.quiet and tell(view):
-                    x.push_view(view, None)
                 if x.closed:
                     return
             for room in by_conv.values():
@@ -364,6 +363,16 @@ class Delivery:
                 room.attaching.discard(x)
                 room.stale.discard(x)
             self.release(rooms)
+
+    async def _tell_quiet(self, x: Subscriber, room: Room, view: View, tell: Callable[[View], bool]) -> None:
+        """The ``conv`` of a room that is not to be attached; as it is now, if it changed while others were told."""
+        room.attaching.discard(x)
+        stale = x in room.stale
+        room.stale.discard(x)
+        if stale or (tell(view) and room.last > view.head):
+            await self._push_views(x, [room.conv])
+        elif tell(view):
+            x.push_view(view, None)
 
     async def _attach_room(
         self, x: Subscriber, room: Room, view: View, have: int | None, tell: Callable[[View], bool]
