@@ -38,12 +38,14 @@ def message(conv: str, seq: int, body: str = "hello") -> Entry:
 
 
 class Shelf:
-    """A store of what a test puts there. It fails while ``down``, and notes what it was asked."""
+    """A store of what a test puts there. It notes what it was asked; it fails while ``down``, or in what is
+    named in ``failing``."""
 
     store_id = "shelf"
 
     def __init__(self) -> None:
         self.down = False
+        self.failing: set[str] = set()
         self.asked: list[tuple[Any, ...]] = []
         self.at = 5  # the change counter
         self.logs: dict[str, list[Entry]] = {}
@@ -70,7 +72,7 @@ class Shelf:
     async def _ask(self, *what: Any) -> None:
         self.asked.append(what)
         await asyncio.sleep(0)
-        if self.down:
+        if self.down or what[0] in self.failing:
             raise Unavailable("the store does not answer")
 
     async def position(self) -> int:

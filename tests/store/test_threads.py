@@ -1,0 +1,244 @@
+"""The writer and the reader when something goes wrong: callers are answered, others get their turn, health recovers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import apsw
+import pytest
+import uvloop
+
+from chatcore.errors import Unavailable
+from chatcore.store.base import Appended, Entry, NewEntry, Opening
+from chatcore.store.sqlite.schema import database_path, prepare
+from chatcore.store.sqlite.store import SQLiteStore
+
+from .harness import Opened, message, run
+
+# Only what fails ever waits so long.
+PATIENCE_S = 10.0
+
+
+@contextlib.contextmanager
+def _write_lock(data: Path) -> Iterator[None]:
+    """Nobody else commits meanwhile."""
+    lock = os.open(data / "write.lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def _gone(path: Path) -> Iterator[None]:
+    """The database is not where it was: a store that has not written yet cannot begin to."""
+    aside = path.with_name("aside")
+    path.rename(aside)
+    try:
+        yield
+    finally:
+        aside.rename(path)
+
+
+async def _healthy(store: SQLiteStore) -> None:
+    async with asyncio.timeout(PATIENCE_S):
+        while not store.healthy:
+            await asyncio.sleep(0.01)
+
+
+# --- others' turn ------------------------------------------------------------------------------
+
+
+def test_many_openings_with_many_members_do_not_hold_up_another_worker(tmp_path: Path) -> None:
+    """All that waited went into one transaction: 500 openings with 100 members each kept the other workers from
+    the write lock for seconds. Now a transaction ends when it has taken long enough, and the rest waits its turn.
+    """
+    openings = 100
+
+    async def work(o: Opened) -> None:
+        alice, bob = await o.user("alice"), await o.user("bob")
+        others = tuple([(await o.user(f"u{i}")).id for i in range(100)])
+        conv = await o.conversation(bob)
+        other = SQLiteStore(tmp_path, lambda entries: None)
+        await other.start()
+        try:
+            await other.append(message(conv, bob))  # its connection is open
+            opening = [
+                asyncio.ensure_future(o.store.open(Opening(alice.id, f"o{i}", "group", "t", others, b"12345678")))
+                for i in range(openings)
+            ]
+            await asyncio.wait(opening, return_when=asyncio.FIRST_COMPLETED)
+            # The rest is in the hands of the writer by now, or soon: one message may come before it.
+            for _ in range(3):
+                await other.append(message(conv, bob))
+            done = sum(future.done() for future in opening)
+            assert done < openings, "three messages had to wait for all openings"
+            created = await asyncio.gather(*opening)
+            assert all(opened.created for opened in created)
+            assert len({opened.conv for opened in created}) == openings
+        finally:
+            await other.close()
+
+    run(tmp_path, work, max_conversations=1000)
+
+
+def test_what_is_put_back_keeps_its_order(tmp_path: Path) -> None:
+    """An interrupted batch goes on where it was: no message overtakes another."""
+
+    async def work(o: Opened) -> None:
+        alice = await o.user("alice")
+        others = tuple([(await o.user(f"u{i}")).id for i in range(100)])
+        conv = await o.conversation(alice, title=None)
+        sent: list[asyncio.Future[Appended]] = []
+        opened: list[asyncio.Task[Any]] = []
+        for i in range(30):
+            opening = Opening(alice.id, f"o{i}", "group", "t", others, b"12345678")
+            opened.append(asyncio.ensure_future(o.store.open(opening)))
+            await asyncio.sleep(0)
+            sent.append(o.store.append(message(conv, alice, str(i))))
+        assert [done.seq for done in await asyncio.gather(*sent)] == list(range(2, 32))
+        await asyncio.gather(*opened)
+
+    run(tmp_path, work)
+
+
+# --- failures ----------------------------------------------------------------------------------
+
+
+def test_what_waits_behind_a_failed_batch_fails_with_it(tmp_path: Path) -> None:
+    """The next batch was tried although the one before it had failed: a later message of a user was stored and an
+    earlier one was not, which the client was told to repeat.
+    """
+
+    async def work(o: Opened) -> None:
+        alice = await o.user("alice")
+        conv = await o.conversation(alice, title=None)
+        # Not what any client can cause: its text is no text, so the whole transaction fails.
+        broken = NewEntry(conv, alice.id, "broken", "msg", b'{"body":"\xff"}', b"12345678")
+        with _write_lock(tmp_path):
+            futures = [o.store.append(entry) for entry in (broken, message(conv, alice), message(conv, alice))]
+        outcomes = await asyncio.gather(*futures, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [Unavailable] * 3
+        assert [e.seq for e in await o.log(conv)] == [1]
+        assert (await o.store.append(message(conv, alice))).seq == 2, "it goes on"
+
+    run(tmp_path, work, batch=1)
+
+
+def test_who_waits_is_answered_although_telling_of_the_entries_fails(tmp_path: Path) -> None:
+    """An exception of on_commit went to the loop's handler, and the futures of that batch were never resolved."""
+    prepare(tmp_path)
+    told: list[Entry] = []
+
+    def deaf(entries: list[Entry]) -> None:
+        told.extend(entries)
+        raise RuntimeError("nobody can be told")
+
+    async def work() -> None:
+        store = SQLiteStore(tmp_path, deaf)
+        await store.start()
+        try:
+            o = Opened(store, told)
+            async with asyncio.timeout(PATIENCE_S):
+                alice = await o.user("alice")
+                conv = await o.conversation(alice, title=None)
+                done = await asyncio.gather(*(store.append(message(conv, alice)) for _ in range(5)))
+            assert [d.seq for d in done] == [2, 3, 4, 5, 6]
+            assert [e.seq for e in told] == [1, 2, 3, 4, 5, 6]
+        finally:
+            await store.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work())
+
+
+def test_a_writer_that_cannot_open_its_lock_says_so_and_tries_again(tmp_path: Path) -> None:
+    """With no file descriptor left the thread died as it began: its callers waited for ever, and health said ok."""
+    prepare(tmp_path)
+    lock = tmp_path / "write.lock"
+    lock.unlink()
+    lock.mkdir()  # so it cannot be opened for writing
+
+    async def work() -> None:
+        store = SQLiteStore(tmp_path, lambda entries: None)
+        await store.start()
+        try:
+            async with asyncio.timeout(PATIENCE_S):
+                with pytest.raises(Unavailable):
+                    await store.add_user("alice", "hash")
+                assert not store.healthy
+                lock.rmdir()
+                assert (await store.add_user("alice", "hash")).name == "alice"
+                assert store.healthy
+        finally:
+            await store.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(work())
+
+
+# --- health ------------------------------------------------------------------------------------
+
+
+def test_a_writer_that_failed_is_healthy_again_without_anybody_writing(tmp_path: Path) -> None:
+    """Health came back with the next write only. A balancer that asks for it sent no clients, so none came."""
+
+    async def work(o: Opened) -> None:
+        with _gone(database_path(tmp_path)):
+            with pytest.raises(Unavailable):
+                await o.user("alice")
+            assert not o.store.healthy
+        await _healthy(o.store)
+        assert (await o.user("alice")).name == "alice"
+
+    run(tmp_path, work, timeout_ms=200)
+
+
+def test_a_reader_that_failed_is_healthy_again_without_anybody_reading(tmp_path: Path) -> None:
+    """The same for the other thread."""
+
+    async def work(o: Opened) -> None:
+        path = database_path(tmp_path)
+        path.rename(tmp_path / "aside")
+        path.write_bytes(b"this is no database\n" * 500)
+        with pytest.raises(Unavailable):
+            await o.store.position()
+        assert not o.store.healthy
+        (tmp_path / "aside").rename(path)
+        await _healthy(o.store)
+        assert await o.store.position() == 0
+
+    run(tmp_path, work, timeout_ms=200)
+
+
+# --- first starts that did not get far ---------------------------------------------------------
+
+
+def _empty(path: Path) -> None:
+    path.touch()
+
+
+def _header_only(path: Path) -> None:
+    db = apsw.Connection(str(path))
+    db.execute("PRAGMA journal_mode = WAL")
+    db.close()
+
+
+@pytest.mark.parametrize("leave", [_empty, _header_only])
+def test_a_database_left_empty_by_a_first_start_that_was_killed_is_made(tmp_path: Path, leave: Any) -> None:
+    """Killed between the making of the file and of its tables, a server refused ever after to start on its data."""
+    leave(database_path(tmp_path))
+
+    async def work(o: Opened) -> None:
+        alice = await o.user("alice")
+        conv = await o.conversation(alice)
+        assert len(await o.log(conv)) == 2
+
+    run(tmp_path, work)
