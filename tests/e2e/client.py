@@ -47,6 +47,7 @@ class Client:
         self.ws = ws
         self.received: list[Message] = []
         self.closed: Closed | None = None
+        self.user = ""  # whose it is, once it has logged in
         self._inbox: list[Message] = []
         self._replies: dict[int, asyncio.Future[Message]] = {}
         self._changed = asyncio.Event()
@@ -139,9 +140,18 @@ class Client:
         """Their seqs."""
         return [entry["s"] for entry in self.log(conv)]
 
+    def after(self, conv: str) -> int:
+        """What it was told last to hold of a conversation (entries above it are pushed)."""
+        return int(self.got(t="conv", c=conv, after=...)[-1]["after"])
+
     async def reach(self, conv: str, seq: int) -> list[Message]:
-        """Wait until the entry ``seq`` was pushed; all that were."""
-        await self.until(lambda: any(s >= seq for s in self.seqs(conv)), f"entry {seq} of {conv}")
+        """Wait until the entry ``seq`` was pushed, unless it was attached above it; all that were."""
+
+        def reached() -> bool:
+            told = [view["after"] for view in self.got(t="conv", c=conv, after=...)]
+            return any(s >= seq for s in (*self.seqs(conv), *told))
+
+        await self.until(reached, f"entry {seq} of {conv}")
         return self.log(conv)
 
     async def end(self) -> Closed:

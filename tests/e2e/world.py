@@ -96,6 +96,7 @@ class World:
         """A client that has logged in; with ``ready``, after its `ready`."""
         client = await self.open(on)
         await client.request("auth", v=1, token=user.token, **auth)
+        client.user = user.id
         if ready:
             await client.expect(t="ready", sync=...)
         return client
@@ -122,24 +123,34 @@ class World:
         return await self.connect(user, on=0, **auth), await self.connect(user, on=1, **auth)
 
     # --- conversations -----------------------------------------------------------------
-    @staticmethod
-    async def group(owner: Client, *members: User, title: str | None = "a group") -> str:
-        """Open a group; its id."""
+    async def _told(self, conv: str, *members: str) -> str:
+        """Wait until all clients of the members have been told of a new conversation.
+
+        What is sent to it from then on is pushed to them. Earlier entries may be, or not: one may be
+        attached where the head was.
+        """
+        for client in self.clients:
+            if client.user in members and client.closed is None:
+                await client.until(lambda c=client: c.got(t="conv", c=conv), f"a conv of {conv}")
+        return conv
+
+    async def group(self, owner: Client, *members: User, title: str | None = "a group") -> str:
+        """Open a group; its id, once all its members have been told of it."""
         fields: Message = {"kind": "group", "cid": new_cid(), "members": [user.id for user in members]}
         if title is not None:
             fields["title"] = title
-        return str((await owner.request("open", **fields))["c"])
+        return await self._told((await owner.request("open", **fields))["c"], owner.user, *fields["members"])
 
-    @staticmethod
-    async def channel(owner: Client, title: str | None = None) -> str:
+    async def channel(self, owner: Client, title: str | None = None) -> str:
         """Open a channel; its id."""
         title = title or f"channel {secrets.token_hex(4)}"
-        return str((await owner.request("open", kind="channel", cid=new_cid(), title=title))["c"])
+        reply = await owner.request("open", kind="channel", cid=new_cid(), title=title)
+        return await self._told(reply["c"], owner.user)
 
-    @staticmethod
-    async def dm(one: Client, other: User) -> str:
+    async def dm(self, one: Client, other: User) -> str:
         """Open the direct conversation with somebody; its id."""
-        return str((await one.request("open", kind="dm", cid=new_cid(), members=[other.id]))["c"])
+        reply = await one.request("open", kind="dm", cid=new_cid(), members=[other.id])
+        return await self._told(reply["c"], one.user, other.id)
 
     @staticmethod
     async def send(client: Client, conv: str, body: str = "hello", **fields: Any) -> Message:
