@@ -7,8 +7,12 @@ from typing import Final
 
 from ..errors import BadRequest
 
-# Letters and marks that show nothing (Hangul fillers, Braille blank, combining grapheme joiner).
-_BLANK: Final = frozenset("\u034f\u115f\u1160\u2800\u3164\uffa0")
+# Letters and marks that show nothing: those that Unicode calls default-ignorable (combining grapheme joiner, Hangul
+# fillers, Khmer inherent vowels, Mongolian and other variation selectors), and the Braille blank.
+_BLANK: Final = frozenset(
+    "\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0"
+    + "".join(map(chr, [*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)]))
+)
 
 
 def name_key(name: str) -> str:
