@@ -4,5 +4,5 @@ from __future__ import annotations
 
 import os
 
-for name in [name for name in os.environ if name.startswith("CHATCORE_")]:
+for name in [name for name in os.environ if name.startswith("CHATCORE_") and not name.startswith("CHATCORE_TEST_")]:
     del os.environ[name]
