@@ -436,8 +436,10 @@ class Delivery:
     async def _check_loop(self) -> None:
         tries = 0
         while True:
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the event.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._check_now.wait(), self._check_interval_s)
+                async with asyncio.timeout(self._check_interval_s):
+                    await self._check_now.wait()
             self._check_now.clear()
             try:
                 await self._look()

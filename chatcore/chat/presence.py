@@ -169,8 +169,10 @@ class Presence:
             timeout = None
             if self._leaving:
                 timeout = max(0.01, min(self._leaving.values()) - time.monotonic())
+            # Not wait_for: before Python 3.12 it swallows a cancellation that comes together with the event.
             try:
-                await asyncio.wait_for(self._wake.wait(), timeout)
+                async with asyncio.timeout(timeout):
+                    await self._wake.wait()
                 await asyncio.sleep(MERGE_S)
             except TimeoutError:
                 pass
