@@ -322,7 +322,8 @@ class Session:
         """The ``sync`` as of now; none while what it stands for is still being sent."""
         if not self._live:
             return {}
-        if not self.joining and (self._lock is None or not self._lock.locked()):
+        busy = self.joining or (self._lock is not None and self._lock.locked())
+        if not busy and self._worker.store.global_positions:
             self._sync = max(self._sync, self._worker.delivery.settled)
         return {"sync": f"{self._worker.store.store_id}.{self.user_id}.{self._sync}"}
 
@@ -332,9 +333,10 @@ class Session:
             have = {}
 
         def changed(view: View) -> bool:
-            return (
-                since is None or view.rev > since or view.head_id > since or have.get(view.conv, view.head) < view.head
-            )
+            if since is None or view.rev > since:
+                return True
+            known = have.get(view.conv)
+            return view.head_id > since if known is None else known < view.head
 
         try:
             async with self.attach_lock():

@@ -159,6 +159,9 @@ class Store(Protocol):
 
     #: What `ctl status` calls it: "sqlite", "mongodb".
     name: str
+    #: One counter orders all changes, so that a position stands for all of them up to it. Otherwise
+    #: a position is of one user's rows, and entries are told by ``have`` alone.
+    global_positions: bool
 
     @property
     def store_id(self) -> str: ...

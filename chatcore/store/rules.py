@@ -91,3 +91,15 @@ def _check_oneself(kind: str, had: str, role: str, owners: int, members: int) ->
             return Forbidden("appoint another owner first")
         return None
     return Forbidden("nobody appoints or bans oneself")
+
+
+def no_such_user() -> ChatError:
+    """There is no such account."""
+    return NotFound("no such user")
+
+
+def check_room_for(user: str, inside: int, most: int) -> ChatError | None:
+    """Whether somebody who is in ``inside`` conversations may come into another."""
+    if inside >= most:
+        return Forbidden(f"{user} is in {most} conversations, which is the limit")
+    return None

@@ -194,9 +194,8 @@ def append_change(e: NewEntry) -> Op:
 
 def _check_room_for(tx: Transaction, user: str) -> ChatError | None:
     row = tx.one(f"SELECT count(*) FROM members WHERE user = ? AND role IN {_ROLES}", (user,))
-    if row is not None and row[0] >= tx.max_conversations:
-        return Forbidden(f"{user} is in {tx.max_conversations} conversations, which is the limit")
-    return None
+    assert row is not None
+    return rules.check_room_for(user, row[0], tx.max_conversations)
 
 
 def _join_or_leave(tx: Transaction, conv: str, user: str, role: str) -> Appended:

@@ -37,6 +37,7 @@ class SQLiteStore:
     """
 
     name = "sqlite"
+    global_positions = True
 
     def __init__(
         self,
