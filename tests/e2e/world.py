@@ -126,12 +126,14 @@ class World:
     async def _told(self, conv: str, *members: str) -> str:
         """Wait until all clients of the members have been told of a new conversation.
 
-        What is sent to it from then on is pushed to them. Earlier entries may be, or not: one may be
-        attached where the head was.
+        What is sent to it from then on is pushed to them, states too. Earlier entries may be, or not:
+        one may be attached where the head was.
         """
         for client in self.clients:
             if client.user in members and client.closed is None:
                 await client.until(lambda c=client: c.got(t="conv", c=conv), f"a conv of {conv}")
+                for view in client.got(t="conv", c=conv, after=...):
+                    await client.reach(conv, view["head"])
         return conv
 
     async def group(self, owner: Client, *members: User, title: str | None = "a group") -> str:
