@@ -223,8 +223,12 @@ async def test_readiness_comes_back_after_a_failed_write_without_another(serve: 
     path.rename(server.data / "aside")  # before the first write on any worker
     connections = [await Http.open(server.address) for _ in range(8)]
     try:
-        slots = [server.slot_of(connection.writer.get_extra_info("sockname")[1]) for connection in connections]
-        mine = {slot: connections[slots.index(slot)] for slot in set(slots) if slot is not None}
+        mine: dict[int, Http] = {}  # by worker
+        for connection in connections:
+            assert (await connection.request("GET", "/readyz")).status == 200
+            slot = server.slot_of(connection.writer.get_extra_info("sockname")[1])
+            assert slot is not None
+            mine.setdefault(slot, connection)
         for connection in mine.values():
             body = {"name": "alice", "password": PASSWORD}
             assert (await connection.request("POST", "/v1/users", body=body)).status == 503
