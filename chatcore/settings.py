@@ -175,6 +175,33 @@ class Bus:
 
 
 @dataclass(frozen=True, slots=True)
+class Queue:
+    """Work in the background, such as notifications."""
+
+    max_length: int = _int(100_000, 1, 100_000_000, "Messages of a topic that wait; beyond it a put is refused.")
+    payload_bytes: int = _int(65_536, 1, 1_048_576, "Largest payload of a message; as an HTTP body.")
+    concurrency: int = _int(16, 1, 10_000, "Messages of a topic handled at once in a worker; most wait for others.")
+    deliveries: int = _int(5, 1, 100, "Deliveries after which a message becomes a dead letter; over a minute of tries.")
+    retry_ms: int = _int(5_000, 1, 3_600_000, "Wait after the first failure, doubled each time; a short outage.")
+    retry_max_ms: int = _int(600_000, 1, 86_400_000, "Longest wait between two deliveries of a message.")
+    lease_ms: int = _int(
+        15_000, 1_000, 600_000, "A worker silent for this long loses what it handles; well above any hiccup."
+    )
+    handler_timeout_ms: int = _int(
+        60_000, 10, 86_400_000, "A handler has this long for a message; others of its key wait meanwhile."
+    )
+    dedupe_ms: int = _int(
+        86_400_000, 1_000, 2_592_000_000, "How long a dedupe id is known: a day, longer than anybody repeats a put."
+    )
+    dead_max: int = _int(
+        10_000, 1, 1_000_000, "Dead letters kept for a topic; beyond it the oldest go, counted, so that others get in."
+    )
+    poll_ms: int = _int(
+        250, 1, 60_000, "How often the embedded queue looks for what other workers put; one small query."
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """Every setting, in groups. Made by :func:`chatcore.config.load`."""
 
@@ -185,6 +212,7 @@ class Settings:
     accounts: Accounts = field(default_factory=Accounts)
     store: Store = field(default_factory=Store)
     bus: Bus = field(default_factory=Bus)
+    queue: Queue = field(default_factory=Queue)
 
     @classmethod
     def default(cls) -> Settings:
@@ -209,6 +237,7 @@ ORDERED: tuple[tuple[str, str], ...] = (
     ("limits.outbox_low_water_bytes", "limits.outbox_bytes"),
     ("timeouts.ping_min_ms", "timeouts.ping_ms"),
     ("timeouts.ping_ms", "timeouts.ping_max_ms"),
+    ("queue.retry_ms", "queue.retry_max_ms"),
 )
 
 
