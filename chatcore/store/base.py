@@ -110,6 +110,19 @@ class Changes:
     more: bool = False
 
 
+class Known(Protocol):
+    """What a worker holds, for a store that has to be asked about each: all of these may have changed."""
+
+    def lasts(self) -> dict[str, int]:
+        """The conversations that somebody here is attached to, and the newest seq known of each."""
+
+    def users(self) -> list[str]:
+        """Who is connected."""
+
+    def tokens(self) -> list[bytes]:
+        """The hashes of the tokens in use."""
+
+
 @dataclass(frozen=True, slots=True)
 class User:
     """An account, as others may see it."""
