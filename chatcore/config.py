@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .settings import ORDERED, Accounts, Bus, Limits, Rates, Server, Settings, Store, Timeouts
+from .settings import ORDERED, TOGETHER, Accounts, Bus, Limits, Rates, Server, Settings, Store, Timeouts
 
 __all__ = [
     "Accounts",
@@ -77,6 +77,8 @@ class Spec:
         try:
             if self.type is float and (is_text or type(given) is int):
                 value = float(given)  # type: ignore[arg-type]
+            elif self.type is bool and is_text:
+                value = {"true": True, "false": False}.get(str(given).lower(), given)
             elif self.type is int and is_text:
                 value = int(str(given), 10)
         except ValueError:
@@ -148,6 +150,10 @@ def load_with_origins(
                 f"{lower} = {values[lower]} ({origins[lower]}) is not allowed: "
                 f"it must be at most {upper} = {values[upper]} ({origins[upper]})"
             )
+    for one, other in TOGETHER:
+        if bool(values[one]) != bool(values[other]):
+            given, lacking = (one, other) if values[one] else (other, one)
+            raise ConfigError(f"{given} ({origins[given]}) needs {lacking}: several hosts need both")
     return Loaded(_build(values), origins)
 
 

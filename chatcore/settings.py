@@ -39,6 +39,21 @@ def _text(default: str, doc: str) -> str:
     return value
 
 
+def _url(schemes: tuple[str, ...], doc: str) -> str:
+    """Empty by default: the part is not used."""
+
+    def check(text: str) -> bool:
+        return not text or (text.isprintable() and text.partition("://")[0] in schemes)
+
+    value: str = _setting("", "empty, or a URL that begins with " + ", ".join(f"{s}://" for s in schemes), check, doc)
+    return value
+
+
+def _bool(default: bool, doc: str) -> bool:
+    value: bool = _setting(default, "true or false", lambda v: True, doc)
+    return value
+
+
 def _choice(choices: tuple[str, ...], doc: str) -> str:
     """The first choice is the default."""
     value: str = _setting(choices[0], "one of " + ", ".join(choices), lambda v: v in choices, doc)
@@ -156,7 +171,20 @@ class Accounts:
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """The embedded database."""
+    """Where everything durable is: the embedded database, or MongoDB for several hosts."""
+
+    mongodb_url: str = _url(
+        ("mongodb", "mongodb+srv"), "MongoDB; empty: the embedded database in the data directory. Needs redis.url."
+    )
+    mongodb_database: str = _text("chatcore", "Name of the database in MongoDB; all hosts of a server use the same.")
+    pool_max: int = _int(25, 1, 1_000, "Connections of one worker to MongoDB; more only queue in the server.")
+    pool_min: int = _int(4, 0, 1_000, "Connections kept open, so that a burst does not begin with handshakes.")
+    pool_wait_ms: int = _int(500, 1, 60_000, "Wait for a free connection; then the answer is `unavailable`.")
+    server_selection_ms: int = _int(3_000, 100, 60_000, "Wait for a primary, an election included.")
+    operation_ms: int = _int(4_000, 100, 60_000, "Longest operation of MongoDB; below timeouts.store_ms.")
+    history_from_secondaries: bool = _bool(
+        False, "Pages of history may come from secondaries, which may be 90 s behind; replay never does."
+    )
 
     check_interval_ms: int = _int(1_000, 10, 60_000, "How often new entries are looked for; bounds what the bus loses.")
     batch_entries: int = _int(500, 1, 10_000, "Entries in one commit; a larger batch gains little and delays the rest.")
@@ -172,6 +200,24 @@ class Bus:
         1_000, 10, 60_000, "Wait for a peer to confirm a subscription; then it counts as gone."
     )
     heartbeat_ms: int = _int(1_000, 10, 60_000, "Interval of heartbeats between workers; a missing one is a doubt.")
+
+
+@dataclass(frozen=True, slots=True)
+class Redis:
+    """Redis, for several hosts: the bus between their workers, the second cache level, the queue."""
+
+    url: str = _url(
+        (
+            "redis",
+            "rediss",
+            "unix",
+            "redis+sentinel",
+            "rediss+sentinel",
+            "redis+cluster",
+            "rediss+cluster",
+        ),
+        "Redis; empty: one host. Needs store.mongodb_url: hosts share nothing but these two.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +258,7 @@ class Settings:
     accounts: Accounts = field(default_factory=Accounts)
     store: Store = field(default_factory=Store)
     bus: Bus = field(default_factory=Bus)
+    redis: Redis = field(default_factory=Redis)
     queue: Queue = field(default_factory=Queue)
 
     @classmethod
@@ -238,7 +285,12 @@ ORDERED: tuple[tuple[str, str], ...] = (
     ("timeouts.ping_min_ms", "timeouts.ping_ms"),
     ("timeouts.ping_ms", "timeouts.ping_max_ms"),
     ("queue.retry_ms", "queue.retry_max_ms"),
+    ("store.pool_min", "store.pool_max"),
+    ("store.operation_ms", "timeouts.store_ms"),
 )
+
+#: Settings that go together: both are set, or neither.
+TOGETHER: tuple[tuple[str, str], ...] = (("store.mongodb_url", "redis.url"),)
 
 
 def is_loopback(host: str) -> bool:

@@ -147,7 +147,7 @@ class Mongo:
         hello = await self.do(self.client.admin.command("hello"))
         self.replicated = "setName" in hello or hello.get("msg") == "isdbgrid"
         try:
-            probe = [{"$match": {"_id": None}}, {"$group": {"_id": "$c", "e": {"$first": "$$ROOT"}}}]
+            probe: list[Document] = [{"$match": {"_id": None}}, {"$group": {"_id": "$c", "e": {"$first": "$$ROOT"}}}]
             await (await self.db["meta"].aggregate(probe)).to_list(1)
             self.groups_first = True
         except OperationFailure as exc:
