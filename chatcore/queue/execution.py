@@ -41,9 +41,13 @@ class Execution:
         if self._task is not None:
             self._task.cancel()
 
+    def abandoned(self) -> bool:
+        """Whether :meth:`abandon` was called."""
+        return self._abandoned
+
     async def run(self) -> Outcome:
         """Run it to its end; never raises, and returns only when the handler no longer runs."""
-        if self._abandoned:
+        if self.abandoned():
             return Outcome.ABANDONED
         job = self.job
         self._task = task = asyncio.create_task(self._call(), name=f"queue-{job.topic}-{job.id}")
@@ -58,7 +62,7 @@ class Execution:
         exc = None if task.cancelled() else task.exception()
         if not task.cancelled() and exc is None:
             return Outcome.DONE
-        if self._abandoned:
+        if self.abandoned():
             return Outcome.ABANDONED
         if late:
             self.error = f"took longer than {self._timeout_s:g} s"

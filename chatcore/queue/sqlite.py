@@ -1,0 +1,328 @@
+"""The embedded queue: tables in the store's database, written by the store's writer thread.
+
+The workers of one host share the work: each takes lines (see :mod:`.sqlite_ops`) under a lease, renews it while
+handlers run, and loses it when it is silent for ``queue.lease_ms``. What another worker puts is found by looking
+every ``queue.poll_ms``; what this one puts, at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import apsw
+
+from ..errors import ChatError
+from ..store.sqlite.ops import Op
+from . import sqlite_ops as ops
+from .base import Clock, DeadLetter, Handler, Job, Options, TopicStats, backoff_ms, check_message, check_topic, new_id
+from .execution import Execution, Outcome
+
+log = logging.getLogger("chatcore.queue")
+
+# The kernel's name for this boot: leases of another one are void.
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+# Leases are renewed when a third has passed. When five sixths have passed without, handlers are cancelled: the last
+# sixth is for them to end before somebody else begins.
+RENEWALS: Final = 3
+LAST_PART: Final = 6
+# How often in the time of a lease it is looked whether it is over.
+LOOKS: Final = 24
+# Wait after the store did not answer.
+PAUSE_S: Final = 0.5
+
+Write = Callable[[Op], "asyncio.Future[Any]"]
+Read = Callable[[Callable[[apsw.Connection], Any]], "asyncio.Future[Any]"]
+
+
+class SQLiteQueue:
+    """Implements :class:`~.base.Queue`.
+
+    :param write: gives an operation to the store's writer, which commits it durably.
+    :param read: gives a query to the store's reader.
+    """
+
+    name = "sqlite"
+
+    def __init__(self, write: Write, read: Read, options: Options, clock: Clock | None = None) -> None:
+        self._write = write
+        self._read = read
+        self.options = options
+        self.clock = clock or Clock()
+        self.lease = ops.Lease(f"{os.getpid()}-{secrets.token_hex(8)}", BOOT_ID.read_text().strip())
+        self._consumers: dict[str, SQLiteConsumer] = {}
+        self._healthy = True
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the store answered last time."""
+        return self._healthy
+
+    async def start(self) -> None:
+        """Make the tables where they are missing.
+
+        :raises Unavailable: the store does not answer.
+        """
+        await self.write(ops.make_tables)
+
+    async def close(self, grace_s: float = 5.0) -> None:
+        """Stop all consumers; the store must still be open."""
+        await asyncio.gather(*(c.stop(grace_s) for c in list(self._consumers.values())))
+
+    async def write(self, op: Op) -> Any:
+        """One operation of the writer.
+
+        :raises Unavailable: its outcome is unknown.
+        """
+        return await self._watched(self._write(op))
+
+    async def read(self, query: Callable[[apsw.Connection], Any]) -> Any:
+        """One query of the reader.
+
+        :raises Unavailable: the store does not answer.
+        """
+        return await self._watched(self._read(query))
+
+    async def _watched(self, future: asyncio.Future[Any]) -> Any:
+        try:
+            result = await future
+        except ChatError as exc:
+            self._healthy = exc.code not in ("unavailable", "internal")
+            raise
+        self._healthy = True
+        return result
+
+    # -- putting
+
+    async def put(
+        self, topic: str, key: str, payload: bytes, *, delay_ms: int = 0, dedupe_id: str | None = None
+    ) -> str:
+        id: str = await self.write(self.put_op(topic, key, payload, delay_ms=delay_ms, dedupe_id=dedupe_id))
+        self.wake(topic)
+        return id
+
+    def put_op(
+        self, topic: str, key: str, payload: bytes, *, delay_ms: int = 0, dedupe_id: str | None = None
+    ) -> Callable[[Any], str]:
+        """A put as an operation of the store's writer, to be done in the transaction of something else. Call
+        :meth:`wake` when it is committed, or a consumer finds it when it looks.
+
+        :raises BadRequest, TooLarge: as :meth:`put`, at once; QueueFull comes from the operation.
+        """
+        check_message(topic, key, payload, delay_ms, dedupe_id, self.options.payload_bytes)
+        message = ops.New(new_id(), topic, key, payload, delay_ms, dedupe_id)
+        return lambda tx: ops.put(tx, message, self.options, self.clock.wall_ms())
+
+    def wake(self, topic: str) -> None:
+        """There is something new in a topic."""
+        if (consumer := self._consumers.get(topic)) is not None:
+            consumer.wake()
+
+    # -- handling
+
+    def consume(self, topic: str, handler: Handler, *, concurrency: int | None = None) -> SQLiteConsumer:
+        """See :meth:`.base.Queue.consume`.
+
+        :raises ValueError: this queue has a consumer of the topic.
+        """
+        check_topic(topic)
+        if topic in self._consumers:
+            raise ValueError(f"topic {topic} has a consumer")
+        consumer = SQLiteConsumer(self, topic, handler, concurrency or self.options.concurrency)
+        self._consumers[topic] = consumer
+        return consumer
+
+    def forget(self, consumer: SQLiteConsumer) -> None:
+        """A consumer has stopped."""
+        self._consumers.pop(consumer.topic, None)
+
+    # -- looking, and dead letters
+
+    async def stats(self) -> list[TopicStats]:
+        found: list[TopicStats] = await self.read(lambda db: ops.stats(db, self.clock.wall_ms()))
+        return found
+
+    async def dead(self, topic: str | None = None, limit: int = 1000) -> list[DeadLetter]:
+        letters: list[DeadLetter] = await self.read(lambda db: ops.dead(db, topic, limit))
+        return letters
+
+    async def retry(self, id: str | None) -> int:
+        count = await self._letters(lambda tx: ops.retry(tx, id, self.clock.wall_ms()))
+        for consumer in self._consumers.values():
+            consumer.wake()
+        return count
+
+    async def drop(self, id: str | None) -> int:
+        return await self._letters(lambda tx: ops.drop(tx, id))
+
+    async def _letters(self, op: Op) -> int:
+        # Not more than there are now: what is retried may be dead again at once.
+        left = sum(topic.dead for topic in await self.stats())
+        total = 0
+        while (count := int(await self.write(op))) and (total := total + count) < left:
+            pass
+        return total
+
+
+class SQLiteConsumer:
+    """Implements :class:`~.base.Consumer`: takes lines while there are free places, and runs their handlers."""
+
+    def __init__(self, queue: SQLiteQueue, topic: str, handler: Handler, concurrency: int) -> None:
+        self.topic = topic
+        self._queue = queue
+        self._handler = handler
+        self._concurrency = concurrency
+        self._wake = asyncio.Event()
+        self._stopping = False
+        #: What runs, and until when (ms of the monotonic clock) its line is held.
+        self._running: dict[Execution, int] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loops = [
+            asyncio.create_task(self._take(), name=f"queue-take-{topic}"),
+            asyncio.create_task(self._hold(), name=f"queue-hold-{topic}"),
+        ]
+
+    def wake(self) -> None:
+        """There may be something to take."""
+        self._wake.set()
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """See :meth:`.base.Consumer.stop`."""
+        if self._stopping:
+            return
+        self._stopping = True
+        self.wake()
+        # It may be in the middle of taking, and what was taken has to be given back.
+        await self._loops[0]
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=grace_s)
+        for execution in list(self._running):
+            execution.abandon()
+        while self._tasks:
+            await asyncio.wait(set(self._tasks))
+        self._loops[1].cancel()
+        await asyncio.gather(*self._loops, return_exceptions=True)
+        self._queue.forget(self)
+
+    async def _take(self) -> None:
+        queue, options, clock = self._queue, self._queue.options, self._queue.clock
+        while not self._stopping:
+            self._wake.clear()
+            free = self._concurrency - len(self._tasks)
+            wait_s = options.poll_ms / 1000
+            try:
+                if free > 0:
+                    in_ms = await queue.read(
+                        lambda db: ops.wait_ms(
+                            db, self.topic, queue.lease, clock.wall_ms(), clock.mono_ms(), options.retry_max_ms
+                        )
+                    )
+                    if in_ms == 0 and await self._begin(free):
+                        continue
+                    wait_s = min(wait_s, (in_ms or options.poll_ms) / 1000)
+            except ChatError as exc:
+                log.warning("%s: nothing can be taken: %s", self.topic, exc.message)
+                wait_s = PAUSE_S
+            except Exception:
+                log.exception("%s: taking failed", self.topic)
+                wait_s = PAUSE_S
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), wait_s)
+
+    async def _begin(self, most: int) -> bool:
+        """Take up to ``most`` lines and start their handlers; whether there were any."""
+        queue, options, clock = self._queue, self._queue.options, self._queue.clock
+        # Before it is done: the lease counts from then at the earliest.
+        until = self._safe_until(clock.mono_ms())
+        jobs: list[Job] = await queue.write(
+            lambda tx: ops.take(tx, self.topic, queue.lease, most, options, clock.wall_ms(), clock.mono_ms())
+        )
+        for job in jobs:
+            execution = Execution(self._handler, job, options.handler_timeout_ms / 1000)
+            self._running[execution] = until
+            if self._stopping or clock.mono_ms() >= until:
+                execution.abandon()
+            task = asyncio.create_task(self._deliver(execution), name=f"queue-deliver-{self.topic}")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        return bool(jobs)
+
+    def _safe_until(self, since_ms: int) -> int:
+        lease_ms = self._queue.options.lease_ms
+        return since_ms + lease_ms - lease_ms // LAST_PART
+
+    async def _deliver(self, execution: Execution) -> None:
+        outcome = await execution.run()
+        try:
+            # Until it is known: while it is not, the line is held, and then nobody may be ahead of us.
+            while not await self._settle(execution, outcome):
+                await asyncio.sleep(PAUSE_S)
+        finally:
+            self._running.pop(execution, None)
+            self.wake()
+
+    async def _settle(self, execution: Execution, outcome: Outcome) -> bool:
+        """Write what came of a delivery. False: unknown, once more."""
+        queue, options, clock, job = self._queue, self._queue.options, self._queue.clock, execution.job
+        op: Op
+        if outcome is Outcome.DONE:
+            op = lambda tx: ops.done(tx, job, queue.lease)  # noqa: E731
+        elif outcome is Outcome.FAILED:
+            wait = backoff_ms(options, job.delivery)
+            op = lambda tx: ops.failed(tx, job, queue.lease, execution.error, wait, options, clock.wall_ms())  # noqa: E731
+        else:
+            op = lambda tx: ops.give_back(tx, job, queue.lease)  # noqa: E731
+        try:
+            if not await queue.write(op):
+                log.info("%s %s: its line was lost, delivery %d does not count", job.topic, job.id, job.delivery)
+        except ChatError as exc:
+            log.warning("%s %s: its outcome cannot be written: %s", job.topic, job.id, exc.message)
+            # When the lease is over, whoever takes the line next begins it again.
+            return clock.mono_ms() >= self._running[execution]
+        return True
+
+    async def _hold(self) -> None:
+        """Renew the leases of what runs; cancel what lost its own."""
+        lease_ms, clock = self._queue.options.lease_ms, self._queue.clock
+        renewing: asyncio.Task[None] | None = None
+        last = clock.mono_ms()
+        try:
+            while True:
+                await asyncio.sleep(lease_ms / 1000 / LOOKS)
+                # First, without asking: a store that hangs must not keep us from seeing that a lease is over.
+                now = clock.mono_ms()
+                for execution, until in list(self._running.items()):
+                    if now >= until:
+                        execution.abandon()
+                if now - last >= lease_ms // RENEWALS and (renewing is None or renewing.done()):
+                    last = now
+                    renewing = asyncio.create_task(self._renew(), name=f"queue-renew-{self.topic}")
+        finally:
+            if renewing is not None:
+                await asyncio.wait({renewing})
+
+    async def _renew(self) -> None:
+        queue, options, clock = self._queue, self._queue.options, self._queue.clock
+        running = [e for e in self._running if not e.abandoned()]
+        if not running:
+            return
+        until = self._safe_until(clock.mono_ms())
+        try:
+            held: list[bool] = await queue.write(
+                lambda tx: ops.renew(tx, [e.job for e in running], queue.lease, options.lease_ms, clock.mono_ms())
+            )
+        except ChatError as exc:
+            log.warning("%s: leases cannot be renewed: %s", self.topic, exc.message)
+            return
+        for execution, still in zip(running, held, strict=True):
+            if execution in self._running:
+                if still:
+                    self._running[execution] = until
+                else:
+                    execution.abandon()
