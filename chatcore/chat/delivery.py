@@ -87,6 +87,19 @@ class Delivery:
         self._check_now = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
+    # --- Known: what a store may have to look at ---------------------------------
+    def lasts(self) -> dict[str, int]:
+        """The rooms, and the newest seq that is known of each."""
+        return {room.conv: max(room.last, room.want) for room in self.rooms.values() if room.last >= 0}
+
+    def users(self) -> list[str]:
+        """Who is connected."""
+        return self._directory.connected()
+
+    def tokens(self) -> list[bytes]:
+        """The tokens in use."""
+        return self._directory.tokens()
+
     # --- life ---------------------------------------------------------------
     async def start(self) -> None:
         """Learn the newest position and start the loops."""
@@ -440,9 +453,11 @@ class Delivery:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._check_interval_s):
                     await self._check_now.wait()
+            # Without the bus there is nothing but looking; otherwise a part at a time (log.md, "check").
+            everything = self._check_now.is_set() or not self._bus.healthy
             self._check_now.clear()
             try:
-                await self._look()
+                await self._look(everything)
                 tries = 0
             except ChatError as exc:
                 log.warning("check: %s", exc)
@@ -450,10 +465,10 @@ class Delivery:
                 tries += 1
                 self._check_now.set()
 
-    async def _look(self) -> None:
+    async def _look(self, everything: bool) -> None:
         more = True
         while more:
-            changes = await self._store.changes(self.seen)
+            changes = await self._store.changes(self.seen, self, everything)
             for conv, seq in changes.heads:
                 room = self.rooms.get(conv)
                 if room is None:

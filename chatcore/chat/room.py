@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
-from ..store.base import Changes, Entry, View
+from ..store.base import Changes, Entry, Known, View
 
 
 class Subscriber(Protocol):
@@ -61,13 +61,15 @@ class Reads(Protocol):
     async def heads(self, convs: Sequence[str]) -> dict[str, int]: ...
     async def entries(self, conv: str, after: int, limit: int, max_bytes: int) -> list[Entry]: ...
     async def position(self) -> int: ...
-    async def changes(self, after: int) -> Changes: ...
+    async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes: ...
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]: ...
 
 
 class Subscriptions(Protocol):
     """The part of the bus that is used here."""
 
+    @property
+    def healthy(self) -> bool: ...
     async def subscribe(self, channels: list[str]) -> None: ...
     def unsubscribe(self, channels: list[str]) -> None: ...
 
@@ -79,6 +81,12 @@ class Directory(Protocol):
     def owner_of(self, user: str) -> int: ...
     def refresh(self, user: str, conv: str) -> None:
         """The user's row of a conversation changed: bring the user's sessions up to date (own task)."""
+
+    def connected(self) -> list[str]:
+        """Users with a session here."""
+
+    def tokens(self) -> list[bytes]:
+        """The hashes of their tokens."""
 
     def revoked(self, tokens: list[bytes], users: list[str]) -> None: ...
 

@@ -122,6 +122,14 @@ class Users:
         connected = self._by_id.get(user)
         return connected is not None and any(not x.away for x in connected.sessions)
 
+    def connected(self) -> list[str]:
+        """Users with a session here."""
+        return list(self._by_id)
+
+    def tokens(self) -> list[bytes]:
+        """The hashes of their tokens."""
+        return list(self._by_token)
+
     # --- Directory ------------------------------------------------------------
     def sessions_of(self, user: str) -> Iterable[Session]:
         """The user's sessions here."""

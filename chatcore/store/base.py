@@ -209,7 +209,9 @@ class Store(Protocol):
     async def position(self) -> int:
         """The newest position of the change counter."""
 
-    async def changes(self, after: int) -> Changes: ...
+    async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes:
+        """What changed after a position. Where no position tells, what is ``known`` is looked at:
+        all of it, or the next part of a rotation."""
 
     # --- conversations -----------------------------------------------------
     async def conversations(self, user: str) -> tuple[int, list[str]]:

@@ -283,8 +283,10 @@ class MongoStore:
     async def position(self) -> int:
         return 0
 
-    async def changes(self, after: int, known: Known, everything: bool) -> Changes:
+    async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes:
         """What is attached, and who is connected, is looked at in rotation; all of it after a doubt."""
+        if known is None:
+            return Changes(0, [], [], [], [])
         self._turn += 1
         part = self._turn % ROTATION_LOOKS
 

@@ -12,6 +12,7 @@ from ..base import (
     Appended,
     Changes,
     Entry,
+    Known,
     NewEntry,
     OnCommit,
     Opened,
@@ -143,7 +144,7 @@ class SQLiteStore:
     async def position(self) -> int:
         return await self._read(ops.position)
 
-    async def changes(self, after: int) -> Changes:
+    async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes:
         return await self._read(reads.changes(after))
 
     # --- conversations -------------------------------------------------------
