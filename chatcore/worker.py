@@ -24,7 +24,9 @@ from . import protocol as p
 from ._fast.reactor import TICK_MS, Frame, Reactor, Topic
 from .accounts.service import Accounts
 from .api.routes import Api
-from .bus.local import LocalBus
+from .backends import make_bus, make_store, start_store
+from .bus.base import Bus
+from .chat import events
 from .chat.delivery import Delivery
 from .chat.presence import Presence
 from .chat.room import Room
@@ -32,13 +34,10 @@ from .chat.service import Chat
 from .chat.users import Users
 from .errors import ChatError, Internal, Unavailable
 from .net.http import HttpConnection, HttpRequest, HttpResponse, encode_response, error_response
-from .process import StartError, WorkerContext
+from .process import WorkerContext
 from .session import Session
 from .stats import Health, State
-from .store.base import Entry
-from .store.sqlite.lock import WriteLock
-from .store.sqlite.schema import BrokenStore, prepare
-from .store.sqlite.store import SQLiteStore
+from .store.base import Entry, Store
 
 log = logging.getLogger("chatcore.worker")
 
@@ -98,24 +97,43 @@ class Worker:
             # Some more than may stay: who is too many is upgraded and told so (1013).
             max_connections=limits.connections_per_worker + limits.http_connections_per_worker,
         )
-        self.store = SQLiteStore(
-            self.data,
-            self._on_commit,
-            queue=limits.append_queue,
-            batch=settings.store.batch_entries,
-            checkpoint_pages=settings.store.checkpoint_pages,
-            timeout_ms=timeouts.store_ms,
-            max_conversations=limits.conversations_per_user,
+        self._hello = self._make_hello()
+        self._tick_timer: asyncio.TimerHandle | None = None
+        self._last_tick = time.monotonic()
+
+    # --- life -------------------------------------------------------------------
+    async def start(self) -> None:
+        """Open the store and the bus, make the parts that need them, then take clients.
+
+        :raises StartError: the store cannot be used.
+        """
+        self._loop.add_signal_handler(signal.SIGTERM, self.stopping.set)
+        self._loop.add_reader(self.context.parent_fd, self._parent_gone)
+        backends = make_store(self.settings, self._on_commit, self._publish_yield)
+        self._racing = backends.racing
+        self.store: Store = backends.store
+        await start_store(self.settings, self.store)
+        self.bus: Bus = make_bus(self.context, self.store)
+        self._make_parts()
+        await self.bus.start(self)
+        await self.delivery.start()
+        self.users.start()
+        self.presence.start()
+        self.reactor.listen(self.context.listener.fileno())
+        self._loop.add_reader(self.reactor.fileno(), self.reactor.poll)
+        self._tick()
+        self.stats.ready()
+
+    def _make_parts(self) -> None:
+        settings, limits = self.settings, self.settings.limits
+        racing = self._racing
+        self.users = Users(
+            self.store,
+            self.bus,
+            self.spawn,
+            self._on_presence,
+            racing.row_changed if racing is not None else lambda conv, user: None,
         )
-        name = f"{context.host}-{context.slot}-{context.nonce:x}"
-        self.bus = LocalBus(
-            self.data / "run",
-            "".join(ch if ch.isalnum() or ch in "-_" else "_" for ch in name)[-48:],
-            queue_bytes=settings.bus.queue_bytes,
-            confirm_timeout_ms=settings.bus.confirm_timeout_ms,
-            heartbeat_ms=settings.bus.heartbeat_ms,
-        )
-        self.users = Users(self.store, self.bus, self.spawn, self._on_presence)
         self.presence = Presence(self.store, self.bus, self.users.is_online)
         self.delivery = Delivery(
             self.store,
@@ -134,33 +152,6 @@ class Worker:
         self.chat = Chat(settings, self.store, self.bus, self.delivery, self.users)
         self.accounts = Accounts(settings, self.store)
         self.api = Api(self)
-        self._hello = self._make_hello()
-        self._tick_timer: asyncio.TimerHandle | None = None
-        self._last_tick = time.monotonic()
-
-    # --- life -------------------------------------------------------------------
-    async def start(self) -> None:
-        """Open the store and the bus, then take clients."""
-        (self.data / "run").mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = WriteLock(self.data)
-        try:
-            with lock:  # the workers start together; one of them makes the database
-                prepare(self.data)
-        except BrokenStore as exc:
-            raise StartError(str(exc)) from None
-        finally:
-            lock.close()
-        self._loop.add_signal_handler(signal.SIGTERM, self.stopping.set)
-        self._loop.add_reader(self.context.parent_fd, self._parent_gone)
-        await self.store.start()
-        await self.bus.start(self)
-        await self.delivery.start()
-        self.users.start()
-        self.presence.start()
-        self.reactor.listen(self.context.listener.fileno())
-        self._loop.add_reader(self.reactor.fileno(), self.reactor.poll)
-        self._tick()
-        self.stats.ready()
 
     def _parent_gone(self) -> None:
         log.warning("the supervisor is gone: draining")
@@ -256,6 +247,9 @@ class Worker:
 
     def _on_commit(self, entries: list[Entry]) -> None:
         self.chat.on_commit(entries)
+
+    def _publish_yield(self, conv: str) -> None:
+        self.bus.publish(events.conv_channel(conv), events.YIELD)
 
     def _on_presence(self, user: str) -> None:
         self.presence.changed(user)
@@ -369,13 +363,25 @@ class Worker:
         kind, _, name = channel.partition(":")
         try:
             if kind == "c":
-                self.delivery.on_bus(name, payload)
+                self._on_conversation(name, payload)
             elif kind == "u":
                 self.users.on_bus(name, payload)
             elif kind == "p":
                 self.presence.on_bus(name, payload)
         except (ValueError, KeyError) as exc:
             log.warning("bus message on %s dropped: %s", channel, exc)
+
+    def _on_conversation(self, conv: str, payload: bytes) -> None:
+        kind = payload[:1]
+        if kind == events.ENTRY:
+            entry = events.unpack_entry(conv, payload)
+            if self._racing is not None:
+                self._racing.heard(entry)
+            self.delivery.on_entry(entry)
+        elif kind == events.STATE:
+            self.delivery.push_state(conv, *events.unpack_state(payload))
+        elif kind == events.YIELD and self._racing is not None:
+            self._racing.on_yield(conv)
 
     def on_doubt(self, why: str) -> None:
         """Something may have been missed."""

@@ -18,6 +18,8 @@ _ENTRY: Final = struct.Struct("<cQQQBB")
 _STATE: Final = struct.Struct("<cB")
 ENTRY: Final = b"e"
 STATE: Final = b"s"
+#: The whole message: a host loses every race for the conversation, and asks the others to pause.
+YIELD: Final = b"y"
 
 
 def conv_channel(conv: str) -> str:

@@ -51,11 +51,19 @@ class ConnectedUser:
 class Users:
     """Implements :class:`~.delivery.Directory`."""
 
-    def __init__(self, store: Store, bus: Bus, spawn: Spawn, on_presence: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        bus: Bus,
+        spawn: Spawn,
+        on_presence: Callable[[str], None],
+        on_row: Callable[[str, str], None] = lambda conv, user: None,
+    ) -> None:
         self._store = store
         self._bus = bus
         self._spawn = spawn
         self._on_presence = on_presence
+        self._on_row = on_row  # (conversation, user): changed by another worker
         self._by_id: dict[str, ConnectedUser] = {}
         self._by_token: dict[bytes, set[Session]] = {}
         self._numbers = 0
@@ -264,6 +272,7 @@ class Users:
         message = orjson.loads(payload)
         match message.get("k"):
             case "row":
+                self._on_row(message["c"], user)
                 self.refresh(user, message["c"], message.get("have"))
             case "push":
                 self.push_all(user, message["wire"].encode())
