@@ -17,7 +17,7 @@ from chatcore.errors import Unavailable
 from chatcore.protocol import encode_entry
 from chatcore.session import Session
 from chatcore.settings import Settings
-from chatcore.store.base import Appended, Changes, Entry, NewEntry, User, View
+from chatcore.store.base import Appended, Changes, Entry, Known, NewEntry, User, View
 
 # Only what fails ever waits so long.
 PATIENCE_S = 10.0
@@ -92,7 +92,7 @@ class Shelf:
             found.append(e)
         return found
 
-    async def changes(self, after: int) -> Changes:
+    async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes:
         await self._ask("changes")
         return Changes(self.at, [], [], [], [])
 
@@ -137,6 +137,7 @@ class Line:
     """A bus with nobody at the other end; what was published is kept."""
 
     name = "here"
+    healthy = True
 
     def __init__(self) -> None:
         self.published: list[tuple[str, Any]] = []
