@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from chatcore.chat.append import Appender, AppendLimits, LogOps, Row
 from chatcore.errors import ChatError, Conflict, Forbidden, NotFound, Unavailable
 from chatcore.protocol import MEMBER_ROLES
+from chatcore.store.append import Appender, AppendLimits, LogOps, Row
 from chatcore.store.base import Appended, Entry, NewEntry
 
 from . import loop as virtual

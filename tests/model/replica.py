@@ -14,9 +14,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from chatcore.chat.append import Found, Head, Key, Row, Ruling, Unknown, Verdict
 from chatcore.errors import Forbidden, NotFound
 from chatcore.protocol import MEMBER_ROLES
+from chatcore.store.append import Found, Head, Key, Row, Ruling, Unknown, Verdict
 from chatcore.store.base import Appended, NewEntry
 
 from .weather import Weather
@@ -161,7 +161,7 @@ class ReplicaSet:
 
 
 class Client:
-    """One worker's way to the servers: :class:`~chatcore.chat.append.LogOps` with all that may go wrong."""
+    """One worker's way to the servers: :class:`~chatcore.store.append.LogOps` with all that may go wrong."""
 
     def __init__(self, cluster: ReplicaSet) -> None:
         self.cluster = cluster

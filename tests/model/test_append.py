@@ -12,7 +12,7 @@ from .strategies import bounded, climates, scripts, seeds
 from .weather import Climate
 
 
-@bounded(500)
+@bounded(300)
 @given(script=scripts, seed=seeds, climate=climates, writers=st.integers(1, 3))
 def test_every_promise_in_any_weather(script: Sequence[Action], seed: int, climate: Climate, writers: int) -> None:
     play(script, seed, climate, writers)

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatcore.chat.append import Appender, Found, Head, Key, LogOps, Row, Ruling, Unknown, Verdict, _Item, _Log
 from chatcore.errors import Unavailable
+from chatcore.store.append import Appender, Found, Head, Key, LogOps, Row, Ruling, Unknown, Verdict, _Item, _Log
 from chatcore.store.base import Appended, Entry, NewEntry, OnCommit
 
 from .append_world import play

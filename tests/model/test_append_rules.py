@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from chatcore.chat.append import LATE_LOOKS_S, Appender, AppendLimits, Found, Head, Key, Row, Ruling, Unknown
 from chatcore.errors import ChatError, Conflict, NotFound, Unavailable
+from chatcore.store.append import LATE_LOOKS_S, Appender, AppendLimits, Found, Head, Key, Row, Ruling, Unknown
 from chatcore.store.base import Appended, Entry, NewEntry
 
 from . import loop as virtual

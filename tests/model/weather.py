@@ -18,6 +18,7 @@ class Climate:
     lagging_majority: float = 0.0
     failed_read: float = 0.0
     stale_read: float = 0.0
+    overtaking_reads: float = 0.0
     bus_lost: float = 0.0
     bus_repeated: float = 0.0
     bus_late: float = 0.0
