@@ -230,7 +230,7 @@ async def test_too_many_messages_are_rate_limited_for_as_long_as_is_said(serve: 
 
 
 async def test_while_the_store_does_not_answer_sends_are_unavailable_and_reads_go_on(serve: Serve) -> None:
-    server = serve(settings={"timeouts.store_ms": 300})
+    server = serve(settings={"timeouts.store_ms": 300, "store.operation_ms": 300})
     world = World(server)
     try:
         alice, a = await world.pair(on=0)
