@@ -221,6 +221,53 @@ class Redis:
 
 
 @dataclass(frozen=True, slots=True)
+class Cache:
+    """What is remembered of the store: by each worker, and by all of them in Redis."""
+
+    enabled: bool = _bool(True, "Remember at all; off: every read asks the store.")
+    l2: bool = _bool(True, "Remember in Redis too, where there is one: what one worker read, the others know.")
+    l2_timeout_ms: int = _int(
+        250, 5, 10_000, "Longest wait for Redis; the store answers then. Redis takes a millisecond if it is well."
+    )
+    l1_entries: int = _int(
+        50_000, 16, 10_000_000, "Sessions, profiles and roles kept in a worker, of each; some 300 bytes apiece."
+    )
+    tail_entries: int = _int(50, 1, 500, "Last entries kept of a conversation; what an app shows when it is opened.")
+    tail_conversations: int = _int(5_000, 16, 1_000_000, "Conversations whose last entries are kept in a worker.")
+    tail_bytes: int = _int(67_108_864, 1_048_576, 17_179_869_184, "Bytes of those entries together, in a worker.")
+    session_ttl_ms: int = _int(
+        30_000, 1, 3_600_000, "A worker believes in a session for this long; a lost revocation ends with it."
+    )
+    profile_ttl_ms: int = _int(60_000, 1, 3_600_000, "A worker believes in a name for this long; a stale one is mild.")
+    role_ttl_ms: int = _int(
+        30_000, 1, 3_600_000, "A worker believes in a role for this long; one removed reads no longer than this."
+    )
+    tail_ttl_ms: int = _int(
+        60_000, 1, 3_600_000, "A worker keeps last entries for this long; a deletion it missed ends with it."
+    )
+    l2_session_ttl_ms: int = _int(120_000, 1, 86_400_000, "The same for sessions in Redis; adds to the worker's.")
+    l2_profile_ttl_ms: int = _int(600_000, 1, 86_400_000, "The same for names in Redis; adds to the worker's.")
+    l2_role_ttl_ms: int = _int(120_000, 1, 86_400_000, "The same for roles in Redis; adds to the worker's.")
+    l2_tail_ttl_ms: int = _int(
+        1_800_000, 1, 86_400_000, "The same for last entries in Redis; long, as they do not change until deleted."
+    )
+    negative_ttl_ms: int = _int(
+        2_000, 1, 60_000, "What does not exist is believed for this long; enough to blunt a client that repeats."
+    )
+    unheard_ttl_ms: int = _int(
+        2_000, 1, 60_000, "Longest life in a worker while the bus is away, and with it news of changes."
+    )
+    refresh: bool = _bool(True, "Read much used values again before they end, so that nobody waits for them.")
+    warm_conversations: int = _int(
+        500, 0, 100_000, "Most active conversations that a worker loads when it starts; 0 switches it off."
+    )
+    warm_budget_ms: int = _int(5_000, 0, 600_000, "Longest time for that; it runs beside the first clients.")
+    prefetch_conversations: int = _int(
+        5, 0, 100, "Newest conversations of a user loaded at log-in; the first screen of an app. 0 switches it off."
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Queue:
     """Work in the background, such as notifications."""
 
@@ -259,6 +306,7 @@ class Settings:
     store: Store = field(default_factory=Store)
     bus: Bus = field(default_factory=Bus)
     redis: Redis = field(default_factory=Redis)
+    cache: Cache = field(default_factory=Cache)
     queue: Queue = field(default_factory=Queue)
 
     @classmethod

@@ -224,6 +224,9 @@ class Store(Protocol):
         """The position as of which, and the user's views, newest first (of those named, or all).
         A conversation that the user is not in is left out."""
 
+    async def role(self, user: str, conv: str) -> str | None:
+        """The role in the user's row of a conversation (None: there is no row). NotFound is up to the caller."""
+
     async def member_count(self, conv: str) -> int: ...
 
     async def members(self, user: str, conv: str, after: str | None, limit: int) -> tuple[list[Peer], str | None]: ...

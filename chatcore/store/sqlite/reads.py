@@ -225,6 +225,16 @@ def members(user: str, conv: str, after: str | None, limit: int) -> Query[tuple[
     return query
 
 
+def role(user: str, conv: str) -> Query[str | None]:
+    """The role in a row (None: there is no row)."""
+
+    def query(db: apsw.Connection) -> str | None:
+        row = db.execute("SELECT role FROM members WHERE conv = ? AND user = ?", (conv, user)).fetchone()
+        return str(row[0]) if row else None
+
+    return query
+
+
 def member_count(conv: str) -> Query[int]:
     """How many are in a conversation (0: there is none)."""
 

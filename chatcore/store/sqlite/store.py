@@ -157,6 +157,9 @@ class SQLiteStore:
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
         return await self._read(reads.views(user, convs))
 
+    async def role(self, user: str, conv: str) -> str | None:
+        return await self._read(reads.role(user, conv))
+
     async def member_count(self, conv: str) -> int:
         return await self._read(reads.member_count(conv))
 
