@@ -99,8 +99,10 @@ def record(channel: bytes, payload: bytes) -> bytes:
 def parse_records(packet: bytes) -> list[tuple[bytes, bytes]]:
     """(channel, payload) of each record of a packet of :data:`MANY`.
 
-    :raises Malformed: a record is longer than the packet.
+    :raises Malformed: another kind, or a record is longer than the packet.
     """
+    if packet[SENDER_BYTES : SENDER_BYTES + 1] != b"\1":
+        raise Malformed("kind of packet")
     records: list[tuple[bytes, bytes]] = []
     at = SENDER_BYTES + 1
     end = len(packet)

@@ -156,12 +156,16 @@ class RedisServer:
         self.kill(lose_data=lose_data)
         self.start()
 
-    def command(self, *args: str | int | bytes) -> Any:
-        """One command on a connection of its own; text is decoded."""
-        with redis.Redis(
+    def client(self) -> redis.Redis:
+        """A plain client, to be closed by its user; text is decoded."""
+        return redis.Redis(
             host="127.0.0.1", port=self.port, username=self.username or None, password=self.password or None,
-            decode_responses=True, retry=Retry(NoBackoff(), 0), socket_timeout=PATIENCE_S,
-        ) as client:  # fmt: skip
+            decode_responses=True, protocol=2, retry=Retry(NoBackoff(), 0), socket_timeout=PATIENCE_S,
+        )  # fmt: skip
+
+    def command(self, *args: str | int | bytes) -> Any:
+        """One command on a connection of its own."""
+        with self.client() as client:
             return client.execute_command(*args)
 
     def __enter__(self) -> RedisServer:
