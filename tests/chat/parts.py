@@ -42,6 +42,7 @@ class Shelf:
     named in ``failing``."""
 
     store_id = "shelf"
+    global_positions = True
 
     def __init__(self) -> None:
         self.down = False

@@ -98,15 +98,15 @@ def test_what_is_put_back_keeps_its_order(tmp_path: Path) -> None:
         conv = await o.conversation(alice, title=None)
         sent: list[asyncio.Future[Appended]] = []
         opened: list[asyncio.Task[Any]] = []
-        for i in range(30):
+        for i in range(60):
             opening = Opening(alice.id, f"o{i}", "group", "t", others, b"12345678")
             opened.append(asyncio.ensure_future(o.store.open(opening)))
             await asyncio.sleep(0)
             sent.append(o.store.append(message(conv, alice, str(i))))
-        assert [done.seq for done in await asyncio.gather(*sent)] == list(range(2, 32))
+        assert [done.seq for done in await asyncio.gather(*sent)] == list(range(2, 62))
         await asyncio.gather(*opened)
 
-    run(tmp_path, work)
+    run(tmp_path, work, batch=40)  # so that others wait behind what is put back
 
 
 # --- failures ----------------------------------------------------------------------------------
