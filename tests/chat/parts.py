@@ -51,6 +51,7 @@ class Shelf:
         self.at = 5  # the change counter
         self.logs: dict[str, list[Entry]] = {}
         self.rows: dict[str, dict[str, Any]] = {}  # conversation -> what a view of it says
+        self.changed: list[tuple[str, str]] = []  # (user, conversation) rows that the next look finds
         self.last_seen: dict[str, int] = {}
         self.acquaintances: set[str] = set()
         self.gate: asyncio.Event | None = None  # queries of who knows whom wait for it
@@ -95,7 +96,8 @@ class Shelf:
 
     async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes:
         await self._ask("changes")
-        return Changes(self.at, [], [], [], [])
+        rows, self.changed = self.changed, []
+        return Changes(self.at, [], rows, [], [])
 
     async def conversations(self, user: str) -> tuple[int, list[str]]:
         await self._ask("conversations")
