@@ -8,6 +8,8 @@ commands start fast.
 from __future__ import annotations
 
 import argparse
+import base64
+import dataclasses
 import getpass
 import json
 import logging
@@ -15,7 +17,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,6 +28,7 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from .process import WorkerMain
+    from .queue.base import DeadLetter, Queue
 
 LOG_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(process)d %(name)s: %(message)s"
 
@@ -114,6 +117,21 @@ def _parser() -> argparse.ArgumentParser:
     scale = actions.add_parser("scale", parents=[where], help="change the number of workers")
     scale.add_argument("workers", type=int)
     scale.set_defaults(command=_scale)
+
+    queue = commands.add_parser("queue", parents=[where], help="background work: list, retry or drop dead letters")
+    does = queue.add_subparsers(required=True, metavar="ACTION")
+    several = _Parser(add_help=False, parents=[where])
+    several.add_argument("--of", metavar="NAME", help="which one, if several servers keep theirs in one Redis")
+    lists = does.add_parser("list", parents=[several], help="how much waits, and which messages were given up")
+    lists.add_argument("--dead", action="store_true", help="the messages that were given up, and why")
+    lists.add_argument("--json", action="store_true")
+    lists.set_defaults(command=_queue_list)
+    for action, text in (("retry", "put dead letters back into line"), ("drop", "forget dead letters")):
+        change = does.add_parser(action, parents=[several], help=text)
+        which = change.add_mutually_exclusive_group(required=True)
+        which.add_argument("id", nargs="?", metavar="ID", help="as `queue list --dead` shows it")
+        which.add_argument("--all", action="store_true")
+        change.set_defaults(command=_queue_change, action=action)
 
     config = commands.add_parser("config", parents=[settings], help="print all settings, where they come from and why")
     config.add_argument("--json", action="store_true")
@@ -315,6 +333,70 @@ def _reload(parsed: argparse.Namespace) -> int:
 @_controlled
 def _scale(parsed: argparse.Namespace) -> int:
     print(f"{_ask(parsed, {'cmd': 'scale', 'workers': parsed.workers})['workers']} workers")
+    return 0
+
+
+# -- queue
+
+#: Dead letters that `queue list --dead` shows at most; they carry payloads.
+DEAD_SHOWN = 1000
+
+
+def _queue_list(parsed: argparse.Namespace) -> int:
+    from .queue.admin import with_queue
+
+    settings = _load(parsed).settings
+    if not parsed.dead:
+        topics = with_queue(settings, lambda queue: queue.stats(), parsed.of)
+        if parsed.json:
+            print(json.dumps([dataclasses.asdict(topic) for topic in topics]))
+            return 0
+        _table(
+            ("TOPIC", "WAITING", "DELAYED", "OLDEST", "RETRIES", "DEAD", "DEAD LOST"),
+            [
+                (t.topic, t.depth - t.delayed, t.delayed, f"{t.oldest_ms / 1000:.0f} s", t.retries, t.dead, t.dead_lost)
+                for t in topics
+            ],
+        )
+        return 0
+    letters = with_queue(settings, lambda queue: queue.dead(limit=DEAD_SHOWN), parsed.of)
+    if parsed.json:
+        print(json.dumps([_letter(letter) for letter in letters]))
+    else:
+        _table(
+            ("ID", "TOPIC", "KEY", "DELIVERIES", "GIVEN UP", "ERROR"),
+            [(x.id, x.topic, x.key, x.deliveries, _minute(x.failed_ms), " ".join(x.error.split())) for x in letters],
+        )
+    if len(letters) == DEAD_SHOWN:
+        print(f"only the first {DEAD_SHOWN} are shown", file=sys.stderr)
+    return 0
+
+
+def _letter(letter: DeadLetter) -> dict[str, Any]:
+    """A dead letter for JSON: its payload as text if it is some, else in base64."""
+    fields = dataclasses.asdict(letter)
+    payload: bytes = fields.pop("payload")
+    try:
+        return fields | {"payload": payload.decode()}
+    except UnicodeDecodeError:
+        return fields | {"payload_base64": base64.b64encode(payload).decode()}
+
+
+def _minute(unix_ms: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(unix_ms / 1000))
+
+
+def _queue_change(parsed: argparse.Namespace) -> int:
+    from .queue.admin import with_queue
+
+    def change(queue: Queue) -> Awaitable[int]:
+        return queue.retry(parsed.id) if parsed.action == "retry" else queue.drop(parsed.id)
+
+    count = with_queue(_load(parsed).settings, change, parsed.of)
+    if not count and parsed.id is not None:
+        return _fail(f"there is no dead letter {parsed.id}", 1)
+    done = "back in line" if parsed.action == "retry" else "dropped"
+    print(f"{count} {done}")
     return 0
 
 

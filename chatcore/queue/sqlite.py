@@ -21,7 +21,19 @@ import apsw
 from ..errors import ChatError
 from ..store.sqlite.ops import Op
 from . import sqlite_ops as ops
-from .base import Clock, DeadLetter, Handler, Job, Options, TopicStats, backoff_ms, check_message, check_topic, new_id
+from .base import (
+    DIED,
+    Clock,
+    DeadLetter,
+    Handler,
+    Job,
+    Options,
+    TopicStats,
+    backoff_ms,
+    check_message,
+    check_topic,
+    new_id,
+)
 from .execution import Execution, Outcome
 
 log = logging.getLogger("chatcore.queue")
@@ -165,8 +177,8 @@ class SQLiteQueue:
         # Not more than there are now: what is retried may be dead again at once.
         left = sum(topic.dead for topic in await self.stats())
         total = 0
-        while (count := int(await self.write(op))) and (total := total + count) < left:
-            pass
+        while total < left and (count := int(await self.write(op))):
+            total += count
         return total
 
 
@@ -238,10 +250,13 @@ class SQLiteConsumer:
     async def _begin(self, most: int) -> bool:
         """Take up to ``most`` lines and start their handlers; whether there were any."""
         queue, options, clock = self._queue, self._queue.options, self._queue.clock
+        self._expire()
+        # Who stood still finds its own leases over: what they were for has to end first.
+        busy = frozenset(execution.job.key for execution in self._running)
         # Before it is done: the lease counts from then at the earliest.
         until = self._safe_until(clock.mono_ms())
         jobs: list[Job] = await queue.write(
-            lambda tx: ops.take(tx, self.topic, queue.lease, most, options, clock.wall_ms(), clock.mono_ms())
+            lambda tx: ops.take(tx, self.topic, queue.lease, most, busy, options, clock.wall_ms(), clock.mono_ms())
         )
         for job in jobs:
             execution = Execution(self._handler, job, options.handler_timeout_ms / 1000)
@@ -273,11 +288,13 @@ class SQLiteConsumer:
         op: Op
         if outcome is Outcome.DONE:
             op = lambda tx: ops.done(tx, job, queue.lease)  # noqa: E731
-        elif outcome is Outcome.FAILED:
-            wait = backoff_ms(options, job.delivery)
-            op = lambda tx: ops.failed(tx, job, queue.lease, execution.error, wait, options, clock.wall_ms())  # noqa: E731
-        else:
+        elif outcome is Outcome.ABANDONED and self._stopping:
             op = lambda tx: ops.give_back(tx, job, queue.lease)  # noqa: E731
+        else:
+            # A lease that ran out counts, too: the handler may be why nothing was renewed.
+            error = execution.error or DIED
+            wait = backoff_ms(options, job.delivery)
+            op = lambda tx: ops.failed(tx, job, queue.lease, error, wait, options, clock.wall_ms())  # noqa: E731
         try:
             if not await queue.write(op):
                 log.info("%s %s: its line was lost, delivery %d does not count", job.topic, job.id, job.delivery)
@@ -296,16 +313,20 @@ class SQLiteConsumer:
             while True:
                 await asyncio.sleep(lease_ms / 1000 / LOOKS)
                 # First, without asking: a store that hangs must not keep us from seeing that a lease is over.
+                self._expire()
                 now = clock.mono_ms()
-                for execution, until in list(self._running.items()):
-                    if now >= until:
-                        execution.abandon()
                 if now - last >= lease_ms // RENEWALS and (renewing is None or renewing.done()):
                     last = now
                     renewing = asyncio.create_task(self._renew(), name=f"queue-renew-{self.topic}")
         finally:
             if renewing is not None:
                 await asyncio.wait({renewing})
+
+    def _expire(self) -> None:
+        now = self._queue.clock.mono_ms()
+        for execution, until in list(self._running.items()):
+            if now >= until:
+                execution.abandon()
 
     async def _renew(self) -> None:
         queue, options, clock = self._queue, self._queue.options, self._queue.clock

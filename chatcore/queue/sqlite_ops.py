@@ -170,15 +170,22 @@ def wait_ms(db: apsw.Connection, topic: str, lease: Lease, wall_ms: int, mono_ms
 
 
 def take(
-    tx: Transaction, topic: str, lease: Lease, most: int, options: Options, wall_ms: int, mono_ms: int
+    tx: Transaction,
+    topic: str,
+    lease: Lease,
+    most: int,
+    busy: frozenset[str],
+    options: Options,
+    wall_ms: int,
+    mono_ms: int,
 ) -> list[Job]:
-    """Take up to ``most`` lines and begin a delivery of the first message of each."""
+    """Take up to ``most`` lines, but those of the ``busy`` keys, and begin a delivery of the first message of each."""
     _ready(tx, topic, lease, options, wall_ms, mono_ms)
     jobs: list[Job] = []
     lines: list[Any] = tx.db.execute(
-        "SELECT key FROM queue_keys WHERE topic = ? AND at = 0 ORDER BY place LIMIT ?", (topic, most)
+        "SELECT key FROM queue_keys WHERE topic = ? AND at = 0 ORDER BY place LIMIT ?", (topic, most + len(busy))
     ).fetchall()
-    for (key,) in lines:
+    for key in [key for (key,) in lines if key not in busy][:most]:
         while (first := _first(tx, topic, key)) is not None and first[4] >= options.deliveries:
             _bury(tx, topic, key, first[0], DIED, options, wall_ms)
         if first is None:

@@ -1,0 +1,108 @@
+"""The queue from the command line: straight to where it is kept, whether a server runs or not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import apsw
+
+from ..errors import BadRequest, ChatError, Unavailable
+from ..redis_client import RedisClient, parse_url
+from ..settings import Settings
+from ..store.sqlite.lock import WriteLock
+from ..store.sqlite.ops import Op, Transaction
+from ..store.sqlite.schema import BrokenStore, connect, database_path, prepare
+from .base import Queue
+from .redis import PREFIXES, RedisQueue
+from .sqlite import SQLiteQueue
+
+T = TypeVar("T")
+
+# An operator waits longer than a user.
+REDIS_TIMEOUT_S: Final = 10.0
+
+
+def with_queue(settings: Settings, work: Callable[[Queue], Awaitable[T]], prefix: str | None = None) -> T:
+    """Do something with the queue of a server; returns what it returns.
+
+    :param prefix: of the queue in Redis, if several servers use it.
+    :raises BadRequest: there is no queue, or there are several and none was named.
+    :raises Unavailable: what it is kept in does not answer.
+    """
+
+    async def main() -> T:
+        opened = _redis(settings, prefix) if settings.redis.url else _sqlite(settings)
+        async with opened as queue:
+            return await work(queue)
+
+    return asyncio.run(main())
+
+
+@asynccontextmanager
+async def _redis(settings: Settings, prefix: str | None) -> AsyncIterator[Queue]:
+    try:
+        address = parse_url(settings.redis.url)
+    except ValueError as exc:
+        raise BadRequest(f"redis.url: {exc}") from None
+    client = RedisClient(address, timeout_s=REDIS_TIMEOUT_S)
+    try:
+        known = sorted(name.decode() for name in await client.call("SMEMBERS", PREFIXES))
+        if prefix is None and len(known) > 1:
+            raise BadRequest(f"several servers keep a queue in this Redis; name one with --of: {', '.join(known)}")
+        if prefix is not None and prefix not in known:
+            raise BadRequest(f"there is no queue {prefix} in this Redis; there are: {', '.join(known) or 'none'}")
+        # Nothing was ever put: an empty queue looks the same under any name.
+        yield RedisQueue(client, prefix or (known or ["chatcore"])[0], settings.queue)
+    finally:
+        await client.close()
+
+
+@asynccontextmanager
+async def _sqlite(settings: Settings) -> AsyncIterator[Queue]:
+    data = Path(settings.server.data)
+    if not database_path(data).exists():
+        raise BadRequest(f"there is no chatcore data in {data}")
+    lock = WriteLock(data)
+    try:
+        with lock:
+            prepare(data)
+        db = connect(database_path(data), write=True)
+        try:
+            yield SQLiteQueue(
+                lambda op: _answered(lambda: _commit(db, lock, op)),
+                lambda query: _answered(lambda: query(db)),
+                settings.queue,
+            )
+        finally:
+            db.close()
+    except (BrokenStore, apsw.Error) as exc:
+        raise Unavailable(str(exc)) from None
+    finally:
+        lock.close()
+
+
+def _answered(work: Callable[[], Any]) -> asyncio.Future[Any]:
+    """What the threads of a store do, done at once."""
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    try:
+        future.set_result(work())
+    except ChatError as exc:
+        future.set_exception(exc)
+    return future
+
+
+def _commit(db: apsw.Connection, lock: WriteLock, op: Op) -> Any:
+    with lock:
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            result = op(Transaction(db, b""))
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+    return result
