@@ -21,9 +21,7 @@ import (
 
 func main() {
 	listen := flag.String("listen", "127.0.0.1:27017", "TCP address")
-	handler := flag.String("handler", "sqlite", "sqlite or postgresql")
-	sqlite := flag.String("sqlite-url", "file:data/", "folder, for the handler sqlite")
-	postgres := flag.String("postgresql-url", "", "database, for the handler postgresql")
+	sqlite := flag.String("sqlite-url", "file:data/", "folder of the data")
 	stdin := flag.Bool("stop-with-stdin", false, "stop when the standard input ends")
 	flag.Parse()
 
@@ -39,10 +37,9 @@ func main() {
 	}
 
 	server, err := ferretdb.New(&ferretdb.Config{
-		Listener:      ferretdb.ListenerConfig{TCP: *listen},
-		Handler:       *handler,
-		SQLiteURL:     *sqlite,
-		PostgreSQLURL: *postgres,
+		Listener:  ferretdb.ListenerConfig{TCP: *listen},
+		Handler:   "sqlite",
+		SQLiteURL: *sqlite,
 	})
 	if err != nil {
 		slog.Error(err.Error())
