@@ -173,6 +173,12 @@ class L2:
             keys = [self._key("server", ""), *epochs]
             if not await self._client.call("EVAL", scripts.SAME_SERVER, len(keys), *keys, *args):
                 log.info("redis is another server than before: nothing in it is used")
+        for kind, epoch in zip(
+            KINDS, await self._client.pipeline([self._epoch_commands(k) for k in KINDS]), strict=True
+        ):
+            if isinstance(epoch, Exception):
+                raise epoch
+            self._epochs[kind] = epoch
         while self._owed:
             some = list(self._owed)[:AT_ONCE]
             for reply in await self._client.pipeline([args for key in some for args in self._deletion(key)]):

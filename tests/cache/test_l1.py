@@ -1,0 +1,128 @@
+"""Level 1: how long something is believed, and what may not be kept at all."""
+
+from __future__ import annotations
+
+from chatcore.cache.l1 import ABSENT_PART, DROPS, JITTER, REFRESH_HITS, L1, Generations
+
+from .parts import Clock
+
+
+def level(clock: Clock, entries: int = 100, chance: float = 0.0) -> L1[str]:
+    return L1(entries, ttl_s=10.0, negative_ttl_s=1.0, clock=clock, chance=lambda: chance)
+
+
+def value(l1: L1[str], key: str) -> str | None:
+    slot = l1.get(key)
+    return slot.value if slot is not None else "nothing known"
+
+
+def test_a_value_is_believed_until_its_time_is_over() -> None:
+    clock = Clock()
+    l1 = level(clock)
+    assert value(l1, "a") == "nothing known"
+    assert l1.put("a", "x", l1.ticket())
+    clock.move(9.9)
+    assert value(l1, "a") == "x"
+    clock.move(0.2)
+    assert value(l1, "a") == "nothing known"
+
+
+def test_lives_are_shortened_at_random() -> None:
+    clock = Clock()
+    l1 = level(clock, chance=0.999)
+    l1.put("a", "x", l1.ticket())
+    clock.move(10 * (1 - JITTER) - 0.1)
+    assert value(l1, "a") == "x"
+    clock.move(0.2)
+    assert value(l1, "a") == "nothing known"
+
+
+def test_what_does_not_exist_is_believed_for_a_shorter_time() -> None:
+    clock = Clock()
+    l1 = level(clock)
+    l1.put("a", None, l1.ticket())
+    assert value(l1, "a") is None
+    clock.move(1.1)
+    assert value(l1, "a") == "nothing known"
+    l1.put("a", None, l1.ticket())
+    l1.put("a", "x", l1.ticket())
+    assert value(l1, "a") == "x"
+    l1.put("a", None, l1.ticket())
+    assert value(l1, "a") is None
+
+
+def test_a_shorter_life_can_be_asked_for() -> None:
+    clock = Clock()
+    l1 = level(clock)
+    l1.put("a", "x", l1.ticket(), 2.0)
+    clock.move(2.1)
+    assert value(l1, "a") == "nothing known"
+
+
+def test_what_was_read_before_a_drop_is_not_kept() -> None:
+    l1 = level(Clock())
+    before = l1.ticket()
+    l1.drop("a")
+    assert not l1.put("a", "old", before)
+    assert value(l1, "a") == "nothing known"
+    assert l1.put("b", "x", before)  # nothing was said of it
+    assert l1.put("a", "new", l1.ticket())
+
+
+def test_what_was_read_before_everything_was_forgotten_is_not_kept() -> None:
+    l1 = level(Clock())
+    before = l1.ticket()
+    l1.put("b", "x", before)
+    l1.clear()
+    assert not l1.put("a", "old", before)
+    assert value(l1, "b") == "nothing known"
+    assert l1.put("a", "new", l1.ticket())
+
+
+def test_a_ticket_older_than_all_drops_remembered_is_refused() -> None:
+    generations = Generations()
+    generations.drop("first")
+    before = generations.ticket()
+    for i in range(DROPS):
+        generations.drop(f"k{i}")
+    assert generations.good("other", before)  # all drops since are known: none is of this key
+    generations.drop("one more")
+    assert not generations.good("other", before - 1)
+    assert not generations.good("k0", before)  # its drop is forgotten, and so are tickets from before it
+
+
+def test_what_never_existed_pushes_out_nothing_that_does() -> None:
+    l1 = level(Clock(), entries=16 * ABSENT_PART)
+    l1.put("a", "x", l1.ticket())
+    for i in range(1000):
+        l1.put(f"junk{i}", None, l1.ticket())
+    assert value(l1, "a") == "x"
+    assert len(l1) == 1 + 16
+
+
+def test_the_least_recently_used_goes_first() -> None:
+    l1 = level(Clock(), entries=2)
+    for key in "ab":
+        l1.put(key, key, l1.ticket())
+    l1.get("a")
+    l1.put("c", "c", l1.ticket())
+    assert [value(l1, key) for key in "abc"] == ["a", "nothing known", "c"]
+
+
+def test_what_is_used_much_is_due_once_before_its_end() -> None:
+    clock = Clock()
+    l1 = level(clock)
+    l1.put("a", "x", l1.ticket())
+    slot = l1.get("a")
+    assert slot is not None
+    for _ in range(REFRESH_HITS):
+        l1.get("a")
+    assert not slot.refresh_due(clock.now), "it has most of its life before it"
+    clock.move(9)
+    assert slot.refresh_due(clock.now)
+    assert not slot.refresh_due(clock.now)
+    l1.put("rare", "x", l1.ticket())
+    clock.move(9)
+    rare = l1.get("rare")
+    assert rare is not None
+    assert not rare.refresh_due(clock.now)

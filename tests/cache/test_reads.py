@@ -1,0 +1,200 @@
+"""Reads through one worker: once from the store, then from memory; never less than what was acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from chatcore.errors import NotFound, Unavailable
+
+from .parts import SETTINGS, Clock, seqs, until, within, workers
+
+TAIL = SETTINGS.tail_entries
+
+
+async def test_the_newest_page_asks_the_store_once(tmp_path: Path) -> None:
+    async with workers(tmp_path) as (w,):
+        ann = await w.user("ann")
+        conv = await w.conversation(ann)
+        head = await w.fill(conv, ann, 70)
+        w.cache.on_doubt()  # nothing is known
+        w.calls.clear()
+        for _ in range(3):
+            page = await w.last(conv, ann, hint=head)
+            assert seqs(page) == list(range(head - TAIL + 1, head + 1))
+            assert page.more
+            assert page.head == head
+        assert w.calls == {"role": 1, "entries": 1}
+        assert w.cache.stats()["kinds"]["last_entries"] == {
+            "l1": 2, "l2": 0, "missed": 1, "refreshed": 0, "ratio": 0.6667,
+        }  # fmt: skip
+
+
+async def test_without_a_live_room_the_store_is_asked_for_the_head(tmp_path: Path) -> None:
+    async with workers(tmp_path, 2) as (w, other):
+        ann = await w.user("ann")
+        conv = await w.conversation(ann)
+        w.deaf = True
+        await w.last(conv, ann)
+        done = await other.send(conv, ann)
+        w.calls.clear()
+        page = await w.last(conv, ann)
+        assert page.head == done.seq
+        assert seqs(page)[-1] == done.seq, "the newest entry, of which this worker has not heard"
+        assert w.calls["heads"] == 1
+
+
+async def test_every_page_is_the_one_the_store_would_have_given(tmp_path: Path) -> None:
+    async with workers(tmp_path) as (w,):
+        ann = await w.user("ann")
+        conv = await w.conversation(ann)
+        head = await w.fill(conv, ann, 60)
+        odd = [None, 0, 1, 2, 12, 13, 14, 40, head - 1, head, head + 1, head + 5]
+        compared = 0
+        for before in odd:
+            for after in odd:
+                for limit in (1, 7, TAIL, 100):
+                    for size in (1, 700, 10**6):
+                        args = (ann.id, conv, before, after, limit, size)
+                        assert await w.cache.page(*args) == await w.sqlite.page(*args), args
+                        assert await w.cache.page(*args, head) == await w.sqlite.page(*args), args
+                        compared += 1
+        assert compared > 1000
+        short = await w.conversation(ann)
+        await w.send(short, ann)
+        for limit in (1, 2, 3, 100):
+            args = (ann.id, short, None, None, limit, 10**6)
+            assert await w.cache.page(*args) == await w.sqlite.page(*args)
+
+
+async def test_what_was_acknowledged_is_on_the_next_page(tmp_path: Path) -> None:
+    async with workers(tmp_path) as (w,):
+        ann = await w.user("ann")
+        conv = await w.conversation(ann)
+        for i in range(60):
+            done = await w.send(conv, ann, f"m{i}")
+            page = await w.last(conv, ann, hint=1)  # the room is far behind
+            assert seqs(page)[-1] == done.seq
+
+
+async def test_a_replay_uses_what_is_known_up_to_where_it_is_to_go(tmp_path: Path) -> None:
+    async with workers(tmp_path) as (w,):
+        ann = await w.user("ann")
+        conv = await w.conversation(ann)
+        head = await w.fill(conv, ann, 80)
+        w.calls.clear()
+        found = await w.cache.replay(conv, head - 10, head, 100, 10**6)
+        assert [e.seq for e in found] == list(range(head - 9, head + 1))
+        assert not w.calls
+        found = await w.cache.replay(conv, head - 10, head, 3, 10**6)
+        assert [e.seq for e in found] == [head - 9, head - 8, head - 7]
+        found = await w.cache.replay(conv, 0, head, 10, 10**6)  # long ago
+        assert [e.seq for e in found] == list(range(1, 11))
+        assert w.calls == {"entries": 1}
+        # Whoever wants to know what there is beyond asks the store.
+        await w.cache.entries(conv, head, 10, 10**6)
+        assert w.calls == {"entries": 2}
+
+
+async def test_who_is_no_member_sees_nothing_and_asks_the_store_once(tmp_path: Path) -> None:
+    clock = Clock()
+    async with workers(tmp_path, clock=clock) as (w,):
+        ann, eve = await w.user("ann"), await w.user("eve")
+        conv = await w.conversation(ann)
+        for name in (conv, "no-such-one"):
+            w.calls.clear()
+            for _ in range(3):
+                with pytest.raises(NotFound):
+                    await w.last(name, eve)
+            assert w.calls == {"role": 1}
+            clock.move(SETTINGS.negative_ttl_ms / 1000 + 0.1)
+            with pytest.raises(NotFound):
+                await w.last(name, eve)
+            assert w.calls == {"role": 2}, "what does not exist is believed for a short time"
+        assert await w.cache.users(["nobody", ann.id, "nobody", ann.id]) == [ann, ann]
+        assert await w.cache.token(b"\0" * 32) is None
+        assert await w.cache.token(b"\0" * 32) is None
+        assert w.calls["token"] == 1
+
+
+async def test_many_who_ask_at_once_cost_one_read(tmp_path: Path) -> None:
+    async with workers(tmp_path) as (w,):
+        ann = await w.user("ann")
+        conv = await w.conversation(ann)
+        head = await w.fill(conv, ann, 60)
+        await w.cache.add_token(b"t" * 32, ann.id, 2**50, "hash")
+        w.cache.on_doubt()
+        w.calls.clear()
+        gate = w.slow.gate("token")
+        asked = [asyncio.create_task(w.cache.token(b"t" * 32)) for _ in range(50)]
+        await within(gate.reached.wait(), "the one read")
+        asked[0].cancel()  # who gives up takes nobody down
+        gate.open.set()
+        tokens = await asyncio.gather(*asked[1:])
+        assert {t.user for t in tokens if t is not None} == {ann}
+        assert w.calls["token"] == 1
+        gate = w.slow.gate("entries")
+        pages = [asyncio.create_task(w.last(conv, ann, hint=head)) for _ in range(50)]
+        await within(gate.reached.wait(), "the one read")
+        gate.open.set()
+        assert {tuple(seqs(page)) for page in await asyncio.gather(*pages)} == {tuple(range(head - TAIL + 1, head + 1))}
+        assert w.calls["entries"] == 1
+        assert w.calls["role"] == 1
+        await asyncio.gather(*(w.cache.users([ann.id]) for _ in range(50)))
+        assert w.calls["users"] == 0, "the token had brought the name"
+
+
+async def test_a_failure_is_told_to_all_who_wait_and_to_nobody_later(tmp_path: Path) -> None:
+    async with workers(tmp_path) as (w,):
+        ann = await w.user("ann")
+        conv = await w.conversation(ann)
+        w.cache.on_doubt()
+        w.slow.down = True
+        results = await asyncio.gather(*(w.cache.role(ann.id, conv) for _ in range(5)), return_exceptions=True)
+        assert all(isinstance(r, Unavailable) for r in results)
+        with pytest.raises(Unavailable):
+            await w.last(conv, ann)
+        w.slow.down = False
+        assert await w.cache.role(ann.id, conv) == "owner"
+        assert seqs(await w.last(conv, ann)) == [1, 2]
+
+
+async def test_what_is_used_much_is_read_again_before_it_ends(tmp_path: Path) -> None:
+    clock = Clock()
+    async with workers(tmp_path, clock=clock, settings=replace(SETTINGS, refresh=True)) as (w,):
+        ann, bob = await w.user("ann"), await w.user("bob")
+        conv = await w.conversation(ann, bob)
+        head = await w.fill(conv, ann, 60)
+        w.cache.on_doubt()
+        for _ in range(10):
+            await w.last(conv, ann, hint=head)
+        await w.last(conv, bob, hint=head)
+        counts = w.cache.stats()["kinds"]
+        clock.move(SETTINGS.role_ttl_ms / 1000 * 0.95)
+        await w.last(conv, ann, hint=head)
+        await w.last(conv, bob, hint=head)
+        await until(lambda: w.cache.roles.counts.refreshed == 1, "the much used role was read again, the other was not")
+        clock.move(SETTINGS.role_ttl_ms / 1000 * 0.9)
+        await w.last(conv, ann, hint=head)  # nobody waited: the old one would have ended
+        await until(lambda: w.cache.history.counts.refreshed == 1, "the tail, too")
+        after = w.cache.stats()["kinds"]
+        assert after["roles"]["missed"] == counts["roles"]["missed"]
+        clock.move(SETTINGS.tail_ttl_ms / 1000 * 0.9)
+        await w.last(conv, ann, hint=head)
+        assert w.cache.history.counts.missed == counts["last_entries"]["missed"]
+
+
+async def test_a_session_that_seems_over_is_asked_about(tmp_path: Path) -> None:
+    clock = Clock()
+    async with workers(tmp_path, 2, clock=clock) as (w, other):
+        ann = await w.user("ann")
+        soon = int(clock.unix * 1000) + 5_000
+        await w.cache.add_token(b"t" * 32, ann.id, soon, "hash")
+        assert (await w.cache.token(b"t" * 32)).expires == soon  # type: ignore[union-attr]
+        w.hub.lossy = True
+        await other.cache.extend_token(b"t" * 32, soon + 60_000)
+        clock.move(6)
+        assert (await w.cache.token(b"t" * 32)).expires == soon + 60_000  # type: ignore[union-attr]
