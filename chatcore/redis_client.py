@@ -332,8 +332,11 @@ class RedisClient:
         if a.cluster:
             nodes = [ClusterNode(host, port) for host, port in a.hosts]
             secure = {"ssl": True, **tls} if a.tls else {}
+            # Steps 0: a slot that moves is learnt by itself; else every fifth one would close all connections, those
+            # with commands in flight, too.
             return RedisCluster(
-                startup_nodes=nodes, max_connections=max_connections, retry=once, **common, **secure
+                startup_nodes=nodes, max_connections=max_connections, retry=once, reinitialize_steps=0,
+                **common, **secure,
             )  # fmt: skip
         common |= {"retry": once, "db": a.db}
         if a.kind == "sentinel":

@@ -131,7 +131,6 @@ class Wire:
         self.up = True  # client to server
         self.down = True  # server to client
         self.cut_before_reply_to = b""  # a command that reaches the server, and whose reply never comes back
-        self.seen = bytearray()  # what clients sent
         self.clients: list[asyncio.StreamWriter] = []
         self._open = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -162,9 +161,10 @@ class Wire:
         self._tasks.add(task)
         self.clients.append(writer)
         server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._to)
+        seen = bytearray()  # what this client sent
         pumps = [
-            asyncio.create_task(self._pump(reader, server_writer, True)),
-            asyncio.create_task(self._pump(server_reader, writer, False)),
+            asyncio.create_task(self._pump(reader, server_writer, True, seen)),
+            asyncio.create_task(self._pump(server_reader, writer, False, seen)),
         ]
         try:
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
@@ -176,18 +176,17 @@ class Wire:
             writer.close()
             self._tasks.discard(task)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up: bool) -> None:
-        cut = False
+    async def _pump(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, up: bool, seen: bytearray
+    ) -> None:
         with contextlib.suppress(ConnectionError):
             while data := await reader.read(65536):
                 while not (self.up if up else self.down):
                     self._open.clear()
                     await self._open.wait()
                 if up:
-                    self.seen += data
-                elif self.cut_before_reply_to and self.cut_before_reply_to in self.seen:
-                    cut = True
-                if cut:
+                    seen += data
+                elif self.cut_before_reply_to and self.cut_before_reply_to in seen:
                     return
                 writer.write(data)
                 await writer.drain()
