@@ -53,7 +53,7 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
                 settings.store.pool_min,
                 settings.store.pool_wait_ms,
                 settings.store.server_selection_ms,
-                settings.store.operation_ms,
+                min(settings.store.operation_ms, settings.timeouts.store_ms),
                 settings.store.history_from_secondaries,
             ),
             on_commit,

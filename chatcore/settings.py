@@ -181,7 +181,7 @@ class Store:
     pool_min: int = _int(4, 0, 1_000, "Connections kept open, so that a burst does not begin with handshakes.")
     pool_wait_ms: int = _int(500, 1, 60_000, "Wait for a free connection; then the answer is `unavailable`.")
     server_selection_ms: int = _int(3_000, 100, 60_000, "Wait for a primary, an election included.")
-    operation_ms: int = _int(4_000, 100, 60_000, "Longest operation of MongoDB; below timeouts.store_ms.")
+    operation_ms: int = _int(4_000, 100, 60_000, "Longest operation of MongoDB; timeouts.store_ms if that is less.")
     history_from_secondaries: bool = _bool(
         False, "Pages of history may come from secondaries, which may be 90 s behind; replay never does."
     )
@@ -334,7 +334,6 @@ ORDERED: tuple[tuple[str, str], ...] = (
     ("timeouts.ping_ms", "timeouts.ping_max_ms"),
     ("queue.retry_ms", "queue.retry_max_ms"),
     ("store.pool_min", "store.pool_max"),
-    ("store.operation_ms", "timeouts.store_ms"),
 )
 
 #: Settings that go together: both are set, or neither.

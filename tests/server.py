@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .services import production
+
 ROOT = Path(__file__).parents[1]
 # Longer than anything takes on a machine that is busy with something else; tests wait for events,
 # so only what fails ever waits so long.
@@ -70,7 +72,10 @@ class Backend:
 
 
 #: What the end-to-end tests run on, each of them; `conftest.py` of e2e makes a parameter of it.
-BACKENDS = (Backend("sqlite-local", prepare=lambda data: {}, stall=_hold_write_lock, file="chatcore.db"),)
+BACKENDS = (
+    Backend("sqlite-local", prepare=lambda data: {}, stall=_hold_write_lock, file="chatcore.db"),
+    Backend("mongodb-redis", prepare=production.prepare, stall=production.stall),
+)
 
 
 def environment(settings: Mapping[str, object] | None = None) -> dict[str, str]:
