@@ -41,7 +41,8 @@ OWED: Final = 10_000
 # Writes that wait, and those that leave together.
 QUEUE: Final = 5_000
 AT_ONCE: Final = 200
-# How often a server that answers is asked whether it is still the same, and one that does not whether it is back.
+# How often a server that answers is asked for the epochs (for those who only write), and one that does not
+# whether it is back.
 LOOK_S: Final = 1.0
 PAUSE_S: Final = 0.1
 PAUSE_MAX_S: Final = 2.0
@@ -52,9 +53,6 @@ _STATES: Final = {b"V", b"N", b"L"}
 class Commands(Protocol):
     """The part of :class:`~chatcore.redis_client.RedisClient` that is used here."""
 
-    @property
-    def cluster(self) -> bool: ...
-    async def call(self, *args: str | bytes | int | float) -> Any: ...
     async def pipeline(self, commands: Sequence[Args]) -> list[Any]: ...
 
 
@@ -166,13 +164,6 @@ class L2:
 
     async def _settle(self) -> None:
         """Make sure that nothing old can be read; from then on it is used."""
-        if not self._client.cluster:  # a cluster has many servers: lives alone bound what one of them lost
-            info = await self._client.call("INFO", "server")
-            epochs = [self._key("epoch", kind) for kind in KINDS]
-            args: list[str | bytes | int | float] = [str(info["run_id"]), *(_random() for _ in epochs)]
-            keys = [self._key("server", ""), *epochs]
-            if not await self._client.call("EVAL", scripts.SAME_SERVER, len(keys), *keys, *args):
-                log.info("redis is another server than before: nothing in it is used")
         for kind, epoch in zip(
             KINDS, await self._client.pipeline([self._epoch_commands(k) for k in KINDS]), strict=True
         ):
@@ -287,7 +278,7 @@ class L2:
     def _deletion(self, key: Key) -> list[Args]:
         kind, name = key
         if name == ALL:
-            return [("SET", self._key("epoch", kind), _random())]
+            return [("DEL", self._key("epoch", kind))]
         if kind == TAIL:
             tail, generation = self._tail_keys(name)
             return [("SET", generation, self._epochs[TAIL] + _random(), "PX", self._lives_ms[TAIL]), ("DEL", tail)]

@@ -13,11 +13,15 @@ from typing import Final
 GENERATION_BYTES: Final = 8
 HEAD_BYTES: Final = 2 * GENERATION_BYTES + 1
 
-#: The epoch of a kind, made if there is none. KEYS: epoch. ARGV: a random one.
+#: The epoch of a kind: made anew if there is none, or if the server is another one than it was made on
+#: (restarted, restored, failed over). Such a server may have lost deletions, so what it has is not
+#: believed. Asked with every read, as a client that reconnects need not notice; INFO takes some 10 us.
+#: KEYS: epoch. ARGV: a random one.
 EPOCH: Final = """
+local server = string.match(redis.call('INFO', 'server'), 'run_id:(%w+)') or ''
 local e = redis.call('GET', KEYS[1])
-if e then return e end
-redis.call('SET', KEYS[1], ARGV[1])
+if e and string.sub(e, 1, -9) == server then return string.sub(e, -8) end
+redis.call('SET', KEYS[1], server .. ARGV[1])
 return ARGV[1]
 """
 
@@ -84,13 +88,3 @@ redis.call('ZREMRANGEBYSCORE', KEYS[1], ARGV[4], ARGV[4])
 """
     + _INSERT
 )
-
-#: The server is another one than last time (restarted, restored, failed over): it may have lost
-#: deletions, so nothing in it is believed. KEYS: the server's name, then epochs. ARGV: its name now,
-#: then new epochs. Once for all workers.
-SAME_SERVER: Final = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then return 1 end
-for i = 2, #KEYS do redis.call('SET', KEYS[i], ARGV[i]) end
-redis.call('SET', KEYS[1], ARGV[1])
-return 0
-"""

@@ -1,4 +1,4 @@
-"""What stands around the cache in its tests: a store that counts and stands still on demand, a bus in memory, a clock."""
+"""What stands around the cache in its tests: a store that counts and stands still, a bus in memory, a clock."""
 
 from __future__ import annotations
 

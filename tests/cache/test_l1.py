@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from chatcore.cache.l1 import ABSENT_PART, DROPS, JITTER, REFRESH_HITS, L1, Generations
+from chatcore.cache.l1 import ABSENT_PART, DROPS, JITTER, L1, REFRESH_HITS, Generations
 
 from .parts import Clock
 

@@ -1,0 +1,138 @@
+"""Warming and prefetch: what is loaded before it is asked for, within which bounds, and that it can be left out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from chatcore.settings import Cache
+from chatcore.store.base import User
+
+from .parts import SETTINGS, Clock, Worker, seqs, within, workers
+
+WARM = replace(SETTINGS, warm_conversations=3)
+PREFETCH = replace(SETTINGS, prefetch_conversations=2)
+
+
+async def conversations(w: Worker, ann: User, count: int) -> list[str]:
+    """Some conversations, the last written to last."""
+    convs = [await w.conversation(ann) for _ in range(count)]
+    for conv in convs:
+        await w.fill(conv, ann, 5)
+    return convs
+
+
+async def test_a_new_worker_knows_the_most_active_conversations(tmp_path: Path, redis_url: str) -> None:
+    async with workers(tmp_path, redis=redis_url) as (w,):
+        ann = await w.user("ann")
+        convs = await conversations(w, ann, 6)
+        await w.cache.activity.send()
+        for conv in convs[:3] * 5:  # the older ones are read much
+            await w.last(conv, ann)
+    async with workers(tmp_path, redis=redis_url, settings=WARM) as (w,):
+        assert w.cache.stats()["ahead"]["warmed"] == 3
+        for conv in convs[:3]:
+            assert len(seqs(await w.last(conv, ann))) == 7
+        assert w.calls["entries"] == 0
+        assert w.cache.history.counts.l1 == 3
+        w.calls.clear()
+    async with workers(tmp_path, redis=redis_url, settings=SETTINGS) as (w,):
+        assert w.cache.stats()["ahead"]["warmed"] == 0, "switched off"
+        await w.last(convs[0], ann)
+        assert w.cache.history.counts.l1 == 0
+
+
+async def test_what_was_active_long_ago_counts_for_less(tmp_path: Path, redis_url: str) -> None:
+    clock = Clock()
+    async with workers(tmp_path, redis=redis_url, clock=clock) as (w,):
+        for _ in range(10):
+            w.cache.activity.note("old")
+        await w.cache.activity.send()
+        clock.move(2 * 1800)
+        for _ in range(3):
+            w.cache.activity.note("new")
+        await w.cache.activity.send()
+        assert await w.cache.activity.hottest(10) == ["new", "old"]  # 3 and 10/4
+        assert await w.cache.activity.hottest(1) == ["new"]
+        clock.move(4 * 1800)
+        assert await w.cache.activity.hottest(10) == []
+
+
+async def test_without_redis_what_was_written_to_last_is_warm(tmp_path: Path) -> None:
+    async with workers(tmp_path) as (w,):
+        ann = await w.user("ann")
+        convs = await conversations(w, ann, 6)
+    async with workers(tmp_path, settings=replace(WARM, warm_conversations=100)) as (w,):
+        assert w.cache.stats()["ahead"]["warmed"] == 6
+        await w.last(convs[5], ann)
+        assert w.calls["entries"] == 0
+
+
+@pytest.mark.parametrize("settings", [replace(WARM, warm_budget_ms=0)])
+async def test_warming_ends_with_its_budget(tmp_path: Path, settings: Cache) -> None:
+    async with workers(tmp_path) as (w,):
+        ann = await w.user("ann")
+        await conversations(w, ann, 3)
+    async with workers(tmp_path, settings=settings) as (w,):
+        assert w.cache.stats()["ahead"]["warmed"] == 0
+
+
+async def test_a_store_that_does_not_answer_ends_the_warming_quietly(tmp_path: Path) -> None:
+    async with workers(tmp_path, settings=WARM) as (w,):
+        await conversations(w, await w.user("ann"), 3)
+        w.slow.down = True
+        w.cache.on_doubt()
+        w.cache.ahead.warm.clear()
+        await w.cache.ahead.run()
+        assert w.cache.ahead.warm.is_set()
+
+
+async def test_who_logs_in_finds_his_newest_conversations_loaded(tmp_path: Path) -> None:
+    async with workers(tmp_path, settings=PREFETCH) as (w,):
+        ann = await w.user("ann")
+        convs = await conversations(w, ann, 5)
+        w.cache.on_doubt()
+        w.calls.clear()
+        _, mine = await w.cache.conversations(ann.id)
+        await w.cache.views(ann.id, mine)
+        await within(w.cache.ahead.idle.wait(), "the end of the prefetch")
+        assert w.cache.stats()["ahead"]["prefetched"] == 2
+        assert w.calls["entries"] == 2
+        for conv in convs[-2:]:
+            await w.last(conv, ann)
+        assert w.calls["entries"] == 2
+        assert w.calls["role"] == 0, "the views brought the roles"
+        await w.last(convs[0], ann)
+        assert w.calls["entries"] == 3
+        # A list that is read for anything else loads nothing.
+        w.cache.on_doubt()
+        w.calls.clear()
+        await w.cache.views(ann.id, mine)
+        assert w.cache.ahead.idle.is_set()
+        assert w.calls["entries"] == 0
+
+
+async def test_what_is_loaded_already_is_not_loaded_at_a_log_in(tmp_path: Path) -> None:
+    async with workers(tmp_path, settings=PREFETCH) as (w,):
+        ann = await w.user("ann")
+        await conversations(w, ann, 3)
+        w.calls.clear()
+        for _ in range(3):
+            _, mine = await w.cache.conversations(ann.id)
+            await w.cache.views(ann.id, mine)
+            await within(w.cache.ahead.idle.wait(), "the end of the prefetch")
+        assert w.calls["entries"] == 0
+        assert w.cache.stats()["ahead"]["prefetched"] == 0
+
+
+async def test_a_prefetch_that_is_switched_off_loads_nothing(tmp_path: Path) -> None:
+    async with workers(tmp_path) as (w,):
+        ann = await w.user("ann")
+        await conversations(w, ann, 3)
+        w.cache.on_doubt()
+        w.calls.clear()
+        _, mine = await w.cache.conversations(ann.id)
+        await w.cache.views(ann.id, mine)
+        assert w.calls["entries"] == 0

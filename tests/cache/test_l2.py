@@ -1,0 +1,199 @@
+"""Level 2 by itself, on a real Redis: who may write what, and what is believed."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import AsyncIterator
+
+import orjson
+
+from chatcore.cache.l2 import L2, QUEUE, Record, TailRecord
+from chatcore.protocol import encode_entry
+from chatcore.redis_client import RedisClient, parse_url
+from chatcore.store.base import Entry
+
+KEEP = 5
+LIVES = {"t": 60_000, "u": 60_000, "r": 60_000, "e": 60_000}
+
+
+def entry(seq: int, body: str = "hello", conv: str = "c") -> Entry:
+    wire = encode_entry("msg", conv, seq, "somebody", 0, f"cid{seq}", orjson.dumps({"body": body}))
+    return Entry(conv, seq, "msg", "somebody", seq, seq, wire)
+
+
+@contextlib.asynccontextmanager
+async def levels(url: str, count: int = 2) -> AsyncIterator[list[L2]]:
+    """Those of some workers of one server."""
+    prefix = f"test-{secrets.token_hex(6)}"
+    clients = [RedisClient(parse_url(url), timeout_s=5.0) for _ in range(count)]
+    made = [L2(client, lives_ms=LIVES, negative_ms=2_000, keep=KEEP) for client in clients]
+    for l2 in made:
+        await l2.start(prefix)
+        assert l2.ready
+    try:
+        yield made
+    finally:
+        for l2, client in zip(made, clients, strict=True):
+            await l2.close()
+            await client.close()
+
+
+async def look(l2: L2, key: str = "k", kind: str = "u") -> Record:
+    return (await l2.look(kind, [key]))[key]
+
+
+async def fill(l2: L2, record: Record, value: bytes | None, key: str = "k", kind: str = "u") -> None:
+    l2.fill(kind, key, record, value)
+    await l2.sent()
+
+
+async def test_one_reader_gets_the_right_to_write(redis_url: str) -> None:
+    async with levels(redis_url) as (a, b):
+        first, second = await look(a), await look(b)
+        assert not first.known
+        assert first.seen
+        assert not second.known
+        assert not second.seen, "another reader has it"
+        await fill(b, second, b"unasked")
+        assert not (await look(b)).known
+        await fill(a, first, b"value")
+        assert (await look(b)).value == b"value"
+        await fill(a, first, b"again")
+        assert (await look(b)).value == b"value", "a right is used once"
+
+
+async def test_what_does_not_exist_is_known_too(redis_url: str) -> None:
+    async with levels(redis_url) as (a, b):
+        await fill(a, await look(a), None)
+        record = await look(b)
+        assert record.known
+        assert record.value is None
+        await fill(a, await look(a, "empty"), b"", "empty")
+        assert (await look(b, "empty")).value == b""
+
+
+async def test_a_deletion_takes_the_right_away(redis_url: str) -> None:
+    async with levels(redis_url) as (a, b):
+        before = await look(a)
+        assert await b.delete([("u", "k")])
+        await fill(a, before, b"old")
+        after = await look(b)
+        assert not after.known
+        await fill(a, before, b"old")
+        await fill(b, after, b"new")
+        assert (await look(a)).value == b"new"
+
+
+async def test_a_value_is_replaced_by_who_saw_it_and_by_nobody_else(redis_url: str) -> None:
+    async with levels(redis_url) as (a, b):
+        await fill(a, await look(a), b"one")
+        seen, also = await look(a), await look(b)
+        await fill(a, seen, b"two")
+        await fill(b, also, b"late")
+        assert (await look(b)).value == b"two"
+
+
+async def test_a_kind_can_be_made_unknown_at_once(redis_url: str) -> None:
+    async with levels(redis_url) as (a, b):
+        await fill(a, await look(a), b"value")
+        await fill(a, await look(a, kind="t"), b"value", kind="t")
+        before = await look(a, "being read")
+        assert await b.delete([("u", "*")])
+        assert not (await look(a)).known
+        assert (await look(a, kind="t")).known
+        await fill(a, before, b"old", "being read")
+        assert not (await look(b, "being read")).known, "it was read before"
+        await fill(a, await look(a), b"value")
+        assert (await look(b)).value == b"value"
+
+
+async def test_what_somebody_else_put_there_is_not_believed(redis_url: str) -> None:
+    async with levels(redis_url) as (a, _):
+        client = a._client
+        await client.call("SET", f"{a.prefix}:u:junk", b"x")
+        await client.call("SET", f"{a.prefix}:u:long", b"x" * 100)
+        await client.call("LPUSH", f"{a.prefix}:u:list", b"x")
+        records = await a.look("u", ["junk", "long", "list"])
+        assert not any(record.known for record in records.values())
+        assert a.ready
+
+
+async def tail(l2: L2, conv: str = "c") -> tuple[TailRecord, list[int]]:
+    record = (await l2.tails([conv]))[conv]
+    return record, sorted(e.seq for e in record.entries)
+
+
+async def test_committed_entries_are_there_for_all_once_and_trimmed(redis_url: str) -> None:
+    async with levels(redis_url) as (a, b):
+        for seq in (1, 2, 4, 3, 3):
+            a.add([entry(seq)])
+            await a.sent()
+        record, seqs = await tail(b)
+        assert seqs == [1, 2, 3, 4]
+        assert record.entries[0] == entry(1)
+        a.add([entry(seq) for seq in range(5, 9)])
+        await a.sent()
+        assert (await tail(b))[1] == [4, 5, 6, 7, 8]
+        b.add([entry(2)])  # late
+        await b.sent()
+        assert (await tail(b))[1] == [4, 5, 6, 7, 8]
+
+
+async def test_entries_that_were_read_are_added_unless_one_was_overwritten(redis_url: str) -> None:
+    async with levels(redis_url) as (a, b):
+        before, seqs = await tail(a)
+        assert seqs == []
+        assert await b.overwrite(entry(2, "gone"))
+        a.grow("c", before, [entry(1), entry(2)])
+        await a.sent()
+        record, seqs = await tail(a)
+        assert seqs == [2]
+        assert record.entries == [entry(2, "gone")]
+        a.grow("c", record, [entry(1), entry(2), entry(3)])
+        await a.sent()
+        record, seqs = await tail(b)
+        assert seqs == [1, 2, 3]
+        assert entry(2, "gone") in record.entries, "what is there stays"
+        again = record
+        assert await b.overwrite(entry(3, "gone too"))
+        a.grow("c", again, [entry(3), entry(4)])
+        await a.sent()
+        record, seqs = await tail(b)
+        assert seqs == [1, 2, 3]
+        assert entry(3, "gone too") in record.entries
+
+
+async def test_a_tail_that_was_deleted_refuses_who_read_before(redis_url: str) -> None:
+    async with levels(redis_url) as (a, b):
+        a.add([entry(1)])
+        await a.sent()
+        before, _ = await tail(a)
+        assert await b.delete([("e", "c")])
+        a.grow("c", before, [entry(1)])
+        await a.sent()
+        assert (await tail(b))[1] == []
+        assert await b.delete([("e", "*")])
+        record, _ = await tail(b)
+        b.grow("c", record, [entry(1)])
+        await b.sent()
+        assert (await tail(a))[1] == [1]
+
+
+async def test_a_tail_whose_generation_was_evicted_begins_anew(redis_url: str) -> None:
+    async with levels(redis_url) as (a, b):
+        a.add([entry(1, "of whom nobody knows whether it is true")])
+        await a.sent()
+        await a._client.call("DEL", f"{a.prefix}:g:{{c}}")
+        assert (await tail(b))[1] == []
+        b.add([entry(2)])
+        await b.sent()
+        assert (await tail(b))[1] == [2]
+
+
+async def test_what_cannot_be_sent_in_time_is_not_sent(redis_url: str) -> None:
+    async with levels(redis_url) as (a, b):
+        a.add([entry(seq) for seq in range(1, QUEUE + 11)])
+        assert a.shed == 10, "bounded"
+        await a.sent()
+        assert (await tail(b))[1] == list(range(QUEUE - KEEP + 1, QUEUE + 1))
