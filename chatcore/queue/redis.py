@@ -111,16 +111,13 @@ class RedisQueue:
     async def start(self) -> None:
         """Warn of a Redis that is not set up to keep a queue. One that is away is waited for by the consumers."""
         try:
-            config: dict[bytes, bytes] = {}
-            for name in ("appendonly", "maxmemory-policy"):
-                reply = await self.client.call("CONFIG", "GET", name)
-                config.update(reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True))
+            found = await self.client.run(_config)
+            settings = {_text(name): _text(value) for name, value in found.items()}
         except Unavailable as exc:
             log.warning("the queue's redis does not answer: %s", exc.message)
             return
         except ResponseError:
             return  # hosted ones hide their configuration
-        settings = {_text(name): _text(value) for name, value in config.items()}
         if settings.get("appendonly") == "no":
             log.warning("redis keeps no append-only file (appendonly no): a restart may lose what is in the queue")
         if settings.get("maxmemory-policy", "").startswith("allkeys"):
@@ -267,6 +264,12 @@ class RedisQueue:
     async def _page(self, topic: str, first: bytes, most: int, last: bytes = b"+") -> list[tuple[bytes, DeadLetter]]:
         entries = await self.client.call("XRANGE", self.keys(topic).dead, first, last, "COUNT", most)
         return [(entry, _letter(topic, fields)) for entry, fields in entries]
+
+
+async def _config(raw: Any) -> dict[bytes, bytes]:
+    """What is looked at in the configuration, of any node of a Cluster."""
+    found: dict[bytes, bytes] = await raw.config_get("appendonly", "maxmemory-policy")
+    return found
 
 
 def _letter(topic: str, f: dict[bytes, bytes]) -> DeadLetter:

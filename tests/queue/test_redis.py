@@ -1,0 +1,205 @@
+"""What only the queue on Redis has: a Redis that is away, has forgotten everything, or is a Cluster; shares."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from chatcore.errors import Unavailable
+from chatcore.queue.base import Job
+from chatcore.queue.redis import PARTITIONS, Keys, RedisQueue
+from tests.services.redis import RedisCluster, RedisServer
+
+from .harness import OPTIONS, Log, RedisBackend, depth, empty, run, until
+
+
+async def put_when_possible(queue: RedisQueue, key: str, payload: bytes) -> None:
+    """As a caller does it: again with the same dedupe id, until it is known to be put."""
+    while True:
+        try:
+            await queue.put("t", key, payload, dedupe_id=payload.decode())
+            return
+        except Unavailable:
+            await asyncio.sleep(0.01)
+
+
+def test_redis_away_and_back_loses_and_repeats_nothing(redis_server: RedisServer) -> None:
+    async def work() -> None:
+        log = Log()
+        backend = RedisBackend(redis_server.url)
+        async with backend.worker() as a, backend.worker() as b:
+            a.consume("t", log)
+            for n in range(10):
+                await put_when_possible(a, f"k{n % 3}", b"%d" % n)
+            await until(lambda: len(log.done) == 10, "it works")
+            redis_server.kill()
+            with pytest.raises(Unavailable):
+                await a.put("t", "k0", b"refused")
+            assert not a.healthy
+            b.consume("t", log)  # also what begins now works when Redis is back
+            waiting = [asyncio.ensure_future(put_when_possible(b, f"k{n % 3}", b"%d" % n)) for n in range(10, 13)]
+            await asyncio.sleep(0.3)
+            await asyncio.to_thread(redis_server.start)
+            await asyncio.gather(*waiting)
+            await until(lambda: len({*log.payloads()}) == 13, "all are handled")
+            await empty(a)
+            await until(lambda: a.healthy, "it is well again")
+        for k in range(3):
+            assert log.payloads(f"k{k}")[:4] == [b"%d" % n for n in range(k, 13, 3)][:4]
+        assert not log.overlaps
+
+    run(work)
+
+
+def test_who_cannot_renew_its_leases_ends_what_it_handles(redis_server: RedisServer) -> None:
+    async def work() -> None:
+        begun: list[Job] = []
+        cancelled: list[Job] = []
+
+        async def handler(job: Job) -> None:
+            begun.append(job)
+            if job.delivery == 1:
+                try:
+                    await asyncio.sleep(3600)
+                finally:
+                    cancelled.append(job)
+
+        async with RedisBackend(redis_server.url).worker(replace(OPTIONS, lease_ms=1_000)) as queue:
+            await queue.put("t", "k", b"1")
+            queue.consume("t", handler)
+            await until(lambda: begun, "it is begun")
+            redis_server.freeze()
+            await until(lambda: cancelled, "it is ended before somebody else could begin it")
+            redis_server.thaw()
+            await empty(queue)
+        assert [j.delivery for j in begun] == [1, 2]
+        assert begun[1].fence >= begun[0].fence, "the same if nobody else had it meanwhile"
+
+    run(work)
+
+
+def test_a_redis_that_comes_back_empty_is_used_on(redis_server: RedisServer) -> None:
+    async def work() -> None:
+        log = Log()
+        async with RedisBackend(redis_server.url).worker(replace(OPTIONS, lease_ms=1_500)) as queue:
+            queue.consume("t", log)
+            await queue.put("t", "k", b"before")
+            await until(lambda: log.done, "it works")
+            await asyncio.to_thread(redis_server.restart, lose_data=True)
+            await put_when_possible(queue, "k", b"after")
+            await until(lambda: len(log.done) == 2, "what is put from now on is handled")
+            await empty(queue)
+        assert log.payloads() == [b"before", b"after"]
+        assert log.done[1].fence > log.done[0].fence, "fencing numbers do not begin again"
+
+    run(work)
+
+
+def test_a_stream_that_somebody_deleted_is_made_again(redis_server: RedisServer) -> None:
+    async def work() -> None:
+        log = Log()
+        async with RedisBackend(redis_server.url).worker(replace(OPTIONS, lease_ms=1_500)) as queue:
+            queue.consume("t", log)
+            await queue.put("t", "k", b"1")
+            await empty(queue)
+            keys = queue.keys("t")
+            await asyncio.to_thread(redis_server.command, "DEL", *keys.streams)
+            await queue.put("t", "k", b"2")
+            await until(lambda: len(log.done) == 2, "it goes on")
+
+    run(work)
+
+
+def test_the_workers_of_a_topic_share_its_partitions(redis_server: RedisServer) -> None:
+    async def work() -> None:
+        backend = RedisBackend(redis_server.url)
+        options = replace(OPTIONS, lease_ms=1_500)
+        async with backend.worker(options) as a, backend.worker(options) as b:
+            first = a.consume("t", Log())
+            await until(lambda: len(first.parts) == PARTITIONS, "one alone has all")
+            second = b.consume("t", Log())
+            half = PARTITIONS // 2
+            await until(lambda: (len(first.parts), len(second.parts)) == (half, half), "two have half each")
+            assert not first.parts.keys() & second.parts.keys()
+            await first.stop()
+            await until(lambda: len(second.parts) == PARTITIONS, "who stops gives up its own")
+
+    run(work)
+
+
+def test_who_is_busy_gives_up_partitions_where_nothing_runs(redis_server: RedisServer) -> None:
+    async def work() -> None:
+        backend = RedisBackend(redis_server.url)
+        options = replace(OPTIONS, lease_ms=1_500)
+        stuck, log = Log(slow_s=3600), Log()
+        async with backend.worker(options) as a, backend.worker(options) as b:
+            for n in range(64):
+                await a.put("t", f"k{n}", b"x")
+            first = a.consume("t", stuck, concurrency=1)
+            await until(lambda: stuck.begun, "its only place is taken")
+            b.consume("t", log)
+            await until(lambda: len(first.parts) == PARTITIONS // 2, "the other gets its share")
+            await until(lambda: log.done, "and handles it")
+            assert len(stuck.begun) == 1
+
+    run(work)
+
+
+def test_it_works_on_a_cluster(tmp_path: Path) -> None:
+    async def work(url: str) -> None:
+        log = Log(fails=lambda job: job.payload == b"bad")
+        async with RedisBackend(url).worker(replace(OPTIONS, deliveries=2)) as queue:
+            queue.consume("t", log)
+            queue.consume("u", log)
+            for n in range(6):
+                await queue.put("t", f"k{n % 2}", b"%d" % n, dedupe_id=str(n))
+                await queue.put("u", f"u{n % 2}", b"%d" % n, delay_ms=n)
+            await queue.put("t", "k0", b"bad")
+            await empty(queue)
+            await empty(queue, "u")
+            assert log.payloads("k0") == [b"0", b"2", b"4"]
+            assert log.payloads("u1") == [b"1", b"3", b"5"]
+            [letter] = await queue.dead()
+            assert letter.payload == b"bad"
+            assert [s.topic for s in await queue.stats()] == ["t", "u"]
+            assert await queue.retry(letter.id) == 1
+            await until(lambda: len([j for j in log.begun if j.payload == b"bad"]) == 4, "it is tried again")
+
+    with RedisCluster(tmp_path) as cluster:
+        run(lambda: work(cluster.url))
+
+
+def test_all_keys_of_a_topic_share_a_slot_and_a_dedupe_id_is_of_its_key() -> None:
+    k = Keys("chatcore:abc", "t", 2)
+    names = [
+        *k.streams,
+        *k.leases,
+        *k.wakes,
+        k.consumers,
+        k.fence,
+        k.delayed,
+        k.later,
+        k.dead,
+        k.counts,
+        k.once("a", "b"),
+    ]
+    assert {name.partition("}")[0] for name in names} == {"{chatcore:abc:q:t"}
+    assert len({*names}) == len(names)
+    assert k.once("ab", "c") != k.once("a", "bc")
+
+
+def test_a_put_that_nobody_waits_for_any_longer_is_still_put_once(redis_server: RedisServer) -> None:
+    async def work() -> None:
+        async with RedisBackend(redis_server.url).worker() as queue:
+            await queue.put("t", "k", b"0")
+            putting = asyncio.ensure_future(queue.put("t", "k", b"1", dedupe_id="1"))
+            await asyncio.sleep(0)
+            putting.cancel()
+            await asyncio.gather(putting, return_exceptions=True)
+            await queue.put("t", "k", b"1", dedupe_id="1")
+            assert await depth(queue) == 2
+
+    run(work)

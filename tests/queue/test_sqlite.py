@@ -1,0 +1,147 @@
+"""What only the embedded queue has: the store's transactions, and clocks that it trusts no more than it must."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from chatcore.errors import Unavailable
+from chatcore.queue.base import Clock
+from chatcore.queue.sqlite import SQLiteQueue
+from chatcore.queue.sqlite_ops import Lease
+from chatcore.store.sqlite.ops import Transaction
+
+from .harness import OPTIONS, Log, SQLiteBackend, depth, empty, run, until
+
+
+@pytest.fixture
+def backend(tmp_path: Path) -> SQLiteBackend:
+    return SQLiteBackend(tmp_path)
+
+
+def test_a_put_can_be_part_of_another_transaction(backend: SQLiteBackend) -> None:
+    async def work() -> None:
+        log = Log()
+        async with backend.worker() as queue:
+            queue.consume("t", log)
+            put = queue.put_op("t", "k", b"1")
+
+            def both(tx: Transaction) -> None:
+                tx.db.execute("INSERT INTO meta VALUES ('mine', 1)")
+                put(tx)
+
+            await queue.write(both)
+            queue.wake("t")
+            await until(lambda: log.done, "it is handled")
+
+            def neither(tx: Transaction) -> None:
+                queue.put_op("t", "k", b"2")(tx)
+                raise Unavailable("no")
+
+            with pytest.raises(Unavailable):
+                await queue.write(neither)
+            await empty(queue)
+            assert log.payloads() == [b"1"], "what is undone is undone with it"
+
+    run(work)
+
+
+def test_a_delay_is_kept_by_the_wall_clock(backend: SQLiteBackend) -> None:
+    async def work() -> None:
+        now = {"ms": 1_000_000}
+        log = Log()
+        clock = Clock(wall_ms=lambda: now["ms"])
+        async with backend.worker(OPTIONS, clock) as queue:
+            queue.consume("t", log)
+            await queue.put("t", "k", b"in a day", delay_ms=86_400_000)
+            await queue.put("t", "k", b"now")
+            await until(lambda: log.payloads() == [b"now"], "what is not delayed is handled")
+            now["ms"] += 86_399_999
+            await queue.put("t", "k", b"in between")
+            await until(lambda: len(log.done) == 2, "what was put meanwhile is handled")
+            now["ms"] += 1
+            await empty(queue)
+        assert log.payloads() == [b"now", b"in between", b"in a day"]
+
+    run(work)
+
+
+def test_a_wall_clock_that_is_set_back_keeps_nothing_waiting(backend: SQLiteBackend) -> None:
+    async def work() -> None:
+        now = {"ms": 10**12}
+        log = Log(fails=lambda job: job.delivery == 1 and job.key == "k")
+        async with backend.worker(OPTIONS, Clock(wall_ms=lambda: now["ms"])) as queue:
+            await queue.put("t", "k", b"1")
+            consumer = queue.consume("t", log)
+            await until(lambda: log.begun, "it has failed once")
+            await consumer.stop()
+            now["ms"] -= 86_400_000
+            await queue.put("t", "k2", b"2")
+            queue.consume("t", log)
+            await empty(queue)
+            assert sorted(log.payloads()) == [b"1", b"2"]
+
+    run(work)
+
+
+def test_leases_of_another_boot_are_void(backend: SQLiteBackend) -> None:
+    async def work() -> None:
+        stuck, log = Log(slow_s=3600), Log()
+        async with backend.worker(replace(OPTIONS, lease_ms=600_000)) as before, backend.worker() as after:
+            await before.put("t", "k", b"1")
+            before.consume("t", stuck)
+            await until(lambda: stuck.begun, "it is begun")
+            after.lease = Lease(after.lease.owner, "another boot")
+            after.consume("t", log)
+            await until(lambda: log.done, "it is begun again at once")
+            assert log.done[0].delivery == 2
+
+    run(work)
+
+
+def test_a_store_that_does_not_answer_for_a_while_stops_nothing_for_good(backend: SQLiteBackend) -> None:
+    async def work() -> None:
+        log = Log()
+        async with backend.worker() as inner:
+            away = {"is": False}
+
+            def answered(put: object) -> object:
+                def call(work: object) -> asyncio.Future[object]:
+                    if not away["is"]:
+                        return put(work)  # type: ignore[operator, no-any-return]
+                    future = asyncio.get_running_loop().create_future()
+                    future.set_exception(Unavailable("the store does not answer"))
+                    return future
+
+                return call
+
+            queue = SQLiteQueue(answered(inner._write), answered(inner._read), OPTIONS)  # type: ignore[arg-type]
+            queue.consume("t", log)
+            await queue.put("t", "k", b"1")
+            await until(lambda: log.done, "it works")
+            away["is"] = True
+            with pytest.raises(Unavailable):
+                await queue.put("t", "k", b"2")
+            assert not queue.healthy
+            await inner.put("t", "k", b"3")
+            away["is"] = False
+            await empty(queue)
+            assert log.payloads() == [b"1", b"3"]
+            await queue.close(0)
+
+    run(work)
+
+
+def test_all_workers_put_into_one_bound(backend: SQLiteBackend) -> None:
+    async def work() -> None:
+        options = replace(OPTIONS, max_length=10)
+        async with backend.worker(options) as a, backend.worker(options) as b:
+            puts = [queue.put("t", f"k{n}", b"") for n in range(10) for queue in (a, b)]
+            outcomes = await asyncio.gather(*puts, return_exceptions=True)
+            assert sum(isinstance(outcome, str) for outcome in outcomes) == 10
+            assert await depth(a) == 10
+
+    run(work)
