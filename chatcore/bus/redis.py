@@ -25,7 +25,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Final
 
@@ -38,9 +38,6 @@ from .redis_frames import (
     BEAT,
     BYE,
     HELLO,
-    MAX_CHANNEL_BYTES,
-    MAX_PAYLOAD_BYTES,
-    ONE,
     SENDER_BYTES,
     Control,
     Malformed,
@@ -50,9 +47,11 @@ from .redis_frames import (
     record,
 )
 from .redis_link import LinkError, Refused
+from .redis_outbox import Outbox
 from .redis_peers import LOST, Peers
 from .redis_place import Place
 from .redis_session import RedisBusStats, Session
+from .redis_subscriptions import Subscriptions
 
 log = logging.getLogger(__name__)
 
@@ -68,19 +67,6 @@ RECONNECT_MOST_S: Final = 1.0
 ANNOUNCE_CHANNELS: Final = 500
 #: Reasons of one outage that are told: it may alternate between some for hours.
 REASONS: Final = 5
-#: What a message weighs in the queue besides its payload.
-MESSAGE_BYTES: Final = 100
-
-
-class _Asking:
-    """Calls of `subscribe` that wait: for confirmations of Redis, then for the answers of the peers."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.done: asyncio.Future[None] = loop.create_future()
-        self.announced: list[str] = []
-        self.number = 0  # of the question to the peers; 0: not asked
-        self.timer: asyncio.TimerHandle | None = None
-        self.late = ""  # nobody waits any longer: its confirmation is a doubt, and this says why
 
 
 class RedisBus:
@@ -110,42 +96,32 @@ class RedisBus:
             raise ValueError(f"bus name {name!r}: 1 to 200 printable bytes without spaces are allowed")
         self.address = parse_url(url) if isinstance(url, str) else url
         self.stats = RedisBusStats()
-        #: Times at which something that this worker published may have got lost on its side.
-        self.losses = 0
         self._name = name
         self._prefix = prefix.encode()
         self._queue_bytes = queue_bytes
         self._confirm_s = confirm_timeout_ms / 1000
         self._beat_ms = heartbeat_ms
         self._beat_s = heartbeat_ms / 1000
-        self._announce = announce
         self._sender = os.urandom(SENDER_BYTES)
         self._to_all = self._prefix + b"!all"
         self._to_me = self._to(name)
         self._place = Place(self.address, f"chatcore-{name}", self._confirm_s)
+        self._peers = Peers(SILENT_AFTER_BEATS)
+        self._outbox = Outbox(self._prefix, self._sender, queue_bytes, self.stats, self._flush_soon)
+        self._subscriptions = Subscriptions(
+            self._prefix, self._confirm_s, announce, self._peers,
+            ask_peers=partial(self._ask_peers, self._to_all), doubt=self._doubt, flush_soon=self._flush_soon,
+        )  # fmt: skip
         self._tasks: set[asyncio.Task[None]] = set()
+        self._looking: asyncio.Task[None] | None = None
         self._closing = False
         self._session: Session | None = None
+        self._flush_due = False
         self._proven = False  # the own heartbeat came back, and still does
         self._own_heard = 0.0
-        self._why_down: set[str] = set()  # reasons told already; empty while connected
-        self._peers = Peers(SILENT_AFTER_BEATS)
-        # Subscriptions:
-        self._counts: dict[str, int] = {}
-        self._channels: dict[bytes, str] = {}  # those of `_counts`, as Redis calls them
-        self._touched: dict[bytes, None] = {}  # to be looked at by the next flush
-        self._asking: _Asking | None = None  # of this tick
-        self._unconfirmed: dict[_Asking, None] = {}
-        # What is to be published at the end of the tick:
-        self._messages: dict[str, list[bytes]] = {}
-        self._records: dict[bytes, list[bytes]] = {}
-        self._queued = 0  # bytes in `_messages`, `_records`, and, when last looked, in the links
-        self._unsent = 0  # the part of it in the links
-        self._limit = -1  # while there is no session, or it overflowed: one comparison on the hot path
-        self._flush_due = False
-        self._overflowed = False
-        self._started: asyncio.Future[None]
         self._receivers = -1  # workers that heard the greeting, this one included; -1: not known yet
+        self._why_down: set[str] = set()  # reasons told already; empty while connected
+        self._started: asyncio.Future[None]
         self._loop: asyncio.AbstractEventLoop
         self._listener: BusListener
 
@@ -162,7 +138,7 @@ class RedisBus:
     @property
     def healthy(self) -> bool:
         """Connected, every subscription confirmed at least once, and the own heartbeat comes back."""
-        return self._proven and not self._overflowed
+        return self._proven and not self._outbox.overflowed
 
     async def start(self, listener: BusListener) -> None:
         """Connect, and wait for the workers that are there. Returns after the timeout, or after a first
@@ -181,7 +157,7 @@ class RedisBus:
         self._closing = True
         session = self._session
         if session is not None:
-            self._control(BYE)
+            self._outbox.control(self._to_all, self._told(BYE))
             self._flush()
             try:
                 async with asyncio.timeout(self._confirm_s):
@@ -201,99 +177,38 @@ class RedisBus:
 
         :raises ValueError: a channel of no or of more than 200 bytes.
         """
-        if self._closing:
-            return
-        encoded = [channel.encode() for channel in channels]
-        for raw in encoded:
-            if not 0 < len(raw) <= MAX_CHANNEL_BYTES:
-                raise ValueError(f"channel of {len(raw)} bytes: 1 to {MAX_CHANNEL_BYTES} are allowed")
-        for channel, raw in zip(channels, encoded, strict=True):
-            count = self._counts.get(channel, 0)
-            self._counts[channel] = count + 1
-            if not count:
-                redis_channel = self._prefix + b":" + raw
-                self._channels[redis_channel] = channel
-                self._touched[redis_channel] = None
-                if self._session is not None:
-                    if self._asking is None:
-                        self._asking = self._ask_later()
-                    if channel.startswith(self._announce):
-                        self._asking.announced.append(channel)
-        try:
-            # What is known already may still be unconfirmed: so all that is.
-            for asking in list(self._unconfirmed):
-                await asyncio.shield(asking.done)
-        except asyncio.CancelledError:
-            self.unsubscribe(channels)
-            raise
+        if not self._closing:
+            await self._subscriptions.add(channels)
 
     def unsubscribe(self, channels: list[str]) -> None:
         """Take back one `subscribe` of each; unknown ones are ignored."""
-        for channel in channels:
-            count = self._counts.get(channel, 0)
-            if count > 1:
-                self._counts[channel] = count - 1
-            elif count:
-                del self._counts[channel]
-                redis_channel = self._prefix + b":" + channel.encode()
-                del self._channels[redis_channel]
-                self._touched[redis_channel] = None
-                self._flush_soon()
+        self._subscriptions.remove(channels)
 
     def publish(self, channel: str, payload: bytes) -> None:
         self.stats.published += 1
-        queued = self._queued + len(payload) + MESSAGE_BYTES
-        if queued > self._limit or len(payload) > MAX_PAYLOAD_BYTES:
-            if not self._has_room(channel, payload):
-                return
-            queued = self._queued + len(payload) + MESSAGE_BYTES
-        self._queued = queued
-        messages = self._messages.get(channel)
-        if messages is None:
-            self._messages[channel] = [payload]
-        else:
-            messages.append(payload)
-        if not self._flush_due:
-            self._flush_due = True
-            self._loop.call_soon(self._flush)
+        self._outbox.publish(channel, payload)
 
     def send_to(self, peer: str, channel: str, payload: bytes) -> None:
-        raw = channel.encode()
-        if peer == self._name or not self._has_room(channel, payload):
-            return
-        self._queued += len(payload) + MESSAGE_BYTES
-        self._records.setdefault(self._to(peer), []).append(record(raw, payload))
-        self._flush_soon()
+        if peer != self._name:
+            self._outbox.send(self._to(peer), channel, payload)
 
     # --- one write per tick ------------------------------------------------
     def _to(self, peer: str) -> bytes:
         return self._prefix + b"!to:" + peer.encode()
 
-    def _has_room(self, channel: str, payload: bytes) -> bool:
-        """The slow look: Redis may have taken something since the last one. False: dropped."""
-        session = self._session
-        if len(payload) > MAX_PAYLOAD_BYTES or len(channel.encode()) > MAX_CHANNEL_BYTES:
-            log.error("a message of %d bytes for channel %.40s is over the limit", len(payload), channel)
-            self.losses += 1
-        elif session is not None and not self._overflowed:
-            self._queued -= self._unsent
-            self._unsent = session.unsent
-            self._queued += self._unsent
-            if self._queued + len(payload) + MESSAGE_BYTES <= self._queue_bytes:
-                return True
-            self._overflowed = True
-            self._limit = -1
-            self._flush_soon()
-            log.warning("redis bus: redis takes nothing, messages of this worker are dropped")
-        self.stats.dropped += 1
-        return False
+    def _told(self, kind: int, number: int = 0, channels: Sequence[str] = ()) -> bytes:
+        """The body of a control message."""
+        return Control(
+            kind, self._name, self._outbox.losses & 0xFFFFFFFF, self._beat_ms, number, tuple(channels)
+        ).pack()  # fmt: skip
 
-    def _control(self, kind: int, peer: str = "", number: int = 0, channels: tuple[str, ...] = ()) -> None:
-        """Tell one worker, or all, something of this one. Not bounded by the queue, which it is to unlock."""
-        control = Control(kind, self._name, self.losses & 0xFFFFFFFF, self._beat_ms, number, channels)
-        to = self._to(peer) if peer else self._to_all
-        self._records.setdefault(to, []).append(record(b"", control.pack()))
-        self._flush_soon()
+    def _ask_peers(self, to: bytes, channels: list[str]) -> int:
+        """Tell one peer, or all, of subscriptions; the number that the answer to the last part will have."""
+        number = 0
+        for i in range(0, len(channels), ANNOUNCE_CHANNELS):
+            number = self._peers.number()
+            self._outbox.control(to, self._told(ASK, number, channels[i : i + ANNOUNCE_CHANNELS]))
+        return number
 
     def _flush_soon(self) -> None:
         if not self._flush_due:
@@ -303,85 +218,10 @@ class RedisBus:
     def _flush(self) -> None:
         self._flush_due = False
         session = self._session
-        if session is None:
-            return
-        self._flush_subscriptions(session)
-        sender = self._sender
-        for channel, payloads in self._messages.items():
-            redis_channel = b"%b:%b" % (self._prefix, channel.encode())
-            if len(payloads) == 1:
-                session.publish(redis_channel, b"%b%c%b" % (sender, ONE, payloads[0]))
-            else:
-                for packet in packets(sender, [record(b"", payload) for payload in payloads]):
-                    session.publish(redis_channel, packet)
-        self._messages.clear()
-        for redis_channel, records in self._records.items():
-            for packet in packets(sender, records):
-                session.publish(redis_channel, packet)
-        self._records.clear()
-        session.flush()
-        self._queued = self._unsent = session.unsent
-        if self._overflowed and self._queued <= self._queue_bytes // 2:
-            self._overflowed = False
-            self._limit = self._queue_bytes
-            self.losses += 1
-            self._control(BEAT)
-
-    # --- subscriptions -----------------------------------------------------
-    def _ask_later(self) -> _Asking:
-        """For the subscriptions of this tick."""
-        asking = _Asking(self._loop)
-        asking.timer = self._loop.call_later(self._confirm_s, self._too_late, asking)
-        self._unconfirmed[asking] = None
-        self._flush_soon()
-        return asking
-
-    def _flush_subscriptions(self, session: Session) -> None:
-        asking, self._asking = self._asking, None
-        if self._touched:
-            touched = list(self._touched)
-            self._touched.clear()
-            session.unsubscribe(channel for channel in touched if channel not in self._channels)
-            wanted = (channel for channel in touched if channel in self._channels)
-            session.subscribe(wanted, partial(self._confirmed, session, asking))
-        elif asking is not None:
-            self._confirmed(session, asking)
-
-    def _confirmed(self, session: Session, asking: _Asking | None) -> None:
-        """Redis confirmed the subscriptions of a tick."""
-        if session is not self._session or asking is None:
-            return
-        if asking.late:
-            self._doubt(asking.late)
-        announced = [channel for channel in asking.announced if channel in self._counts]
-        if announced and len(self._peers):
-            asking.number = self._ask_peers("", announced)
-            self._peers.owe(asking.number, self._peers.names, partial(self._release, asking))
-        else:
-            self._release(asking)
-
-    def _ask_peers(self, peer: str, channels: list[str]) -> int:
-        """Tell one peer, or all, of subscriptions; the number that the answer to the last part will have."""
-        number = 0
-        for i in range(0, len(channels), ANNOUNCE_CHANNELS):
-            number = self._peers.number()
-            self._control(ASK, peer, number, tuple(channels[i : i + ANNOUNCE_CHANNELS]))
-        return number
-
-    def _too_late(self, asking: _Asking) -> None:
-        if asking.number:
-            self._doubt(f"no answer to subscriptions from {', '.join(self._peers.excuse(asking.number))}")
-        else:
-            asking.late = "subscriptions were confirmed late"
-            self._doubt("subscriptions are not confirmed in time")
-        self._release(asking)
-
-    def _release(self, asking: _Asking) -> None:
-        self._unconfirmed.pop(asking, None)
-        if asking.timer is not None:
-            asking.timer.cancel()
-        if not asking.done.done():
-            asking.done.set_result(None)
+        if session is not None:
+            self._subscriptions.flush(session)
+            if self._outbox.flush(session):
+                self._outbox.control(self._to_all, self._told(BEAT))
 
     # --- the connection ----------------------------------------------------
     async def _run(self) -> None:
@@ -419,7 +259,7 @@ class RedisBus:
             self.stats,
             sender=self._sender,
             beat_channel=self._to_all,
-            channels=self._channels,
+            channels=self._subscriptions.channels,
             on_bus=self._listener.on_bus,
             on_packet=self._on_packet,
             on_own=self._on_own,
@@ -428,7 +268,7 @@ class RedisBus:
         try:
             async with asyncio.timeout(self._confirm_s):
                 await session.open(f"chatcore-{self._name}", self._queue_bytes)
-            await session.confirm([self._to_all, self._to_me, *self._channels], self._confirm_s)
+            await session.confirm([self._to_all, self._to_me, *self._subscriptions.channels], self._confirm_s)
         except BaseException:
             await asyncio.shield(session.close())
             raise
@@ -438,22 +278,16 @@ class RedisBus:
         """From here on messages get through, and what was missed before is looked for."""
         self._session = session
         self.stats.sessions += 1
-        self._limit = self._queue_bytes
         self._own_heard = self._loop.time()
+        self._outbox.connected(session)
         # What the peers announced meanwhile was missed: all of it is asked for again, when they are heard.
         for name in self._peers.names:
             self._peers.forget(name)
             self._tell(self._listener.on_peer_gone, name)
         self._doubt("connected to redis")
-        # Subscriptions that came while the others were confirmed.
-        changed = self._channels.keys() ^ (session.subscribed - {self._to_all, self._to_me})
-        if changed:
-            self._touched.update(dict.fromkeys(changed))
-            self._asking = self._ask_later()
-            self._asking.late = "subscriptions made while connecting are confirmed"
+        self._subscriptions.connected(session, {self._to_all, self._to_me})
         self._receivers = -1
-        hello = Control(HELLO, self._name, self.losses & 0xFFFFFFFF, self._beat_ms)
-        (packet,) = packets(self._sender, [record(b"", hello.pack())])
+        (packet,) = packets(self._sender, [record(b"", self._told(HELLO))])
         session.ask(self._to_all, packet).add_done_callback(self._greeted)
         self._flush()
 
@@ -473,19 +307,9 @@ class RedisBus:
 
     def _disconnected(self) -> None:
         self._session = None
-        self._proven = self._overflowed = False
-        self._limit = -1
-        self.stats.dropped += sum(map(len, self._messages.values()))
-        self._messages.clear()
-        self._records.clear()
-        self._touched.clear()
-        self._queued = self._unsent = 0
-        # Whatever was sent and not answered, and whatever is published until the next session.
-        self.losses += 1
-        self._asking = None
-        for asking in list(self._unconfirmed):
-            self._peers.excuse(asking.number)
-            self._release(asking)
+        self._proven = False
+        self._outbox.disconnected()
+        self._subscriptions.disconnected()
 
     def _note_down(self, why: str) -> None:
         """One line when it goes away, and one for each new reason why it cannot be reached."""
@@ -512,10 +336,11 @@ class RedisBus:
             if session is None:
                 continue
             session.beat()
-            self._control(BEAT)
+            self._outbox.control(self._to_all, self._told(BEAT))
             beats += 1
-            if self._place.moves and beats % LAYOUT_BEATS == 0:
-                await self._look_at_layout(session)
+            if self._place.moves and beats % LAYOUT_BEATS == 0 and (self._looking is None or self._looking.done()):
+                # Beside the heartbeats, which must not wait for a sentinel that is away.
+                self._looking = self._own_task(self._look_at_layout(session))
             # If this loop was late itself, what was sent to it is still unread: judge nobody.
             if self._loop.time() - due < self._beat_s:
                 self._judge(session)
@@ -535,7 +360,7 @@ class RedisBus:
         try:
             if await self._place.find() != session.layout:
                 session.fail("other servers are in charge now")
-        except (LinkError, Refused):
+        except (LinkError, Refused, OSError):
             pass  # nobody knows: the heartbeats decide
 
     # --- what comes in -----------------------------------------------------
@@ -549,7 +374,7 @@ class RedisBus:
                 if ours and not channel:
                     self._on_control(parse_control(payload))
                     continue
-                name = self._channels.get(self._prefix + b":" + channel if ours else redis_channel)
+                name = self._subscriptions.channels.get(self._prefix + b":" + channel if ours else redis_channel)
                 if name is not None:
                     self.stats.received += 1
                     self._tell(self._listener.on_bus, name, payload)
@@ -568,13 +393,13 @@ class RedisBus:
             if news == LOST:
                 self._tell(self._listener.on_peer_gone, name)
             self._doubt(f"{name} {news}")
-            self._ask_peers(name, [channel for channel in self._counts if channel.startswith(self._announce)])
+            self._ask_peers(self._to(name), self._subscriptions.announced())
         if control.kind == HELLO:
-            self._control(BEAT, name)
+            self._outbox.control(self._to(name), self._told(BEAT))
         elif control.kind == ASK:
             for channel in control.channels:
                 self._tell(self._listener.on_peer_subscribed, name, channel)
-            self._control(ANSWER, name, control.number)
+            self._outbox.control(self._to(name), self._told(ANSWER, control.number))
         elif control.kind == ANSWER:
             self._peers.answered(name, control.number)
 
@@ -596,10 +421,11 @@ class RedisBus:
         except Exception:
             log.exception("%s failed", getattr(method, "__name__", method))
 
-    def _own_task(self, coro: Coroutine[Any, Any, None]) -> None:
+    def _own_task(self, coro: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(coro)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
+        return task
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
