@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from .base import BusListener
+from .local_confirm import Wait, Waits
 from .local_link import (
     MAX_CHANNEL_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -55,15 +56,6 @@ BACKLOG: Final = 128
 SILENT_AFTER_BEATS: Final = 3
 
 _SOCKET: Final = re.compile(rf"bus-({NAME_PATTERN.pattern})\.sock")
-
-
-class _Waiting:
-    """Subscriptions that wait for confirmations: by peer, the ASK that it has to confirm."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.peers: dict[Peer, int] = {}
-        self.done: asyncio.Future[None] = loop.create_future()
-        self.timer: asyncio.TimerHandle | None = None
 
 
 class LocalBus:
@@ -97,9 +89,8 @@ class LocalBus:
         self._links_gone = asyncio.Event()
         self._routes: dict[str, dict[Peer, None]] = {}  # channel -> subscribed peers
         self._counts: dict[str, int] = {}
-        self._asks = 0
-        self._asking: _Waiting | None = None  # the subscriptions of this tick
-        self._unconfirmed: list[_Waiting] = []
+        self._waits: Waits
+        self._asking: Wait | None = None  # the subscriptions of this tick
         self._dirty: list[Peer] = []
         self._flush_due = False
         # For the links (see local_link.Hub):
@@ -137,6 +128,7 @@ class LocalBus:
         self.loop = asyncio.get_running_loop()
         self._listener = listener
         self.on_bus = listener.on_bus
+        self._waits = Waits(self.loop, self._confirm_s, self.doubt)
         self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._dir_fd = os.open(self.run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -157,9 +149,9 @@ class LocalBus:
             raise
         self._look()
         self._own_task(self._beat_forever())
-        waiting = _Waiting(self.loop)
-        self._wait_for(waiting, {peer: peer.asked for peer in self._peers.values()})
-        await waiting.done
+        wait = Wait(self.loop)
+        self._waits.begin(wait, {peer: peer.asked for peer in self._peers.values()})
+        await wait.done
 
     async def close(self) -> None:
         """Send what is queued, bounded by the confirm timeout, then end everything. Ends every wait."""
@@ -188,8 +180,7 @@ class LocalBus:
                 link.transport.abort()
         for peer in list(self._peers.values()):
             self._end(peer)
-        for waiting in list(self._unconfirmed):
-            self._release(waiting)
+        self._waits.end_all()
         await asyncio.sleep(0)  # for the aborted transports' callbacks
         os.close(self._dir_fd)
 
@@ -215,14 +206,14 @@ class LocalBus:
         if fresh:
             self._tell(SUBSCRIBE, fresh)
             if self._asking is None:
-                self._asking = _Waiting(self.loop)
+                self._asking = Wait(self.loop)
                 self._flush_soon()
         # Known already may still be unconfirmed: the newest wait covers all the older ones.
-        waiting = self._asking or (self._unconfirmed[-1] if self._unconfirmed else None)
-        if waiting is None:
+        wait = self._asking or self._waits.newest()
+        if wait is None:
             return
         try:
-            await asyncio.shield(waiting.done)
+            await asyncio.shield(wait.done)
         except asyncio.CancelledError:
             self.unsubscribe(channels)
             raise
@@ -285,64 +276,23 @@ class LocalBus:
     def _flush(self) -> None:
         self._flush_due = False
         if self._asking is not None:
-            waiting, self._asking = self._asking, None
+            wait, self._asking = self._asking, None
             id = self.next_ask()
             for peer in self._peers.values():
                 peer.ask(id)
                 if peer.silent:
                     peer.late = id
-            self._wait_for(waiting, {p: id for p in self._peers.values() if not (p.silent or p.broken)})
+            self._waits.begin(wait, {p: id for p in self._peers.values() if not (p.silent or p.broken)})
         dirty, self._dirty = self._dirty, []
         for peer in dirty:
             peer.flush()
 
     # --- confirmations -----------------------------------------------------
     def next_ask(self) -> int:
-        self._asks += 1
-        return self._asks
+        return self._waits.next_ask()
 
     def confirmed(self, peer: Peer, id: int) -> None:
-        if id > peer.asked:
-            raise Malformed("a confirmation that nobody asked for")
-        if peer.greeted and id >= peer.greeted:
-            peer.greeted = 0
-            peer.late = 0 if peer.late <= id else peer.late
-            peer.up = True
-            self.doubt(f"the link to {peer.name} is up")
-        elif peer.late and id >= peer.late:
-            peer.late = 0
-            self.doubt(f"{peer.name} confirmed late")
-        self._settle(peer, id)
-
-    def _wait_for(self, waiting: _Waiting, peers: dict[Peer, int]) -> None:
-        waiting.peers = peers
-        self._unconfirmed.append(waiting)
-        if peers:
-            waiting.timer = self.loop.call_later(self._confirm_s, self._too_late, waiting)
-        else:
-            self._release(waiting)
-
-    def _settle(self, peer: Peer, upto: int) -> None:
-        """Nobody waits any longer for what this peer was asked up to here."""
-        for waiting in list(self._unconfirmed):
-            if waiting.peers.get(peer, upto + 1) <= upto:
-                del waiting.peers[peer]
-                if not waiting.peers:
-                    self._release(waiting)
-
-    def _too_late(self, waiting: _Waiting) -> None:
-        for peer, id in waiting.peers.items():
-            peer.late = max(peer.late, id)
-        names = ", ".join(peer.name for peer in waiting.peers)
-        self._release(waiting)
-        self.doubt(f"not confirmed in time by {names}")
-
-    def _release(self, waiting: _Waiting) -> None:
-        self._unconfirmed.remove(waiting)
-        if waiting.timer is not None:
-            waiting.timer.cancel()
-        if not waiting.done.done():
-            waiting.done.set_result(None)
+        self._waits.confirmed(peer, id)
 
     # --- sessions ----------------------------------------------------------
     def _path(self, name: str) -> Path:
@@ -405,7 +355,7 @@ class LocalBus:
             peer.transport.close() if self._closing else peer.transport.abort()
         if peer.inbound is not None:
             peer.inbound.close()
-        self._settle(peer, peer.asked)
+        self._waits.settle(peer, peer.asked)
         if not self._closing and (peer.up or peer.inbound is not None):
             self._tell_listener(self._listener.on_peer_gone, peer.name)
             self.doubt(f"the link to {peer.name} is gone")
@@ -419,7 +369,7 @@ class LocalBus:
         if peer.ended:
             return
         peer.broken = True
-        self._settle(peer, peer.asked)
+        self._waits.settle(peer, peer.asked)
         if peer.inbound is None:
             self._end(peer)
         # Else what it sent before it died is read first: the end of that link ends the session, or the next beat.
@@ -486,7 +436,7 @@ class LocalBus:
             if judge and not peer.silent and now - peer.heard > SILENT_AFTER_BEATS * self._beat_s:
                 peer.silent = True
                 peer.late = peer.asked
-                self._settle(peer, peer.asked)
+                self._waits.settle(peer, peer.asked)
                 self.doubt(f"{peer.name} is silent")
         for link in list(self._links):
             if isinstance(link, Inbound) and link.peer is None and now - link.since > self._confirm_s:

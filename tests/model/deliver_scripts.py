@@ -137,7 +137,6 @@ climates = st.builds(
     Climate,
     failed_read=st.sampled_from((0.0, 0.0, 0.05)),
     stale_read=st.sampled_from((0.0, 0.0, 0.3)),
-    overtaking_reads=st.sampled_from((0.0, 0.0, 0.5)),
     bus_lost=st.sampled_from((0.0, 0.0, 0.1, 0.5, 1.0)),
     bus_repeated=_often,
     bus_late=_often,

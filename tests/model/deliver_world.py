@@ -28,7 +28,8 @@ from chatcore.store.base import Entry, User
 from chatcore.store.entries import new_entry
 
 from . import loop as virtual
-from .deliver_parts import Database, ModelBus, ModelReactor, ModelStore, ModelTopic, Socket
+from .deliver_store import Database, ModelStore
+from .deliver_wires import ModelBus, ModelReactor, ModelTopic, Socket
 from .device import Device
 from .weather import CALM, Climate, Weather
 
@@ -38,8 +39,10 @@ CONVS = ("c1", "c2")
 #: name, user
 DEVICES = (("alice1", OWNER), ("bob1", "bob"), ("bob2", "bob"), ("carol1", "carol"))
 WORKERS = 2
-#: A lost last message is found by the look of every second, the store's answers and a few retries.
+#: A lost last message is found by the look of every second (in rotation: of every fifth), the store's
+#: answers and a few retries.
 QUIET_S = 6.0
+QUIET_IN_ROTATION_S = 12.0
 #: Two sweeps, and some.
 FORGOTTEN_S = 45.0
 
@@ -153,7 +156,7 @@ class Worker:
         self.settings = SETTINGS
         self.tasks: set[asyncio.Task[None]] = set()
         self.reactor = ModelReactor(world.weather, world.pushed)
-        self.store = ModelStore(world.db, world.weather, self._on_commit)
+        self.store = world.make_store(world.db, world.weather, self._on_commit)
         self.bus = world.bus.end(self._on_bus, lambda why: self.delivery.check())
         store: Any = self.store
         bus: Any = self.bus
@@ -204,6 +207,8 @@ class DeliverWorld:
     climate: Climate
     make_delivery: MakeDelivery = Delivery
     make_users: MakeUsers = Users
+    make_store: type[ModelStore] = ModelStore
+    rows_follow: bool = False  # members' rows are written after the entries that decide (MongoDB)
     broken: list[str] = field(default_factory=list)
 
     def play(self, script: Sequence[Action]) -> None:
@@ -224,6 +229,8 @@ class DeliverWorld:
             for i, user in enumerate(USERS):
                 role = "owner" if user == OWNER else "member"
                 self.db.commit(new_entry(conv, OWNER, f"m{i}", "member", {"user": user, "role": role}))
+        if self.rows_follow:
+            self.db.split_rows()
         self.bus = ModelBus(self.weather)
         self.workers = [Worker(self) for _ in range(WORKERS)]
         self.devices = [Device(name, user, self.complain, self.db.is_in) for name, user in DEVICES]
@@ -341,6 +348,7 @@ class DeliverWorld:
     async def _end(self) -> None:
         """The store answers again, the bus may go on losing: everybody must have everything."""
         self.weather.climate = dataclasses.replace(self.climate, failed_read=0.0, stale_read=0.0)
+        self._quiet_s = QUIET_S if self.make_store.global_positions else QUIET_IN_ROTATION_S
         await asyncio.sleep(2.0)
         for worker in self.workers:
             worker.store.down = False
@@ -348,16 +356,16 @@ class DeliverWorld:
         for device in self.devices:
             if device.socket is not None and device.reactor is not None:
                 device.reactor.reads_on(device.socket)
-        await asyncio.sleep(QUIET_S)
+        await asyncio.sleep(self._quiet_s)
         for i, device in enumerate(self.devices):
             if device.socket is None or not device.socket.open:
                 self._connect(device, self.workers[i % WORKERS], None)
-        await asyncio.sleep(QUIET_S)
+        await asyncio.sleep(self._quiet_s)
         for conv in self.db.kinds:
             # Half of the time nothing comes any more: the last message before a silence arrives, too.
             if self.seed % 2:
                 self._post(self.workers[0], conv, OWNER)
-        await asyncio.sleep(QUIET_S)
+        await asyncio.sleep(self._quiet_s)
         for device in self.devices:
             self._check_device(device)
         self._check_rooms()

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 
-from .deliver_parts import ModelReactor, Socket
+from .deliver_wires import ModelReactor, Socket
 
 #: Told of what is wrong.
 Complain = Callable[[str], None]

@@ -7,16 +7,40 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 
-from .deliver_scripts import climates, scripts
+from .deliver_scripts import climates, scripts, while_attaching, while_replaying
+from .deliver_store import RotatingStore
 from .deliver_world import Action, Connect, Drop, Post, Role, Wait, deliver
 from .strategies import bounded, seeds
 from .weather import CALM, Climate
 
 
-@bounded(250)
+@bounded(200)
 @given(script=scripts, seed=seeds, climate=climates)
 def test_every_promise_in_any_weather(script: Sequence[Action], seed: int, climate: Climate) -> None:
     deliver(script, seed, climate)
+
+
+@bounded(100)
+@given(script=scripts, seed=seeds, climate=climates)
+def test_every_promise_on_a_store_without_positions(script: Sequence[Action], seed: int, climate: Climate) -> None:
+    deliver(script, seed, climate, make_store=RotatingStore)
+
+
+#: Not yet kept; take a mark away together with what it names.
+OPEN = {
+    # ... and Users.told still says that all know that they are out, when an attach has told one that it is in.
+    "attach": "Delivery._attach_room waits for the pump, then tells a view though the session was taken out meanwhile",
+    # ... and a change that is told while a session logs in is not told to it, though its list may be older.
+    "overtaking": "Users._refresh: an older answer of a store that answers out of order undoes a newer one",
+    "rows": "Delivery.attach believes a member's row that does not reflect yet what the room has delivered",
+}
+
+
+@pytest.mark.xfail(reason=OPEN["rows"], strict=False)
+@bounded(300, shrink=False)
+@given(script=while_attaching | while_replaying, seed=seeds, climate=climates)
+def test_every_promise_where_rows_follow_their_entries(script: Sequence[Action], seed: int, climate: Climate) -> None:
+    deliver(script, seed, climate, make_store=RotatingStore, rows_follow=True)
 
 
 BOB, BOB2 = 1, 2  # devices of user 1
@@ -27,35 +51,39 @@ def _role(role: str, worker: int = 0) -> Role:
     return Role(worker, 0, 1, role)
 
 
-#: What the model found once.
-STORIES: dict[str, tuple[list[Action], Climate]] = {
-    # An older view of a row arrived after a newer one, and took the session out for good.
-    "views that overtake each other": (
-        [Connect(BOB, 0), Wait(0.005), _role(OUT, 1), Wait(0.005), Post(0, 0, 0), Wait(0.005), _role(IN, 1)],
-        Climate(bus_lost=0.5, overtaking_reads=0.5),
-    ),
-    # Removed while an attach waited for the pump: told that he is out, and then that he is in.
-    "removed while catching up": (
-        [
-            Connect(BOB2, 0), Wait(0.02), _role(OUT), Post(1, 0, 0), Wait(0.0005), _role(IN), Wait(0.0005),
-            Connect(BOB, 0), Wait(0.005), _role(OUT), _role(IN), Wait(0.0005), Post(0, 0, 0), Wait(0.0005),
-            Post(0, 0, 0), _role(OUT),
-        ],
-        CALM,
-    ),
-    # Removed while away: told so by the log-in, although the entry was still to come.
-    "removed while away": (
-        [
-            Connect(BOB, 1), Post(0, 0, 0, n=2), Wait(0.1), Drop(BOB), Post(0, 0, 0, n=2), Wait(0.0025),
-            Connect(BOB, 0), Wait(0.02), Post(0, 0, 0, n=6), _role(OUT),
-        ],
-        Climate(bus_lost=0.1),
-    ),
-}  # fmt: skip
+@pytest.mark.xfail(reason=OPEN["overtaking"], strict=False)
+def test_views_that_overtake_each_other() -> None:
+    """An older view of a row arrives after a newer one, and takes the session out for good."""
+    script: list[Action] = [
+        Connect(BOB, 0),
+        Wait(0.005),
+        _role(OUT, 1),
+        Wait(0.005),
+        Post(0, 0, 0),
+        Wait(0.005),
+        _role(IN, 1),
+    ]
+    for seed in range(350, 400):
+        deliver(script, seed, Climate(bus_lost=0.5, overtaking_reads=0.5))
 
 
-@pytest.mark.parametrize("story", STORIES)
-def test_what_was_found_once(story: str) -> None:
-    script, climate = STORIES[story]
+@pytest.mark.xfail(reason=OPEN["attach"], strict=False)
+def test_removed_while_catching_up() -> None:
+    """Removed while an attach waits for the pump: told that he is out, and then that he is in."""
+    script: list[Action] = [
+        Connect(BOB2, 0), Wait(0.02), _role(OUT), Post(1, 0, 0), Wait(0.0005), _role(IN), Wait(0.0005),
+        Connect(BOB, 0), Wait(0.005), _role(OUT), _role(IN), Wait(0.0005), Post(0, 0, 0), Wait(0.0005),
+        Post(0, 0, 0), _role(OUT),
+    ]  # fmt: skip
+    for seed in range(720, 770):
+        deliver(script, seed, CALM)
+
+
+def test_removed_while_away() -> None:
+    """Told by the log-in that he is out, although entries up to his removal are still to come."""
+    script: list[Action] = [
+        Connect(BOB, 1), Post(0, 0, 0, n=2), Wait(0.1), Drop(BOB), Post(0, 0, 0, n=2), Wait(0.0025),
+        Connect(BOB, 0), Wait(0.02), Post(0, 0, 0, n=6), _role(OUT),
+    ]  # fmt: skip
     for seed in range(30):
-        deliver(script, seed, climate)
+        deliver(script, seed, Climate(bus_lost=0.1))

@@ -1,21 +1,19 @@
-"""What stands around the delivery: a model of the store's reads, of the bus, and of the sockets.
+"""A model of the store that delivery reads: a common database, and one way to it per worker.
 
 Reads take time both ways and see one state in between; `entries` and `heads` may be
-told by a replica that lags. The bus loses, repeats and reorders. An outbox is as
-slow as its client reads.
+told by a replica that lags, answers may overtake each other.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from chatcore.errors import ChatError, Conflict, Unavailable
 from chatcore.protocol import MEMBER_ROLES, encode_entry
 from chatcore.store import rules
-from chatcore.store.base import Appended, Changes, Entry, NewEntry, Opened, Opening, View
+from chatcore.store.base import Appended, Changes, Entry, Known, NewEntry, Opened, Opening, View
 from chatcore.store.entries import conversation_id, first_entries
 
 from .weather import Weather
@@ -33,8 +31,12 @@ class Place:
 
 @dataclass
 class MemberRow:
+    """``rev``: the common counter when it changed; ``own_rev``: that of the user's rows alone."""
+
     role: str
     rev: int
+    own_rev: int
+    as_of: int = 0
 
 
 class Database:
@@ -45,6 +47,9 @@ class Database:
         self.logs: dict[str, list[Place]] = {}
         self.kinds: dict[str, str] = {}
         self.members: dict[tuple[str, str], MemberRow] = {}
+        self.revs: dict[str, int] = {}
+        # What is read of the members: the same, or (MongoDB) rows that follow the entries.
+        self.rows = self.members
         self.keys: dict[tuple[str, str, str], Place] = {}
 
     def commit(self, new: NewEntry) -> Entry:
@@ -65,7 +70,27 @@ class Database:
 
     def set_role(self, conv: str, user: str, role: str) -> None:
         self.counter += 1
-        self.members[conv, user] = MemberRow(role, self.counter)
+        self.members[conv, user] = MemberRow(role, self.counter, self.revs.get(user, 0) + 1)
+        if self.rows is self.members:
+            self.revs[user] = self.revs.get(user, 0) + 1
+
+    def split_rows(self) -> None:
+        """From now on rows follow their entries (:meth:`project`)."""
+        self.rows = dict(self.members)
+
+    async def project(self, e: Entry, user: str, role: str, pause: Callable[[], float]) -> None:
+        """Two writes: the user's counter of changes, then the row, unless it reflects a later entry."""
+        await asyncio.sleep(pause())
+        rev = self.revs[user] = self.revs.get(user, 0) + 1
+        await asyncio.sleep(pause())
+        before = self.rows.get((e.conv, user))
+        if before is None or before.as_of < e.seq:
+            self.rows[e.conv, user] = MemberRow(role, self.counter, rev, e.seq)
+
+    def row_is_in(self, conv: str, user: str) -> bool:
+        """As far as the row tells."""
+        row = self.rows.get((conv, user))
+        return row is not None and row.role in MEMBER_ROLES
 
     def role(self, conv: str, user: str) -> str | None:
         row = self.members.get((conv, user))
@@ -86,7 +111,7 @@ class Database:
         return len(self.logs.get(conv, ()))
 
     def view(self, conv: str, user: str) -> View:
-        row = self.members[conv, user]
+        row = self.rows[conv, user]
         log = self.logs[conv]
         count = sum(self.is_in(c, u) for c, u in self.members if c == conv)
         last = log[log[-1].entry.last_msg - 1].entry.wire if log[-1].entry.last_msg else None
@@ -142,6 +167,7 @@ class ModelStore:
             outcome = exc
         if isinstance(outcome, Entry):
             await self._tell([outcome])
+            await self._project(new, outcome)
             future.set_result(Appended(outcome.seq, 0))
         elif isinstance(outcome, Appended):
             await self._back()
@@ -149,6 +175,11 @@ class ModelStore:
         else:
             future.set_exception(outcome)
             future.exception()
+
+    async def _project(self, new: NewEntry, entry: Entry) -> None:
+        """A change is answered when its row reflects it."""
+        if self.db.rows is not self.db.members and new.t == "member" and new.user is not None:
+            await self.db.project(entry, new.user, new.role or "none", self.weather.latency)
 
     async def _tell(self, entries: list[Entry]) -> None:
         """On_commit comes some time after others can read it, in the order of the commits."""
@@ -185,8 +216,11 @@ class ModelStore:
         if conv in self.db.kinds:
             return Opened(conv, False)
         self.db.kinds[conv] = o.kind
-        entries = [self.db.commit(e) for e in first_entries(conv, o, [o.creator, *o.members])]
+        first = first_entries(conv, o, [o.creator, *o.members])
+        entries = [self.db.commit(e) for e in first]
         await self._tell(entries)
+        for new, entry in zip(first, entries, strict=True):
+            await self._project(new, entry)
         return Opened(conv, True)
 
     # --- reads -------------------------------------------------------------
@@ -216,234 +250,94 @@ class ModelStore:
         await self._way()
         return self.db.counter
 
-    async def changes(self, after: int, known: object = None, everything: bool = True) -> Changes:
+    async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes:
         await self._way()
         db, end = self.db, min(self.db.counter, after + self.weather.random.choice((1, 5, 1000, 1000)))
         heads = {p.entry.conv: p.entry.seq for log in db.logs.values() for p in log if after < p.id <= end}
-        rows = [(user, conv) for (conv, user), row in db.members.items() if after < row.rev <= end]
+        rows = [(user, conv) for (conv, user), row in db.rows.items() if after < row.rev <= end]
         found = Changes(end, list(heads.items()), rows, [], [], more=end < db.counter)
         await self._back()
         return found
 
     async def conversations(self, user: str) -> tuple[int, list[str]]:
         await self._way()
-        found = (self.db.counter, [conv for conv, u in self.db.members if u == user and self.db.is_in(conv, u)])
+        found = (self.db.counter, [conv for conv, u in self.db.rows if u == user and self.db.row_is_in(conv, u)])
         await self._back()
         return found
 
     async def left_since(self, user: str, after: int) -> list[str]:
         await self._way()
-        rows = self.db.members.items()
+        rows = self.db.rows.items()
         found = [c for (c, u), r in rows if u == user and r.rev > after and r.role not in MEMBER_ROLES]
         await self._back()
         return found
 
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
         await self._way()
-        mine = [conv for conv, u in self.db.members if u == user and self.db.is_in(conv, u)]
-        views = [self.db.view(conv, user) for conv in mine if convs is None or conv in convs]
+        mine = [conv for conv, u in self.db.rows if u == user and self.db.row_is_in(conv, u)]
+        views = [self._view(conv, user) for conv in mine if convs is None or conv in convs]
         views.sort(key=lambda view: view.head_id, reverse=True)
         found = (self.db.counter, views)
         await self._back()
         return found
 
+    def _view(self, conv: str, user: str) -> View:
+        return self.db.view(conv, user)
+
     async def member_count(self, conv: str) -> int:
         await self._way()
-        return sum(self.db.is_in(c, u) for c, u in self.db.members if c == conv)
+        return sum(self.db.row_is_in(c, u) for c, u in self.db.rows if c == conv)
 
 
-class ModelBus:
-    """All buses of the model: what one publishes the others may get, some time, perhaps twice."""
+class RotatingStore(ModelStore):
+    """A store without a common counter, as MongoDB: what is attached is looked at, all of it or a part in turn."""
 
-    def __init__(self, weather: Weather) -> None:
-        self.weather = weather
-        self.ends: list[BusEnd] = []
-        self.cut = False  # nothing gets through, and nobody is told
+    global_positions = False
+    LOOKS = 5
+    #: Revisions may become visible out of order: a position is that much lower.
+    SLACK = 16
 
-    def end(self, on_bus: Callable[[str, bytes], None], on_doubt: Callable[[str], None]) -> BusEnd:
-        end = BusEnd(self, on_bus, on_doubt)
-        self.ends.append(end)
-        return end
+    def __init__(self, db: Database, weather: Weather, on_commit: Callable[[list[Entry]], None]) -> None:
+        super().__init__(db, weather, on_commit)
+        self._turn = 0
+        self._revs: dict[str, int] = {}
 
+    async def position(self) -> int:
+        return 0
 
-class BusEnd:
-    """One worker's bus."""
+    async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes:
+        assert known is not None
+        self._turn += 1
+        part = self._turn % self.LOOKS
+        lasts = [item for i, item in enumerate(known.lasts().items()) if everything or i % self.LOOKS == part]
+        users = [user for i, user in enumerate(known.users()) if everything or i % self.LOOKS == part]
+        await self._way()
+        heads = [(conv, last + 1) for conv, last in lasts if len(self._seen(conv)) > last]
+        rows: list[tuple[str, str]] = []
+        for user in users:
+            before, now = self._revs.get(user), self.db.revs.get(user, 0)
+            self._revs[user] = now
+            if before is not None and now > before:
+                mine = ((c, row) for (c, u), row in self.db.rows.items() if u == user)
+                rows += [(user, conv) for conv, row in mine if row.own_rev > before - self.SLACK]
+        await self._back()
+        return Changes(0, heads, rows, [], [])
 
-    healthy = True  # as far as it knows
+    async def conversations(self, user: str) -> tuple[int, list[str]]:
+        await self._way()
+        rev = self.db.revs.get(user, 0)
+        self._revs.setdefault(user, rev)
+        found = [conv for conv, u in self.db.rows if u == user and self.db.row_is_in(conv, u)]
+        await self._back()
+        return max(0, rev - self.SLACK), found
 
-    def __init__(self, bus: ModelBus, on_bus: Callable[[str, bytes], None], on_doubt: Callable[[str], None]) -> None:
-        self.bus = bus
-        self.on_bus = on_bus
-        self.on_doubt = on_doubt
-        self.own: dict[str, int] = {}  # counted
-        self.known: set[str] = set()  # what the others know of it
+    async def left_since(self, user: str, after: int) -> list[str]:
+        await self._way()
+        rows = self.db.rows.items()
+        found = [c for (c, u), r in rows if u == user and r.own_rev > after and r.role not in MEMBER_ROLES]
+        await self._back()
+        return found
 
-    async def subscribe(self, channels: list[str]) -> None:
-        for channel in channels:
-            self.own[channel] = self.own.get(channel, 0) + 1
-        await asyncio.sleep(self.bus.weather.latency())
-        self.known.update(channels)
-        await asyncio.sleep(self.bus.weather.latency())
-
-    def unsubscribe(self, channels: list[str]) -> None:
-        for channel in channels:
-            count = self.own.get(channel, 0) - 1
-            assert count >= 0, f"{channel} was given back more often than it was taken"
-            if count:
-                self.own[channel] = count
-            else:
-                del self.own[channel]
-                self.known.discard(channel)
-
-    def publish(self, channel: str, payload: bytes) -> None:
-        weather, climate = self.bus.weather, self.bus.weather.climate
-        loop = asyncio.get_running_loop()
-        for other in self.bus.ends:
-            if other is self or channel not in other.known or self.bus.cut:
-                continue
-            if weather.happens(climate.bus_lost):
-                if weather.happens(0.5):
-                    loop.call_later(weather.latency(), other.on_doubt, "lost")
-                continue
-            for _ in range(2 if weather.happens(climate.bus_repeated) else 1):
-                late = weather.random.choice((0.005, 0.05, 2.0)) if weather.happens(climate.bus_late) else 0.0
-                loop.call_later(weather.latency() + late, other._receive, channel, payload)
-
-    def send_to(self, peer: str, channel: str, payload: bytes) -> None: ...
-
-    def _receive(self, channel: str, payload: bytes) -> None:
-        if channel in self.own:
-            self.on_bus(channel, payload)
-
-
-class Socket:
-    """One connection, on the server: what is queued leaves as fast as the client reads."""
-
-    def __init__(self, conn: int, session: Any, received: Callable[[bytes], None]) -> None:
-        self.conn = conn
-        self.session = session
-        self.received = received
-        self.outbox: list[bytes] = []
-        self.open = True
-        self.owner = 0
-        self.wanted = False  # on_writable is to be called
-        self.reading_from = 0.0  # the client reads nothing before
-        self.arrives = 0.0  # when the client's last message arrives
-
-
-class ModelReactor:
-    """The client sockets of one worker."""
-
-    LOW_WATER_BYTES = 600
-
-    def __init__(self, weather: Weather, pushed: Callable[[Any, bytes], None]) -> None:
-        self.weather = weather
-        self.pushed = pushed
-        self.sockets: dict[int, Socket] = {}
-        self.topics: list[ModelTopic] = []
-        self._conns = 0
-
-    def accept(self, make_session: Callable[[int], Any], received: Callable[[bytes], None]) -> Socket:
-        self._conns += 1
-        socket = Socket(self._conns, make_session(self._conns), received)
-        self.sockets[self._conns] = socket
-        return socket
-
-    def send(self, conn: int, payload: bytes) -> bool:
-        socket = self.sockets.get(conn)
-        if socket is None:
-            return False
-        self.pushed(socket.session, payload)
-        socket.outbox.append(payload)
-        if len(socket.outbox) == 1:
-            self._drain_later(socket)
-        return True
-
-    def _drain_later(self, socket: Socket) -> None:
-        loop = asyncio.get_running_loop()
-        wait = max(self.weather.latency(), socket.reading_from - loop.time())
-        loop.call_later(wait, self._drain, socket)
-
-    def _drain(self, socket: Socket) -> None:
-        if not socket.open:
-            return
-        if socket.reading_from > asyncio.get_running_loop().time():
-            self._drain_later(socket)
-            return
-        outbox, socket.outbox = socket.outbox, []
-        for payload in outbox:
-            if socket.open:
-                socket.received(payload)
-        if socket.open and socket.wanted:
-            socket.wanted = False
-            socket.session.on_writable()
-
-    def reads_on(self, socket: Socket) -> None:
-        """A slow client is slow no longer."""
-        socket.reading_from = 0.0
-        self._drain(socket)
-
-    def queued(self, conn: int) -> int:
-        socket = self.sockets.get(conn)
-        return sum(map(len, socket.outbox)) if socket is not None else 0
-
-    def notify_writable(self, conn: int) -> bool:
-        socket = self.sockets.get(conn)
-        if socket is None or self.queued(conn) <= self.LOW_WATER_BYTES:
-            return True
-        socket.wanted = True
-        return False
-
-    def authenticated(self, conn: int, owner: int, ping_ms: int) -> None:
-        self.sockets[conn].owner = owner
-
-    def close(self, conn: int, code: int, reason: bytes) -> None:
-        socket = self.sockets.get(conn)
-        if socket is not None:
-            asyncio.get_running_loop().call_soon(self.lost, socket)
-
-    def lost(self, socket: Socket) -> None:
-        """The connection is over, whoever ended it."""
-        if not socket.open:
-            return
-        socket.open = False
-        del self.sockets[socket.conn]
-        for topic in self.topics:
-            topic.conns.pop(socket.conn, None)
-        socket.session.on_closed()
-
-
-class ModelTopic:
-    """Like ``_fast.Topic``: who ends leaves by itself, who has ended does not come in."""
-
-    def __init__(self, reactor: ModelReactor) -> None:
-        self.reactor = reactor
-        self.conns: dict[int, None] = {}
-        reactor.topics.append(self)
-
-    def __len__(self) -> int:
-        return len(self.conns)
-
-    def __contains__(self, conn: int) -> bool:
-        return conn in self.conns
-
-    def add(self, conn: int) -> bool:
-        if conn in self.conns or conn not in self.reactor.sockets:
-            return False
-        self.conns[conn] = None
-        return True
-
-    def discard(self, conn: int) -> bool:
-        return self.conns.pop(conn, self) is None
-
-    def fan_out(self, frame: bytes, skip_owner: int = 0) -> int:
-        told = 0
-        for conn in list(self.conns):
-            socket = self.reactor.sockets[conn]
-            if not skip_owner or socket.owner != skip_owner:
-                self.reactor.send(conn, frame)
-                told += 1
-        return told
-
-    def sessions(self) -> list[Any]:
-        return [self.reactor.sockets[conn].session for conn in self.conns]
+    def _view(self, conv: str, user: str) -> View:
+        own_rev = self.db.rows[conv, user].own_rev
+        return replace(super()._view(conv, user), rev=own_rev, head_id=2**53 - 1)
