@@ -51,6 +51,7 @@ class Session:
         "conn",
         "expires",
         "joining",
+        "missed",
         "ready",
         "watching",
     )
@@ -72,6 +73,7 @@ class Session:
         self._typing: TypingGate | None = None
         self._reading: asyncio.Lock | None = None  # one expensive query after the other
         self.joining = 0
+        self.missed: set[str] = set()  # conversations whose row changed while logging in
         self.watching: set[str] = set()
         self.expires = 0.0  # when its token ends, as far as is known here (the loop's clock)
 
@@ -96,6 +98,9 @@ class Session:
 
     def push_view(self, view: View, after: int | None) -> None:
         """Push a ``conv``."""
+        if after is not None and self._user is not None:
+            # Not all of the user's sessions know the same of it any more.
+            self._user.told.pop(view.conv, None)
         self.push(conv_push(view, after))
 
     async def drained(self) -> bool:
@@ -289,6 +294,9 @@ class Session:
         if req.id is not None:
             self.push(p.ok(req.id, {**_identity(who), "full": since is None}))
         self.ready = True
+        for conv in self.missed:
+            worker.users.refresh(who.user.id, conv)
+        self.missed.clear()
         worker.presence.changed(who.user.id)
         return self._catch_up(who.user.id, convs, req.have or {}, since)
 

@@ -43,6 +43,8 @@ BACKOFF_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Conversations that nobody is attached to any more are forgotten after two sweeps:
 # reconnecting clients find them warm.
 SWEEP_S: Final = 10.0
+# Removals remembered of one room; rows are behind their entries for moments only.
+LEFT_MAX: Final = 1000
 # Changes of conversations that a session is not attached to are merged over this time.
 QUIET_MERGE_S: Final = 2.0
 
@@ -178,10 +180,14 @@ class Delivery:
         """Somebody joined or left by this entry: so do the sessions that are here."""
         change = orjson.loads(e.wire)
         user = change["user"]
+        if len(room.left) >= LEFT_MAX:
+            room.left.clear()
         if change["role"] in MEMBER_ROLES:
+            room.left.pop(user, None)
             for x in self._directory.sessions_of(user):
                 self.attach_soon(x, room.conv, e.seq - 1)
             return
+        room.left[user] = e.seq
         told = True
         for x in list(self._directory.sessions_of(user)):
             told = told and x.conn in room.topic
@@ -353,7 +359,10 @@ class Delivery:
             _, views = await self._store.views(x.user_id, [room.conv for room in rooms])
             by_conv = {room.conv: room for room in rooms}
             for view in views:
-                room = by_conv.pop(view.conv)
+                room = by_conv[view.conv]
+                if room.outdated(x.user_id, view):
+                    continue
+                del by_conv[view.conv]
                 if view.head > room.want:
                     room.want = view.head
                     self._start_pump(room, 0)
@@ -371,6 +380,8 @@ class Delivery:
                     return
             for room in by_conv.values():
                 self.detach(x, room)
+                # Answers of a store may overtake each other: what is read now is newer.
+                self._directory.refresh(x.user_id, room.conv)
         finally:
             for room in rooms:
                 room.attaching.discard(x)
@@ -392,6 +403,8 @@ class Delivery:
     ) -> None:
         if have is not None and have > room.last:
             await self._caught_up(room)
+            if x not in room.attaching:
+                return  # removed meanwhile
         # Never believe a client about the head; and who is too far behind pages (promise 4).
         if have is None or have > room.last or room.last - have > self._backlog:
             after = min(room.last, view.head)

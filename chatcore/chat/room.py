@@ -100,6 +100,7 @@ class Room:
         "dirty",
         "idle_sweeps",
         "last",
+        "left",
         "pins",
         "pump",
         "quiet",
@@ -125,10 +126,16 @@ class Room:
         self.attaching: set[Subscriber] = set()  # on the way: behind `last`, or membership not read yet
         # Of those, who is to be told the row again: it changed after the attach had read it.
         self.stale: set[Subscriber] = set()
+        # Who was removed by which entry: a row that reflects an earlier one is not believed.
+        self.left: dict[str, int] = {}
         self.pins = 0
         self.ready = ready
         self.idle_sweeps = 0
         self.dirty = False
+
+    def outdated(self, user: str, view: View) -> bool:
+        """Whether the user's row is older than the removal that was delivered here."""
+        return view.as_of < self.left.get(user, 0)
 
     @property
     def unused(self) -> bool:

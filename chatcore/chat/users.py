@@ -69,6 +69,8 @@ class Users:
         self._numbers = 0
         self.delivery: Delivery  # set once both exist: each needs the other
         self.sessions = 0
+        self._refreshing: set[tuple[str, str]] = set()
+        self._again: dict[tuple[str, str], int | None] = {}  # changed once more meanwhile
         self._expiry: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -154,9 +156,15 @@ class Users:
 
         ``have``: the seq before the entry that brought the user in, if it was one.
         """
-        if user in self._by_id:
-            self.delivery.refreshing += 1
-            self._spawn(self._refresh(user, conv, have), "users-refresh")
+        if user not in self._by_id:
+            return
+        if (user, conv) in self._refreshing:
+            # One after the other: what was read first must not be told last.
+            self._again[(user, conv)] = have if have is not None else self._again.get((user, conv))
+            return
+        self._refreshing.add((user, conv))
+        self.delivery.refreshing += 1
+        self._spawn(self._refresh(user, conv, have), "users-refresh")
 
     async def _refresh(self, user: str, conv: str, have: int | None) -> None:
         try:
@@ -170,12 +178,17 @@ class Users:
                     await asyncio.sleep(pause)
                     pause = min(2 * pause, REFRESH_PAUSE_MAX_S)
                     continue
-                if views:
+                room = self.delivery.rooms.get(conv)
+                if views and (room is None or not room.outdated(user, views[0])):
                     self._tell(connected, views[0], have)
                 else:
                     self._tell_out(connected, conv)
-                return
+                if (user, conv) not in self._again:
+                    return
+                have = self._again.pop((user, conv))
         finally:
+            self._refreshing.discard((user, conv))
+            self._again.pop((user, conv), None)
             self.delivery.refreshed()
 
     def _tell(self, connected: ConnectedUser, view: View, have: int | None) -> None:
@@ -184,7 +197,8 @@ class Users:
         all_told = True
         for x in connected.sessions:
             if not x.ready:
-                continue  # its own attach reads the row after it was registered
+                x.missed.add(view.conv)  # its own list may be older, or younger
+                continue
             if room is None:
                 self.delivery.attach_soon(x, view.conv, have)
             elif x in room.attaching:
@@ -205,7 +219,9 @@ class Users:
         for x in connected.sessions:
             if room is not None:
                 self.delivery.detach(x, room)
-            if x.ready and not known:
+            if not x.ready:
+                x.missed.add(conv)
+            elif not known:
                 x.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
         self._remember(connected, conv, -1)
 

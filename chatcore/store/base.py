@@ -92,6 +92,9 @@ class View:
     last: bytes | None
     rev: int
     head_id: int
+    #: The seq of the entry that the row reflects (a row may follow its entry after a while; the
+    #: default: it always reflects the newest).
+    as_of: int = 2**53
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,22 +91,57 @@ def serve(tmp_path: Path, backend: Backend) -> Iterator[Serve]:
     serve.end()
 
 
-def _shared(**settings: object) -> Callable[..., Iterator[Server]]:
-    """A server for many tests: starting one takes longer than most tests."""
+class Common:
+    """Servers for many tests: starting one takes longer than most tests.
 
-    def fixture(tmp_path_factory: pytest.TempPathFactory, backend: Backend) -> Iterator[Server]:
-        serve = Serve(tmp_path_factory.mktemp("server"), backend)
-        yield serve(settings={name.replace("__", "."): value for name, value in settings.items()})
-        serve.end()
+    One for the whole run, or one for each file where the database needs longer the more is in it
+    (what stands in for MongoDB reads a whole collection for every query).
+    """
+
+    def __init__(self, tmp_path_factory: pytest.TempPathFactory, backend: Backend) -> None:
+        self._directories = tmp_path_factory
+        self._backend = backend
+        self._serves: dict[str, tuple[str, Serve]] = {}
+
+    def server(self, kind: str, module: str, settings: dict[str, object]) -> Server:
+        """The common server of a kind."""
+        key = "" if self._backend.fast else module
+        known = self._serves.get(kind)
+        if known is not None and known[0] == key:
+            return known[1].servers[0]
+        if known is not None:
+            known[1].end()
+        serve = Serve(self._directories.mktemp(kind), self._backend)
+        self._serves[kind] = (key, serve)
+        return serve(settings=settings)
+
+    def end(self) -> None:
+        for _, serve in self._serves.values():
+            serve.end()
+
+
+@pytest.fixture(scope="session")
+def common(tmp_path_factory: pytest.TempPathFactory, backend: Backend) -> Iterator[Common]:
+    """Where the common servers are."""
+    common = Common(tmp_path_factory, backend)
+    yield common
+    common.end()
+
+
+def _shared(kind: str, **settings: object) -> Callable[..., Server]:
+    def fixture(common: Common, request: pytest.FixtureRequest) -> Server:
+        named = {name.replace("__", "."): value for name, value in settings.items()}
+        return common.server(kind, request.node.nodeid.partition("::")[0], named)
 
     return fixture
 
 
 #: The server of most tests: two workers, default limits.
-server = pytest.fixture(scope="session", name="server")(_shared())
+server = pytest.fixture(name="server")(_shared("server"))
 #: A server with limits so small that tests reach them.
-tight_server = pytest.fixture(scope="session", name="tight_server")(
+tight_server = pytest.fixture(name="tight_server")(
     _shared(
+        "tight",
         limits__backlog=20,
         limits__small=3,
         limits__frame_bytes=4096,
@@ -131,8 +166,9 @@ tight_server = pytest.fixture(scope="session", name="tight_server")(
     )
 )
 #: A server that is impatient.
-hasty_server = pytest.fixture(scope="session", name="hasty_server")(
+hasty_server = pytest.fixture(name="hasty_server")(
     _shared(
+        "hasty",
         timeouts__auth_ms=400,
         timeouts__handshake_ms=400,
         timeouts__close_ms=500,

@@ -116,7 +116,21 @@ class Database:
         count = sum(self.is_in(c, u) for c, u in self.members if c == conv)
         last = log[log[-1].entry.last_msg - 1].entry.wire if log[-1].entry.last_msg else None
         return View(
-            conv, self.kinds[conv], None, None, None, row.role, count, "all", len(log), 0, 0, last, row.rev, log[-1].id
+            conv,
+            self.kinds[conv],
+            None,
+            None,
+            None,
+            row.role,
+            count,
+            "all",
+            len(log),
+            0,
+            0,
+            last,
+            row.rev,
+            log[-1].id,
+            row.as_of,
         )
 
 

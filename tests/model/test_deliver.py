@@ -51,7 +51,6 @@ def _role(role: str, worker: int = 0) -> Role:
     return Role(worker, 0, 1, role)
 
 
-@pytest.mark.xfail(reason=OPEN["overtaking"], strict=False)
 def test_views_that_overtake_each_other() -> None:
     """An older view of a row arrives after a newer one, and takes the session out for good."""
     script: list[Action] = [
@@ -67,7 +66,6 @@ def test_views_that_overtake_each_other() -> None:
         deliver(script, seed, Climate(bus_lost=0.5, overtaking_reads=0.5))
 
 
-@pytest.mark.xfail(reason=OPEN["attach"], strict=False)
 def test_removed_while_catching_up() -> None:
     """Removed while an attach waits for the pump: told that he is out, and then that he is in."""
     script: list[Action] = [
