@@ -225,7 +225,8 @@ class Store(Protocol):
 
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
         """The position as of which, and the user's views, newest first (of those named, or all).
-        A conversation that the user is not in is left out."""
+        A conversation that the user is not in is left out. A row never shows less than the head
+        beside it: every change up to it is in."""
 
     async def role(self, user: str, conv: str) -> str | None:
         """The role in the user's row of a conversation (None: there is no row). NotFound is up to the caller."""

@@ -185,6 +185,40 @@ async def test_who_is_asked_to_yield_pauses_twice_its_last_commit_once(b: Bench)
 
 
 @in_virtual_time()
+async def test_who_is_asked_again_pauses_twice_as_long_until_somebody_got_in(b: Bench) -> None:
+    """Where a read takes longer than a commit, twice a commit is over before the other one writes: for ever."""
+    await b.send("a")
+
+    async def pause() -> float:
+        b.appender.on_yield("c")
+        began = b.loop.time()
+        await b.send(f"after {began}")
+        return b.loop.time() - began - 0.010
+
+    pauses = [await pause() for _ in range(8)]
+    assert pauses == pytest.approx([0.020, 0.040, 0.080, 0.160, 0.320, 0.640, 1.0, 1.0])
+    # Somebody got in while this one paused: it looks before it writes, and pauses half as long the next time.
+    b.appender.on_yield("c")
+    future = b.send("b")
+    await asyncio.sleep(0.5)
+    seq = len(b.ops.log) + 1
+    b.ops.log[seq] = Row(entry("c", "other", "o", "msg", b"{}"), seq, 0, seq, seq)
+    b.appender.heard("c", seq)
+    assert (await future).seq == seq + 1
+    assert b.ops.did()[-2:] == ["newest", "insert"]
+    assert await pause() == pytest.approx(0.640)
+
+
+@in_virtual_time()
+async def test_the_others_are_asked_to_yield_when_the_next_try_begins(b: Bench) -> None:
+    """Asked before the loser waits, they would be through with their pause when it tries."""
+    b.ops.lose = 4
+    await b.send("a")
+    newest = [t for t, what, _ in b.ops.calls if what == "newest"]
+    assert b.yields == pytest.approx(newest[2:])
+
+
+@in_virtual_time()
 async def test_who_loses_does_not_yield(b: Bench) -> None:
     b.ops.lose = 1
     future = b.send("a")

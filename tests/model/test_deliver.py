@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytest
 from hypothesis import given
 
 from .deliver_scripts import climates, scripts, while_attaching, while_replaying
@@ -26,17 +25,6 @@ def test_every_promise_on_a_store_without_positions(script: Sequence[Action], se
     deliver(script, seed, climate, make_store=RotatingStore)
 
 
-#: Not yet kept; take a mark away together with what it names.
-OPEN = {
-    # ... and Users.told still says that all know that they are out, when an attach has told one that it is in.
-    "attach": "Delivery._attach_room waits for the pump, then tells a view though the session was taken out meanwhile",
-    # ... and a change that is told while a session logs in is not told to it, though its list may be older.
-    "overtaking": "Users._refresh: an older answer of a store that answers out of order undoes a newer one",
-    "rows": "Delivery.attach believes a member's row that does not reflect yet what the room has delivered",
-}
-
-
-@pytest.mark.xfail(reason=OPEN["rows"], strict=False)
 @bounded(300, shrink=False)
 @given(script=while_attaching | while_replaying, seed=seeds, climate=climates)
 def test_every_promise_where_rows_follow_their_entries(script: Sequence[Action], seed: int, climate: Climate) -> None:

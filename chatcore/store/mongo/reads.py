@@ -19,6 +19,8 @@ from .ops import ENTRY_FIELDS, to_entry
 
 # Conversations (or keys) in one query.
 CHUNK: Final = 500
+# Ranges in one query of changes that were not folded.
+BEHIND_CHUNK: Final = 100
 # Queries at once where each conversation needs one: less than the pool has connections.
 AT_ONCE: Final = 8
 ROLE_IN: Final = {"$in": list(MEMBER_ROLES)}
@@ -105,11 +107,31 @@ class Reads:
         found: list[tuple[str, int]] = []
         for at in range(0, len(lasts), CHUNK):
             some = lasts[at : at + CHUNK]
-            query = {"$or": [{"c": conv, "s": last + 1} for conv, last in some]}
+            wanted = {(conv, last + 1) for conv, last in some}
+            most = len(wanted)
+            query: Document = {"$or": [{"c": conv, "s": seq} for conv, seq in wanted]}
+            if not self._mongo.groups_first:
+                # A server without a planner compares each document with each pair; this way it finds more
+                # than was asked for, which is dropped below.
+                query = {"c": {"$in": [conv for conv, _ in wanted]}, "s": {"$in": sorted({s for _, s in wanted})}}
+                most = most * most
             cursor = self._mongo["entries"].find(query, {"_id": 0, "c": 1, "s": 1})
-            docs = await self._mongo.do(cursor.limit(len(some)).to_list(len(some)))
-            found.extend((doc["c"], doc["s"]) for doc in docs)
+            docs = await self._mongo.do(cursor.limit(most).to_list(most))
+            found.extend(pair for doc in docs if (pair := (doc["c"], doc["s"])) in wanted)
         return found
+
+    async def behind(self, convs: Sequence[str]) -> list[tuple[str, int]]:
+        """Of these conversations, those with changes that no row reflects, and up to where rows do."""
+        docs = await self._by_id("convs", convs, {"folded": 1})
+        folded = {conv: int(doc.get("folded", 0)) for conv, doc in docs.items()}
+        found: set[str] = set()
+        ids = list(folded)
+        for at in range(0, len(ids), BEHIND_CHUNK):
+            some = ids[at : at + BEHIND_CHUNK]
+            query = {"$or": [{"c": conv, "x": {"$gt": folded[conv]}} for conv in some]}
+            cursor = self._mongo["entries"].find(query, {"_id": 0, "c": 1})
+            found.update(doc["c"] for doc in await self._mongo.do(cursor.limit(CHUNK).to_list(CHUNK)))
+        return [(conv, folded[conv]) for conv in sorted(found)]
 
     # --- conversations -----------------------------------------------------------
     async def rows(self, user: str, convs: Sequence[str] | None, limit: int) -> list[Document]:
@@ -163,6 +185,7 @@ class Reads:
                     lasts.get(conv),
                     row["rev"],
                     UNKNOWN_POSITION,
+                    row["as_of"],
                 )
             )
         views.sort(key=lambda view: newest[view.conv]["ts"], reverse=True)

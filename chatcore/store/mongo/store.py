@@ -31,6 +31,9 @@ log = logging.getLogger("chatcore.store")
 # Rows whose change counter is so near to the newest may have been written after a later one: they
 # are told once more rather than missed.
 REV_SLACK: Final = 16
+# The counter is raised before the row is written: after it moved, the rows are looked at so often, a
+# rotation apart, which is longer than an operation may take.
+LOOKS_AFTER: Final = 2
 # Marks that sending moved are written together after this.
 MARKS_S: Final = 1.0
 # A rotation through all that is attached takes so many looks.
@@ -74,7 +77,7 @@ class MongoStore:
         self._tasks: list[asyncio.Task[None]] = []
         self._folds: set[asyncio.Task[None]] = set()
         self._turn = 0
-        self._revs: dict[str, int] = {}
+        self._revs: dict[str, tuple[int, int]] = {}  # counter, and how many looks are due after it moved
 
     @property
     def store_id(self) -> str:
@@ -318,9 +321,11 @@ class MongoStore:
 
     async def _rows_since(self, user: str, rev: int) -> list[tuple[str, str]]:
         """The user's rows that changed since the last look (the first look only notes where it stands)."""
-        before = self._revs.get(user)
-        self._revs[user] = rev
-        if before is None or rev <= before:
+        before, again = self._revs.get(user, (rev, 0))
+        if rev > before:
+            again = LOOKS_AFTER
+        self._revs[user] = (rev, max(0, again - 1))
+        if not again:
             return []
         query = {"u": user, "rev": {"$gt": max(0, before - REV_SLACK)}}
         cursor = self.mongo["members"].find(query, {"_id": 0, "c": 1})
@@ -331,7 +336,7 @@ class MongoStore:
     async def conversations(self, user: str) -> tuple[int, list[str]]:
         doc = await self.mongo.do(self.mongo["users"].find_one({"_id": user}, {"rev": 1}))
         rev = 0 if doc is None else int(doc["rev"])
-        self._revs.setdefault(user, rev)
+        self._revs.setdefault(user, (rev, LOOKS_AFTER))
         rows = await self._reads.rows(user, None, self._max_conversations)
         return max(0, rev - REV_SLACK), [row["c"] for row in rows]
 
@@ -339,7 +344,14 @@ class MongoStore:
         return await self._reads.left_since(user, after, self._max_conversations)
 
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
-        return 0, await self._reads.views(user, convs, self._max_conversations)
+        ids = convs
+        if ids is None:
+            ids = [row["c"] for row in await self._reads.rows(user, None, self._max_conversations)]
+        # A row never shows less than the head beside it: who is removed by an entry that a session
+        # has been given must not be attached again by a row that follows later.
+        for conv, folded in await self._reads.behind(ids):
+            await self._members.repair(conv, folded)
+        return 0, await self._reads.views(user, ids, self._max_conversations)
 
     async def role(self, user: str, conv: str) -> str | None:
         return await self._members.role(conv, user)
