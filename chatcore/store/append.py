@@ -33,7 +33,9 @@ LOSS_FIRST_S: Final = 0.002
 LOSS_MAX_S: Final = 0.100
 #: From so many losses in a row on, the other hosts are asked to yield.
 LOSSES_TO_YIELD: Final = 2
-#: Who yields pauses so many times its own last commit, and never longer than MAX.
+#: Who yields pauses so many times its own last commit, twice as long each time it is asked again before anybody
+#: got in (the other one must read before it writes, and where that takes longer than a commit, such a pause would
+#: always end too soon), and never longer than MAX.
 YIELD_COMMITS: Final = 2
 YIELD_MAX_S: Final = 1.0
 #: When to look for entries that were answered `unavailable` after they had been submitted, in s since then.
@@ -181,7 +183,7 @@ def _resolve(waiter: asyncio.Future[Appended], outcome: Appended | ChatError) ->
 class _Log:
     """One conversation, as this writer knows it."""
 
-    __slots__ = ("commit_s", "conv", "head", "losses", "pause_until", "queue", "task")
+    __slots__ = ("asked", "commit_s", "conv", "head", "losses", "pause_until", "queue", "task")
 
     def __init__(self, conv: str) -> None:
         self.conv = conv
@@ -189,6 +191,7 @@ class _Log:
         self.queue: dict[Key, _Item] = {}  # in order
         self.losses = 0
         self.commit_s = 0.0
+        self.asked = 0  # to yield; less once for each time that somebody else got in
         self.pause_until = 0.0
         self.task: asyncio.Task[None] | None = None
 
@@ -252,7 +255,10 @@ class Appender:
         """Another host loses every race for a conversation: pause, unless this one loses, too."""
         state = self._active.get(conv) or self._idle.get(conv)
         if state is not None and not state.losses:
-            state.pause_until = self._loop.time() + min(YIELD_MAX_S, YIELD_COMMITS * state.commit_s)
+            pause = YIELD_COMMITS * state.commit_s * 2**state.asked
+            if pause < YIELD_MAX_S:
+                state.asked += 1
+            state.pause_until = self._loop.time() + min(YIELD_MAX_S, pause)
 
     def heard(self, conv: str, seq: int) -> None:
         """Somebody else's entry was heard of. A lower head would lose: it is read anew instead.
@@ -260,6 +266,7 @@ class Appender:
         state = self._active.get(conv) or self._idle.get(conv)
         if state is not None and state.head is not None and state.head.seq < seq:
             state.head = None
+            state.asked = max(0, state.asked - 1)
 
     async def close(self, deadline_s: float) -> None:
         """Take no more, finish what is queued, answer the rest `unavailable` at the deadline."""
@@ -301,6 +308,8 @@ class Appender:
         pause = state.pause_until - self._loop.time()
         if pause > 0:
             await asyncio.sleep(pause)
+            if state.head is not head:
+                return  # somebody got in, as was meant
         rows = self._place(batch, head)
         began = self._loop.time()
         for item, row in zip(batch, rows, strict=True):
@@ -330,9 +339,10 @@ class Appender:
             state.losses = 0  # some of it is in: nobody starves here
             return
         state.losses += 1
-        if state.losses >= LOSSES_TO_YIELD:
-            self._publish_yield(state.conv)
         await asyncio.sleep(self._random() * min(LOSS_MAX_S, LOSS_FIRST_S * 2**state.losses))
+        if state.losses >= LOSSES_TO_YIELD:
+            # Only now: they pause for a few commits, which the next try is to fall into.
+            self._publish_yield(state.conv)
 
     def _peek(self, state: _Log) -> list[_Item]:
         """The entries that may go into one command, in order.
