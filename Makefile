@@ -45,6 +45,7 @@ serve: $(BUILT)
 
 .PHONY: test
 test: $(BUILT_DEV)
+	@$(BIN)/python -m tests.services.mongodb
 	@$(BIN)/python -m pytest $(ARGS)
 
 ifneq ($(wildcard perf/__main__.py),)
