@@ -92,11 +92,12 @@ class Database:
         for place in self.logs.get(conv, ()):
             user, role = place.new.user, place.new.role
             row = self.rows.get((conv, user or ""))
-            if user is not None and role is not None and self.rows is not self.members:
-                if row is None or row.as_of < place.entry.seq:
-                    rev = self.revs.get(user, 0) + 1
-                    self.revs[user] = rev
-                    self.rows[conv, user] = MemberRow(role, self.counter, rev, place.entry.seq)
+            if user is None or role is None or self.rows is self.members:
+                continue
+            if row is None or row.as_of < place.entry.seq:
+                rev = self.revs.get(user, 0) + 1
+                self.revs[user] = rev
+                self.rows[conv, user] = MemberRow(role, self.counter, rev, place.entry.seq)
 
     def row_is_in(self, conv: str, user: str) -> bool:
         """As far as the row tells."""
