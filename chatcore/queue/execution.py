@@ -36,7 +36,9 @@ class Execution:
         self._task: asyncio.Task[None] | None = None
 
     def abandon(self) -> None:
-        """Cancel it: the right to its key is lost, or the server stops."""
+        """Cancel it, once: the right to its key is lost, or the server stops."""
+        if self._abandoned:
+            return  # it may be tidying up
         self._abandoned = True
         if self._task is not None:
             self._task.cancel()

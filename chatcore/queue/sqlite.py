@@ -250,7 +250,6 @@ class SQLiteConsumer:
     async def _begin(self, most: int) -> bool:
         """Take up to ``most`` lines and start their handlers; whether there were any."""
         queue, options, clock = self._queue, self._queue.options, self._queue.clock
-        self._expire()
         # Who stood still finds its own leases over: what they were for has to end first.
         busy = frozenset(execution.job.key for execution in self._running)
         # Before it is done: the lease counts from then at the earliest.
@@ -313,20 +312,16 @@ class SQLiteConsumer:
             while True:
                 await asyncio.sleep(lease_ms / 1000 / LOOKS)
                 # First, without asking: a store that hangs must not keep us from seeing that a lease is over.
-                self._expire()
                 now = clock.mono_ms()
+                for execution, until in list(self._running.items()):
+                    if now >= until:
+                        execution.abandon()
                 if now - last >= lease_ms // RENEWALS and (renewing is None or renewing.done()):
                     last = now
                     renewing = asyncio.create_task(self._renew(), name=f"queue-renew-{self.topic}")
         finally:
             if renewing is not None:
                 await asyncio.wait({renewing})
-
-    def _expire(self) -> None:
-        now = self._queue.clock.mono_ms()
-        for execution, until in list(self._running.items()):
-            if now >= until:
-                execution.abandon()
 
     async def _renew(self) -> None:
         queue, options, clock = self._queue, self._queue.options, self._queue.clock

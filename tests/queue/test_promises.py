@@ -314,10 +314,12 @@ def test_a_worker_that_stands_still_gives_up_before_others_begin(backend: Backen
         ended: list[Job] = []
 
         async def handler(job: Job) -> None:
+            assert len(ended) == len(begun), "the last has ended before the next is begun, by whomever"
             begun.append(job)
             try:
                 await asyncio.sleep(3600)
             except asyncio.CancelledError:
+                await asyncio.sleep(0.1)  # it tidies up
                 ended.append(job)
                 raise
 

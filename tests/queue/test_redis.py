@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from chatcore.errors import Unavailable
-from chatcore.queue.base import Job
+from chatcore.queue.base import Handler, Job
 from chatcore.queue.redis import PARTITIONS, Keys, RedisQueue
 from tests.services.redis import RedisCluster, RedisServer
 
@@ -84,6 +85,7 @@ def test_who_cannot_renew_its_leases_ends_what_it_handles(redis_server: RedisSer
 def test_a_redis_that_comes_back_empty_is_used_on(redis_server: RedisServer) -> None:
     async def work() -> None:
         log = Log()
+        started_us = time.time_ns() // 1000
         async with RedisBackend(redis_server.url).worker(replace(OPTIONS, lease_ms=1_500)) as queue:
             queue.consume("t", log)
             await queue.put("t", "k", b"before")
@@ -93,7 +95,70 @@ def test_a_redis_that_comes_back_empty_is_used_on(redis_server: RedisServer) -> 
             await until(lambda: len(log.done) == 2, "what is put from now on is handled")
             await empty(queue)
         assert log.payloads() == [b"before", b"after"]
-        assert log.done[1].fence > log.done[0].fence, "fencing numbers do not begin again"
+        assert log.done[1].fence > log.done[0].fence > started_us, "fencing numbers do not begin again"
+
+    run(work)
+
+
+def test_who_lost_its_lease_without_noticing_changes_nothing_more(redis_server: RedisServer) -> None:
+    """Every script asks for the lease; the clock of the one who lost it does not come into it."""
+
+    async def work() -> None:
+        backend = RedisBackend(redis_server.url)
+        begun: dict[str, list[Job]] = {"a": [], "b": []}
+        go_on = {"a": asyncio.Event(), "b": asyncio.Event()}
+
+        def handler(name: str) -> Handler:
+            async def handle(job: Job) -> None:
+                begun[name].append(job)
+                await go_on[name].wait()
+
+            return handle
+
+        # The first looks for its leases every 200 s.
+        async with backend.worker(replace(OPTIONS, lease_ms=600_000)) as a, backend.worker(OPTIONS) as b:
+            for n in (b"1", b"2"):
+                await a.put("t", "k", n)
+            first = a.consume("t", handler("a"))
+            await until(lambda: begun["a"], "it is begun")
+            keys = a.keys("t")
+            await asyncio.to_thread(redis_server.command, "DEL", keys.consumers, *keys.leases)
+            b.consume("t", handler("b"))
+            await until(lambda: begun["b"], "the other begins it, too")
+            go_on["a"].set()
+            await until(lambda: keys.partition("k") not in first.parts, "the first is told when it wants to end it")
+            assert await depth(b) == 2, "it is not ended"
+            assert [j.payload for j in begun["a"]] == [b"1"], "and the next is not begun"
+            go_on["b"].set()
+            await empty(b)
+            assert [(j.payload, j.delivery) for j in begun["b"]] == [(b"1", 2), (b"2", 1)]
+            assert begun["b"][0].fence > begun["a"][0].fence
+
+    run(work)
+
+
+def test_who_has_nothing_to_do_asks_little(redis_server: RedisServer) -> None:
+    async def work() -> None:
+        async with RedisBackend(redis_server.url).worker() as queue:
+            consumer = queue.consume("t", Log())
+            await queue.put("t", "k", b"1")
+            await empty(queue)
+            await until(lambda: len(consumer.parts) == PARTITIONS, "it has everything")
+
+            async def calls(command: str) -> int:
+                stats = await asyncio.to_thread(redis_server.command, "INFO", "commandstats")
+                return int(stats.get(f"cmdstat_{command}", {}).get("calls", 0))
+
+            waits = await calls("blpop")
+
+            async def waited(times: int) -> bool:
+                return await calls("blpop") >= waits + times
+
+            await until(lambda: waited(2), "all that was put has been seen")
+            before = await calls("evalsha")
+            await until(lambda: waited(6), "it has waited for some more")
+            # One to look for what is due before each wait; and a renewal may fall in between.
+            assert await calls("evalsha") - before <= 12 + PARTITIONS
 
     run(work)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from chatcore.errors import Unavailable
-from chatcore.queue.base import Clock
+from chatcore.queue.base import Clock, Job
 from chatcore.queue.sqlite import SQLiteQueue
 from chatcore.queue.sqlite_ops import Lease
-from chatcore.store.sqlite.ops import Transaction
+from chatcore.store.sqlite.ops import Op, Transaction
 
 from .harness import OPTIONS, Log, SQLiteBackend, depth, empty, run, until
 
@@ -131,6 +132,40 @@ def test_a_store_that_does_not_answer_for_a_while_stops_nothing_for_good(backend
             await empty(queue)
             assert log.payloads() == [b"1", b"3"]
             await queue.close(0)
+
+    run(work)
+
+
+def test_who_cannot_renew_its_leases_ends_what_it_handles(backend: SQLiteBackend) -> None:
+    async def work() -> None:
+        cancelled: list[Job] = []
+        renewed: list[object] = []
+        away = False
+
+        async def handler(job: Job) -> None:
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                cancelled.append(job)
+
+        async with backend.worker() as inner:
+
+            def write(op: Op) -> asyncio.Future[Any]:
+                if not away:
+                    renewed.append(op)
+                    return inner._write(op)
+                # As a store that hangs: its answer never comes.
+                return asyncio.get_running_loop().create_future()
+
+            queue = SQLiteQueue(write, inner._read, replace(OPTIONS, lease_ms=900))
+            await queue.put("t", "k", b"1")
+            queue.consume("t", handler)
+            await until(lambda: len(renewed) == 3, "it was put, taken and held once more")
+            away = True
+            await until(lambda: cancelled, "it is ended before somebody else could begin it")
+            for task in asyncio.all_tasks():
+                if task.get_name().startswith("queue-"):
+                    task.cancel()
 
     run(work)
 
