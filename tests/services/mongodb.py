@@ -4,7 +4,7 @@ Which one: ``CHATCORE_TEST_MONGODB_URL`` (a running one), else ``mongod`` from t
 once with Go into ``.cache/`` from the module beside this file (see README.md here for what it can and cannot).
 
 ``python -m tests.services.mongodb`` builds what is missing; with ``serve`` it also starts the server, prints
-its URL and stops it with Ctrl-C.
+its URL, and stops it on Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def ferretdb() -> Path:
 
 def _build(version: str, built: Path) -> None:
     go = _go()
-    _say(f"building FerretDB {version}, the MongoDB for the tests, with {go}: some 3 minutes, only this time")
+    _say(f"building FerretDB {version}, the MongoDB for the tests, with {go}: minutes, only this time")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="building-") as folder:
         new = Path(folder) / "new"
@@ -238,9 +238,7 @@ def _build(version: str, built: Path) -> None:
         )
         if made.returncode != 0:
             raise Unavailable(f"FerretDB {version} cannot be built, set {URL_VARIABLE} instead: {made.stdout[-2000:]}")
-        for old in CACHE.glob("ferretdb-*"):
-            shutil.rmtree(old, ignore_errors=True)
-        new.rename(built.parent)
+        new.rename(built.parent)  # older ones stay: another run may be about to start one
     _say(f"built FerretDB {version} in {time.monotonic() - began:.0f} s")
 
 
@@ -333,10 +331,11 @@ def main() -> None:
             if URL_VARIABLE not in os.environ:
                 program()
             return
-        with MongoServer() as server:
+        for ending in (signal.SIGINT, signal.SIGTERM):  # the first is ignored in what a shell runs in the background
+            signal.signal(ending, signal.default_int_handler)
+        with contextlib.suppress(KeyboardInterrupt), MongoServer() as server:
             print(server.url, flush=True)
-            with contextlib.suppress(KeyboardInterrupt):
-                signal.pause()
+            signal.pause()
     except Unavailable as error:
         sys.exit(str(error))
 
