@@ -81,6 +81,8 @@ class Delivery:
         self._dirty: set[Room] = set()
         self.refreshing = 0
         self._merged = 0  # position up to which those who are told of changes only were told
+        # What did not fit into one merge, or could not be read; `joining` counts who is in it.
+        self._left: dict[Subscriber, list[str]] = {}
         self.seen = 0
         #: Position up to which all that concerns the live sessions here was queued to them.
         self.settled = 0
@@ -530,9 +532,10 @@ class Delivery:
         """
         while True:
             await asyncio.sleep(QUIET_MERGE_S)
-            if not self._dirty:
+            if not (self._dirty or self._left):
                 continue
-            wanted: dict[Subscriber, list[str]] = {}
+            left, self._left = self._left, {}
+            wanted: dict[Subscriber, list[str]] = {x: list(convs) for x, convs in left.items()}
             for room in self._dirty:
                 room.dirty = False
                 for x in room.quiet.sessions():
@@ -543,21 +546,35 @@ class Delivery:
             self.refreshing += 1
             try:
                 for x, convs in wanted.items():
-                    await self._push_views(x, convs)
+                    if not x.closed:
+                        await self._push_views(x, convs)
+                    if x in left:
+                        x.joining -= 1
                 self._merged = upto
             finally:
                 self.refreshed()
 
     async def _push_views(self, x: Subscriber, convs: list[str]) -> None:
+        """The ``conv`` of each, newest first, as many as may be in an outbox at once; the others come with the next
+        merge, since nobody is cut off for what others wrote in conversations that he did not attach to.
+        """
         try:
             _, views = await self._store.views(x.user_id, convs)
         except ChatError as exc:
             log.warning("conv for %s: %s", x.user_id, exc)
-            for conv in convs:
-                if (room := self.rooms.get(conv)) is not None:
-                    room.dirty = True
-                    self._dirty.add(room)
+            self._tell_later(x, convs)
             return
-        for view in views:
+        size = 0
+        for i, view in enumerate(views):
+            size += len(view.last or b"")
+            if i and size > self._replay_bytes:
+                self._tell_later(x, [late.conv for late in views[i:]])
+                return
             if not x.closed:
                 x.push_view(view, None)
+
+    def _tell_later(self, x: Subscriber, convs: list[str]) -> None:
+        if x not in self._left:
+            x.joining += 1  # its `sync` does not cover what it was not told
+            self._left[x] = []
+        self._left[x] += convs

@@ -73,8 +73,9 @@ class Shelf:
 
     async def _ask(self, *what: Any) -> None:
         self.asked.append(what)
+        fails = self.down or what[0] in self.failing
         await asyncio.sleep(0)
-        if self.down or what[0] in self.failing:
+        if fails:
             raise Unavailable("the store does not answer")
 
     async def position(self) -> int:
@@ -113,8 +114,9 @@ class Shelf:
 
     def _view(self, conv: str) -> View:
         head, row = len(self.logs[conv]), self.rows[conv]
+        last = self.logs[conv][-1].wire
         return View(
-            conv, "group", None, None, None, "member", 2, "all", head, row["read"], 0, None, row["rev"], row["rev"]
+            conv, "group", None, None, None, "member", 2, "all", head, row["read"], 0, last, row["rev"], row["rev"]
         )
 
     async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import orjson
+
 from .parts import Desk, Shelf, message, until
 
 LARGE = "\x01" * 8192  # six bytes each in JSON
@@ -118,6 +120,58 @@ async def test_a_ping_covers_no_conversation_that_is_still_on_its_way_to_the_cli
         assert told.index(("conv", "new")) > told.index(("ok", None), 1), "this shows nothing: it was told before"
         # Then it moves on.
         while int(sync.rsplit(".")[-1]) < added_at:
+            sync = (await desk.answer(x, desk.begin(x, "ping")))["sync"]
+
+
+async def test_large_messages_in_many_conversations_do_not_flood_who_is_not_attached_to_them() -> None:
+    """All that had changed was told in one turn of the loop: who was away and in many groups was cut off for what
+    others wrote there, and each time that he came back.
+    """
+    shelf = Shelf()
+    convs = [f"c{i}" for i in range(8)]
+    for conv in convs:
+        shelf.conversation(conv)
+    async with Desk(shelf, replay_bytes=262_144) as desk:
+        x = await desk.log_in("alice", only=[])
+        before = len(desk.got(x, t="conv"))
+        for conv in convs:
+            shelf.logs[conv].append(message(conv, 2, LARGE))
+            desk.delivery.on_entry(shelf.logs[conv][-1])
+        shelf.at += 1
+        told_at = shelf.at
+        await until(lambda: len(desk.got(x, t="conv")) > before, "a merge")
+        first = desk.got(x, t="conv")[before:]
+        assert sum(len(orjson.dumps(m)) for m in first) <= 300_000
+        assert len(first) < len(convs)
+        # What was not told yet is in no `sync`.
+        sync = (await desk.answer(x, desk.begin(x, "ping")))["sync"]
+        assert int(sync.rsplit(".")[-1]) < told_at
+        await until(lambda: len(desk.got(x, t="conv")) >= before + len(convs), "the rest")
+        assert sorted(m["c"] for m in desk.got(x, t="conv", head=2)) == convs
+        while int(sync.rsplit(".")[-1]) < told_at:
+            sync = (await desk.answer(x, desk.begin(x, "ping")))["sync"]
+
+
+async def test_a_merge_for_which_the_store_fails_is_told_with_the_next_and_in_no_sync_before() -> None:
+    """It was told with the next, but a client that was cut off in between came back with a `sync` that covered it."""
+    shelf = Shelf()
+    shelf.conversation("c")
+    async with Desk(shelf) as desk:
+        x = await desk.log_in("alice", only=[])
+        entry = message("c", 2)
+        shelf.logs["c"].append(entry)
+        shelf.at += 1
+        told_at, tries = shelf.at, _tries(shelf, "views")
+        shelf.failing = {"views"}
+        desk.delivery.on_entry(entry)
+        await until(lambda: _tries(shelf, "views") > tries, "a merge")
+        shelf.failing = set()
+        await until(lambda: desk.delivery.settled >= told_at, "the position to move on")
+        sync = (await desk.answer(x, desk.begin(x, "ping")))["sync"]
+        assert not desk.got(x, t="conv", head=2)
+        assert int(sync.rsplit(".")[-1]) < told_at
+        await until(lambda: desk.got(x, t="conv", head=2), "the next merge")
+        while int(sync.rsplit(".")[-1]) < told_at:
             sync = (await desk.answer(x, desk.begin(x, "ping")))["sync"]
 
 
