@@ -94,7 +94,7 @@ async def test_a_burst_of_large_messages_cuts_off_nobody_who_reads(world: World)
         assert client.closed is None
 
 
-async def test_sixty_large_entries_are_resumed_where_an_outbox_holds_one(lean: World) -> None:
+async def test_many_large_entries_are_resumed_where_an_outbox_holds_one(lean: World) -> None:
     """A replay queued up to 100 entries of the ring at once, whatever their size."""
     _, m = await lean.pair(on=0, only=[])
     victim = await lean.user()
@@ -102,7 +102,8 @@ async def test_sixty_large_entries_are_resumed_where_an_outbox_holds_one(lean: W
     away = await lean.connect(victim)
     sync, held = away.got(t="ready")[0]["sync"], away.got(t="conv", c=conv)[0]["head"]
     await away.close()
-    last = await lean.fill(m, conv, 60, LARGE[:8000])
+    # Fewer where the store reads the whole collection for each of them.
+    last = await lean.fill(m, conv, 60 if lean.server.backend.fast else 24, LARGE[:8000])
     for slot in (0, 1):
         client = await lean.connect(victim, on=slot, sync=sync, have={conv: held})
         await client.reach(conv, last)
