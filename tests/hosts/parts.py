@@ -22,7 +22,7 @@ from ..e2e.client import Client, Message
 from ..e2e.rest import Http
 from ..e2e.traffic import Talker, Traffic
 from ..e2e.world import User, World, new_cid
-from ..server import PATIENCE_S, Backend, Server
+from ..server import PATIENCE_S, Backend, Server, eventually
 from ..services.mongodb import MongoServer
 from ..services.redis import RedisServer
 
@@ -66,25 +66,38 @@ class Site:
             list(pool.map(Server.start, self.servers))
         return self
 
-    def end(self, *, failed: bool = False) -> None:
+    def end(self) -> None:
         """Stop the hosts as an operator does and see that they had no errors; then the services."""
         try:
-            if not failed:
-                with ThreadPoolExecutor() as pool:
-                    list(pool.map(Server.stop, self.servers))
+            with contextlib.suppress(RuntimeError):
+                self.mongo.resume()
+            if self.redis.process is not None:
+                self.redis.thaw()
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(Server.stop, self.servers))
         finally:
             for server in self.servers:
                 server.kill()
-            with contextlib.suppress(RuntimeError):
-                self.mongo.resume()
             self._database.close()
             self.mongo.close()
             self.redis.kill()
+
+    def freeze_store(self) -> None:
+        """The store accepts connections (the kernel does) and answers nothing, from when this returns on."""
+        self.mongo.pause()
+        tasks = Path(f"/proc/{self.mongo.pid}/task")
+        # A signal reaches one thread after the other; what still runs may still commit.
+        eventually(lambda: all(_state(task) == "T" for task in tasks.iterdir()), "every thread has stopped")
 
     def need_own_store(self) -> None:
         """Skip the test if the store is somebody else's: it is to be stopped or killed."""
         if self.mongo.external:
             pytest.skip("the server of CHATCORE_TEST_MONGODB_URL may not be stopped")
+
+
+def _state(task: Path) -> str:
+    """Of a thread, as in proc(5)."""
+    return (task / "stat").read_text().rpartition(")")[2].split()[0]
 
 
 class HostWorld(World):
@@ -299,6 +312,21 @@ async def crosses(one: Client, other: Client, conv: str) -> None:
                 await other.expect(t="read", c=conv, user=one.user, upto=sent["s"])
                 return
     raise AssertionError(f"no read mark of {one.user} came through")
+
+
+async def settled(watcher: Client, user: str, state: str) -> None:
+    """Wait until this is what the watcher was told last of the user."""
+    await watcher.until(lambda: last_told(watcher, user) == state, f"{user} is {state}")
+
+
+def last_told(watcher: Client, user: str) -> str:
+    """What it was told last, by a push or in the answer to `watch`."""
+    told = ""
+    for message in watcher.received:
+        for one in message.get("states", [message] if message["t"] == "presence" else []):
+            if one["user"] == user:
+                told = one["state"]
+    return told
 
 
 async def run(pair: Pair, talkers: int, conversations: int, pause_s: float, work: Callable[[HostTraffic], Any]) -> None:

@@ -9,10 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import pytest
-
-from ..e2e.client import Client
-from .parts import CONVERGE_S, PRESENCE_S, HostTraffic, Pair, Reader, Site, crosses, run, says
+from .parts import CONVERGE_S, PRESENCE_S, HostTraffic, Pair, Reader, Site, crosses, run, says, settled
 
 TALKERS = 12
 CONVERSATIONS = 2
@@ -64,32 +61,6 @@ class Watched:
         # A watcher that comes now is told the same.
         states = (await (await self.pair.b.connect(self.comes)).request("watch", users=[self.goes.id]))["states"]
         assert [state["state"] for state in states] == ["offline"]
-
-
-async def settled(watcher: Client, user: str, state: str) -> None:
-    """Wait until this is what the watcher was told last of the user."""
-    await watcher.until(lambda: last_told(watcher, user) == state, f"{user} is {state}")
-
-
-def last_told(watcher: Client, user: str) -> str:
-    """What it was told last, by a push or in the answer to `watch`."""
-    told = ""
-    for message in watcher.received:
-        for one in message.get("states", [message] if message["t"] == "presence" else []):
-            if one["user"] == user:
-                told = one["state"]
-    return told
-
-
-@pytest.fixture
-def figures(capsys: pytest.CaptureFixture[str]) -> Callable[[str], None]:
-    """Prints what was measured even if the test is well."""
-
-    def show(text: str) -> None:
-        with capsys.disabled():
-            print(f"\n    {text}", end="", flush=True)
-
-    return show
 
 
 async def _through_an_outage(
