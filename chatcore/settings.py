@@ -236,18 +236,18 @@ class Cache:
     tail_conversations: int = _int(5_000, 16, 1_000_000, "Conversations whose last entries are kept in a worker.")
     tail_bytes: int = _int(67_108_864, 1_048_576, 17_179_869_184, "Bytes of those entries together, in a worker.")
     session_ttl_ms: int = _int(
-        30_000, 1, 3_600_000, "A worker believes in a session for this long; a lost revocation ends with it."
+        60_000, 1, 3_600_000, "A worker believes in a session for this long; a lost revocation ends with it."
     )
-    profile_ttl_ms: int = _int(60_000, 1, 3_600_000, "A worker believes in a name for this long; a stale one is mild.")
+    profile_ttl_ms: int = _int(120_000, 1, 3_600_000, "A worker believes in a name for this long; a stale one is mild.")
     role_ttl_ms: int = _int(
-        30_000, 1, 3_600_000, "A worker believes in a role for this long; one removed reads no longer than this."
+        60_000, 1, 3_600_000, "A worker believes in a role for this long; one removed reads no longer than this."
     )
     tail_ttl_ms: int = _int(
         60_000, 1, 3_600_000, "A worker keeps last entries for this long; a deletion it missed ends with it."
     )
-    l2_session_ttl_ms: int = _int(120_000, 1, 86_400_000, "The same for sessions in Redis; adds to the worker's.")
-    l2_profile_ttl_ms: int = _int(600_000, 1, 86_400_000, "The same for names in Redis; adds to the worker's.")
-    l2_role_ttl_ms: int = _int(120_000, 1, 86_400_000, "The same for roles in Redis; adds to the worker's.")
+    l2_session_ttl_ms: int = _int(300_000, 1, 86_400_000, "The same for sessions in Redis; adds to the worker's.")
+    l2_profile_ttl_ms: int = _int(900_000, 1, 86_400_000, "The same for names in Redis; adds to the worker's.")
+    l2_role_ttl_ms: int = _int(300_000, 1, 86_400_000, "The same for roles in Redis; adds to the worker's.")
     l2_tail_ttl_ms: int = _int(
         1_800_000, 1, 86_400_000, "The same for last entries in Redis; long, as they do not change until deleted."
     )

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import send
+from . import cache, send
 
-BENCHES: dict[str, Callable[[list[str]], dict[str, Any]]] = {"send": send.main}
+BENCHES: dict[str, Callable[[list[str]], dict[str, Any]]] = {"cache": cache.main, "send": send.main}
 
 
 def main(argv: list[str]) -> int:

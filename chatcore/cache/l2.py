@@ -76,10 +76,6 @@ class TailRecord:
     epoch: bytes
 
 
-def _random() -> bytes:
-    return os.urandom(scripts.GENERATION_BYTES)
-
-
 class L2:
     """One per worker.
 
@@ -101,12 +97,14 @@ class L2:
         self._lives_ms = lives_ms
         self._negative_ms = negative_ms
         self._keep = keep
+        # Of the kernel once: unlike any other worker's, and not secret.
+        self._generator = random.Random(os.urandom(16))
         #: Whether it is used now: it answers, and nothing is owed.
         self.ready = False
         self.outages = 0
         self.shed = 0
         self._owed: dict[Key, None] = {}
-        self._epochs = {kind: _random() for kind in KINDS}
+        self._epochs = {kind: self._random() for kind in KINDS}
         self._queue: deque[Args] = deque()
         self._added: dict[str, list[Entry]] = {}
         self._n_added = 0
@@ -207,6 +205,9 @@ class L2:
                 self._lost(exc)
             return None
 
+    def _random(self) -> bytes:
+        return self._generator.randbytes(scripts.GENERATION_BYTES)
+
     def _key(self, kind: str, key: str) -> str:
         return f"{self.prefix}:{kind}:{key}"
 
@@ -219,12 +220,12 @@ class L2:
 
     # --- records -------------------------------------------------------------------
     def _epoch_commands(self, kind: str) -> Args:
-        return ("EVAL", scripts.EPOCH, 1, self._key("epoch", kind), _random())
+        return ("EVAL", scripts.EPOCH, 1, self._key("epoch", kind), self._random())
 
     async def look(self, kind: str, keys: Sequence[str]) -> dict[str, Record]:
         """What is there under these keys (empty: it is away). Who gets a right is to read the store
         now, and then to call :meth:`fill`."""
-        lease = _random()
+        lease = self._random()
         epoch = self._epochs[kind]
         commands: list[Args] = [self._epoch_commands(kind)]
         commands += [
@@ -259,7 +260,7 @@ class L2:
             return
         state = b"N" if value is None else b"V"
         life = self._life(self._negative_ms if value is None else self._lives_ms[kind])
-        data = b"%b%b%b%b" % (_random(), record.epoch, state, value or b"")
+        data = b"%b%b%b%b" % (self._random(), record.epoch, state, value or b"")
         self._send(("EVAL", scripts.FILL, 1, self._key(kind, key), record.seen, data, life))
 
     async def delete(self, keys: Iterable[Key]) -> bool:
@@ -281,7 +282,7 @@ class L2:
             return [("DEL", self._key("epoch", kind))]
         if kind == TAIL:
             tail, generation = self._tail_keys(name)
-            return [("SET", generation, self._epochs[TAIL] + _random(), "PX", self._lives_ms[TAIL]), ("DEL", tail)]
+            return [("SET", generation, self._epochs[TAIL] + self._random(), "PX", self._lives_ms[TAIL]), ("DEL", tail)]
         return [("DEL", self._key(kind, name))]
 
     # --- tails ---------------------------------------------------------------------
@@ -312,7 +313,7 @@ class L2:
         if not entries:
             return
         known = record.seen[: scripts.GENERATION_BYTES] == record.epoch
-        to_be = record.seen if known else record.epoch + _random()
+        to_be = record.seen if known else record.epoch + self._random()
         newest = entries[-self._keep :]
         self._send(("EVAL", scripts.GROW, 2, *self._tail_keys(conv), record.seen, to_be, *self._tail_args(newest)))
 
@@ -328,7 +329,7 @@ class L2:
 
     async def overwrite(self, e: Entry) -> bool:
         """Another body for an entry. False: it is away, and the deletion of its tail is owed."""
-        generation = self._epochs[TAIL] + _random()
+        generation = self._epochs[TAIL] + self._random()
         command = ("EVAL", scripts.OVERWRITE, 2, *self._tail_keys(e.conv), generation, *self._tail_args([e]))
         replies = await self._run([command])
         if replies is not None and not isinstance(replies[0], Exception):
@@ -362,7 +363,7 @@ class L2:
                     conv = next(iter(self._added))
                     entries = self._added.pop(conv)
                     self._n_added -= len(entries)
-                    generation = self._epochs[TAIL] + _random()
+                    generation = self._epochs[TAIL] + self._random()
                     newest = entries[-self._keep :]
                     commands.append(
                         ("EVAL", scripts.ADD, 2, *self._tail_keys(conv), generation, *self._tail_args(newest))
