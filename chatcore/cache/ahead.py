@@ -62,9 +62,6 @@ class Ahead:
         self.idle = asyncio.Event()
         self.idle.set()
 
-    def _loaded(self) -> int:
-        return self._history.ahead_l2 + self._history.ahead_store
-
     # --- at the start ----------------------------------------------------------------
     async def run(self) -> None:
         """Load the most active conversations, within the budget; ``warm`` is set at the end."""
@@ -82,14 +79,11 @@ class Ahead:
         def go_on() -> bool:
             return self._clock() < until
 
-        before = self._loaded()
-        try:
-            for heads in await self._active(self._settings.warm_conversations):
-                if go_on():
-                    await self._history.load_ahead(list((await self._store.heads(heads)).items()), go_on)
-        finally:
-            self.warmed = self._loaded() - before
-            log.info("%d conversations are warm", self.warmed)
+        for convs in await self._active(self._settings.warm_conversations):
+            if go_on():
+                heads = await self._store.heads(convs)
+                self.warmed += await self._history.load_ahead(list(heads.items()), go_on)
+        log.info("%d conversations are warm", self.warmed)
 
     async def _active(self, most: int) -> Iterable[Sequence[str]]:
         """The most active conversations, in lots."""
@@ -119,14 +113,12 @@ class Ahead:
             self._spawn(self._prefetch(), "cache-prefetch")
 
     async def _prefetch(self) -> None:
-        before = self._loaded()
         try:
             while self._waiting:
                 heads, self._waiting = list(self._waiting.items()), {}
-                await self._history.load_ahead(heads)
+                self.prefetched += await self._history.load_ahead(heads)
         except ChatError as exc:
             log.debug("prefetch: %s", exc)
         finally:
             self._loading = False
-            self.prefetched += self._loaded() - before
             self.idle.set()

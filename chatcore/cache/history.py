@@ -185,11 +185,13 @@ class History:
         except ChatError as exc:
             log.debug("refreshing the tail of %s: %s", conv, exc)
 
-    async def load_ahead(self, heads: Sequence[tuple[str, int]], go_on: Callable[[], bool] = lambda: True) -> None:
-        """Load the tails of conversations with these heads, one read of the store at a time, while ``go_on()``.
+    async def load_ahead(self, heads: Sequence[tuple[str, int]], go_on: Callable[[], bool] = lambda: True) -> int:
+        """Load the tails of conversations with these heads, one read of the store at a time, while ``go_on()``;
+        how many were loaded.
 
         :raises ChatError: the store failed.
         """
+        loaded = 0
         for at in range(0, len(heads), AHEAD_AT_ONCE):
             some = [(conv, head) for conv, head in heads[at : at + AHEAD_AT_ONCE] if not self._has(conv, head)]
             if not some or not go_on():
@@ -202,9 +204,12 @@ class History:
                 record = records.get(conv)
                 if record is not None and self._complete(conv, head, record, ticket) is not None:
                     self.ahead_l2 += 1
+                    loaded += 1
                 elif go_on() and not self._has(conv, head):
                     await self._load(conv, head, record)
                     self.ahead_store += 1
+                    loaded += 1
+        return loaded
 
     def _has(self, conv: str, head: int) -> bool:
         return head <= 0 or self.tails.covers(conv, max(1, head - self.tails.keep + 1), head)

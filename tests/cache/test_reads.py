@@ -164,7 +164,8 @@ async def test_a_failure_is_told_to_all_who_wait_and_to_nobody_later(tmp_path: P
 
 async def test_what_is_used_much_is_read_again_before_it_ends(tmp_path: Path) -> None:
     clock = Clock()
-    async with workers(tmp_path, clock=clock, settings=replace(SETTINGS, refresh=True)) as (w,):
+    settings = replace(SETTINGS, refresh=True, role_ttl_ms=30_000, tail_ttl_ms=60_000)
+    async with workers(tmp_path, clock=clock, settings=settings) as (w,):
         ann, bob = await w.user("ann"), await w.user("bob")
         conv = await w.conversation(ann, bob)
         head = await w.fill(conv, ann, 60)
@@ -173,16 +174,16 @@ async def test_what_is_used_much_is_read_again_before_it_ends(tmp_path: Path) ->
             await w.last(conv, ann, hint=head)
         await w.last(conv, bob, hint=head)
         counts = w.cache.stats()["kinds"]
-        clock.move(SETTINGS.role_ttl_ms / 1000 * 0.95)
+        clock.move(28)
         await w.last(conv, ann, hint=head)
         await w.last(conv, bob, hint=head)
         await until(lambda: w.cache.roles.counts.refreshed == 1, "the much used role was read again, the other was not")
-        clock.move(SETTINGS.role_ttl_ms / 1000 * 0.9)
+        clock.move(27)
         await w.last(conv, ann, hint=head)  # nobody waited: the old one would have ended
         await until(lambda: w.cache.history.counts.refreshed == 1, "the tail, too")
         after = w.cache.stats()["kinds"]
         assert after["roles"]["missed"] == counts["roles"]["missed"]
-        clock.move(SETTINGS.tail_ttl_ms / 1000 * 0.9)
+        clock.move(50)
         await w.last(conv, ann, hint=head)
         assert w.cache.history.counts.missed == counts["last_entries"]["missed"]
 
