@@ -118,8 +118,6 @@ class Worker:
     async def close(self) -> None:
         await self.cache.close()
         await self.bus.close()
-        if self.redis is not None:
-            await self.redis.close()
 
     async def attach(self, views: list[View]) -> None:
         """Rooms become live: their entries are heard."""

@@ -54,6 +54,7 @@ class Commands(Protocol):
     """The part of :class:`~chatcore.redis_client.RedisClient` that is used here."""
 
     async def pipeline(self, commands: Sequence[Args]) -> list[Any]: ...
+    async def close(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class TailRecord:
 class L2:
     """One per worker.
 
-    :param client: commands without repetition, with short time-outs.
+    :param client: commands without repetition, with short time-outs; it is closed with this.
     :param lives_ms: how long the records of each kind live.
     :param keep: entries of a tail.
     """
@@ -121,13 +122,14 @@ class L2:
         self._watcher = asyncio.create_task(self._watch(), name="cache-l2-watch")
 
     async def close(self) -> None:
-        """Send what is queued, and end."""
+        """Send what is queued, and end; the client, too."""
         if self._watcher is not None:
             self._watcher.cancel()
             await asyncio.gather(self._watcher, return_exceptions=True)
         if self._sender is not None:
             await asyncio.wait([self._sender])
         self.ready = False
+        await self._client.close()
 
     async def until_ready(self) -> None:
         """Return when it is used (again)."""

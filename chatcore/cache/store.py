@@ -61,7 +61,7 @@ class CachedStore(Through):
     :meth:`start` starts the store too; :meth:`listen` is to follow, when there is a bus. The store
     must have been made with an ``on_commit`` that calls :meth:`on_commit` before anybody is told.
 
-    :param redis: commands for level 2, with short time-outs; None: level 1 alone.
+    :param redis: commands for level 2, with short time-outs, closed with this; None: level 1 alone.
     :param clock: monotonic, in seconds; ``wall`` Unix time in seconds, as tokens expire by it.
     """
 

@@ -264,5 +264,3 @@ async def workers(
     finally:
         for w in made:
             await w.cache.close()
-            if w.redis is not None:
-                await w.redis.close()

@@ -34,9 +34,8 @@ async def levels(url: str, count: int = 2) -> AsyncIterator[list[L2]]:
     try:
         yield made
     finally:
-        for l2, client in zip(made, clients, strict=True):
+        for l2 in made:
             await l2.close()
-            await client.close()
 
 
 async def look(l2: L2, key: str = "k", kind: str = "u") -> Record:
