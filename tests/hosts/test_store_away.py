@@ -15,6 +15,8 @@ TALKERS = 8
 PAUSE_S = 0.2
 #: Short, since every test waits for them: a refused send is an insert and then a look at what became of it.
 QUICK = {"store.operation_ms": 1000, "store.server_selection_ms": 1000}
+#: The driver tells in its own words, with a traceback, that a connection was lost in the background.
+DRIVER = r"pymongo\.client: |^Traceback"
 #: How long one waits for the refusal at most: `timeouts.store_ms`.
 REFUSED_S = 5.0
 
@@ -23,16 +25,18 @@ REFUSED_S = 5.0
 async def test_a_store_that_is_away_acknowledges_nothing_and_loses_nothing(
     make_site: Callable[..., Site], figures: Callable[[str], None], how: str
 ) -> None:
-    site = make_site(settings=QUICK)
+    site = make_site(settings=QUICK, errors=DRIVER)
     site.need_own_store()
     pair = Pair(site)
     loop = asyncio.get_running_loop()
 
     async def outage(traffic: HostTraffic) -> None:
-        # Nobody is on the second worker of either host but those of the traffic.
-        _, a = await pair.a.pair("alice", on=0)
+        alice, a = await pair.a.pair("alice", on=0)
         bob = await pair.b.user("bob")
         b = await pair.b.connect(bob, on=0)
+        # Somebody is on every worker: see the test below for those that nobody uses.
+        await pair.a.connect(alice, on=1)
+        await pair.b.connect(bob, on=1)
         conv = await pair.a.group(a, bob)
         await traffic.flow(TALKERS)
         (site.freeze_store if how == "standing-still" else site.mongo.kill)()
@@ -90,7 +94,7 @@ async def test_a_store_that_is_away_acknowledges_nothing_and_loses_nothing(
     reason="MongoStore asks whether the server is there only when it was not: without clients nothing else asks",
 )
 async def test_a_worker_that_nobody_uses_notices_that_the_store_is_away(make_site: Callable[..., Site]) -> None:
-    site = make_site(settings=QUICK)
+    site = make_site(settings=QUICK, errors=DRIVER)
     site.need_own_store()
     site.freeze_store()
     await says(site.servers, 6.0, store="down", bus="ok")
