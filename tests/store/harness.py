@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import uvloop
 
-from chatcore.store.base import Entry, NewEntry, Opening, User
+from chatcore.store.base import Entry, NewEntry, Opening, Store, User
 from chatcore.store.entries import new_entry
+from chatcore.store.mongo.client import MongoSettings
+from chatcore.store.mongo.store import MongoStore
 from chatcore.store.sqlite.schema import prepare
 from chatcore.store.sqlite.store import SQLiteStore
 
@@ -28,10 +31,24 @@ def change(conv: str, actor: User, user: User, role: str) -> NewEntry:
     return new_entry(conv, actor.id, f"cid-{next(_cids)}", "member", {"user": user.id, "role": role})
 
 
+@dataclass(frozen=True, slots=True)
+class Database:
+    """A database of MongoDB's protocol, for :func:`run`."""
+
+    url: str
+    name: str
+
+    def settings(self, **changes: Any) -> MongoSettings:
+        return replace(MongoSettings(self.url, self.name), **changes)
+
+
+Place = Path | Database
+
+
 class Opened:
     """A store in use: what it told, and who and what is in it."""
 
-    def __init__(self, store: SQLiteStore, told: list[Entry]) -> None:
+    def __init__(self, store: Store, told: list[Entry]) -> None:
         self.store = store
         self.told = told
 
@@ -50,18 +67,23 @@ class Opened:
         return found
 
 
-def run(data: Path, work: Callable[[Opened], Awaitable[Any]], **options: Any) -> Any:
-    """Open a store on the folder, do the work on the loop that workers use, and close it."""
+def run(data: Place, work: Callable[[Opened], Awaitable[Any]], **options: Any) -> Any:
+    """Open a store on the folder or database, do the work on the loop that workers use, and close it."""
 
     async def main() -> Any:
         told: list[Entry] = []
-        store = SQLiteStore(data, told.extend, **options)
+        store: Store
+        if isinstance(data, Database):
+            store = MongoStore(data.settings(), told.extend, lambda conv: None, **options)
+        else:
+            store = SQLiteStore(data, told.extend, **options)
         await store.start()
         try:
             return await work(Opened(store, told))
         finally:
             await store.close()
 
-    prepare(data)
+    if isinstance(data, Path):
+        prepare(data)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from typing import Final
 
 from pymongo import UpdateOne
 from pymongo.errors import DuplicateKeyError
@@ -16,7 +18,13 @@ from ..base import User
 from ..names import name_key
 from .client import Document, Mongo
 from .members import Members, row_id
-from .reads import Reads
+from .reads import CHUNK, Marks, Reads
+
+# Updates in one command. More would hold more connections of a FerretDB than it has, for ever;
+# and a command that takes long keeps others waiting.
+UPDATES: Final = 20
+# Tries to take a name that others take and leave meanwhile.
+NAME_TRIES: Final = 3
 
 
 def now_ms() -> int:
@@ -38,27 +46,19 @@ class Accounts:
         :raises Conflict: somebody has it.
         """
         key = name_key(name)
-        try:
-            await self._mongo.do(self._mongo["names"].insert_one({"_id": key, "u": user}))
-            return
-        except DuplicateKeyError:
-            pass
-        holder = await self._mongo.do(self._mongo["names"].find_one({"_id": key}))
-        if holder is None or holder["u"] == user:
-            return
-        if await self._mongo.do(self._mongo["users"].find_one({"_id": holder["u"]}, {"_id": 1})) is not None:
-            raise Conflict("this name is taken")
-        # Who took it died before the account was made.
-        taken = await self._mongo.do(
-            self._mongo["names"].update_one({"_id": key, "u": holder["u"]}, {"$set": {"u": user}})
-        )
-        if not taken.matched_count:
-            raise Conflict("this name is taken")
+        for _ in range(NAME_TRIES):
+            try:
+                await self._mongo.do(self._mongo["names"].insert_one({"_id": key, "u": user}))
+                return
+            except DuplicateKeyError:
+                holder = await self._mongo.do(self._mongo["names"].find_one({"_id": key}, {"u": 1}))
+            if holder is not None and holder["u"] == user:
+                return
+        raise Conflict("this name is taken")
 
     async def add_user(self, name: str, password: str) -> User:
         """A new account."""
         user = User(secrets.token_urlsafe(9), name)
-        await self._reserve(name, user.id)
         doc: Document = {
             "_id": user.id,
             "name": name,
@@ -68,7 +68,13 @@ class Accounts:
             "disabled": False,
             "rev": 0,
         }
+        # The account before its name: without a name nobody finds it, and no name is ever without an account.
         await self._mongo.do(self._mongo["users"].insert_one(doc))
+        try:
+            await self._reserve(name, user.id)
+        except Conflict:
+            await self._mongo.do(self._mongo["users"].delete_one({"_id": user.id}))
+            raise
         return user
 
     async def update_user(self, user: str, name: str | None, password: str | None, keep: bytes) -> User:
@@ -82,12 +88,20 @@ class Accounts:
             fields |= {"name": name, "key": name_key(name)}
         if password is not None:
             fields["password"] = password
-        await self._mongo.do(self._mongo["users"].update_one({"_id": user}, {"$set": fields}))
+            # Before it, so that none is left if nobody lives to do it after it; and after it, for what
+            # was made with the old one meanwhile.
+            await self._end_tokens(user, keep)
+        if fields:
+            await self._mongo.do(self._mongo["users"].update_one({"_id": user}, {"$set": fields}))
         if name is not None and name_key(name) != before["key"]:
             await self._mongo.do(self._mongo["names"].delete_one({"_id": before["key"], "u": user}))
         if password is not None:
-            await self._mongo.do(self._mongo["tokens"].delete_many({"u": user, "_id": {"$ne": keep.hex()}}))
+            await self._end_tokens(user, keep)
         return User(user, name if name is not None else before["name"])
+
+    async def _end_tokens(self, user: str, keep: bytes = b"") -> None:
+        """All of a user's tokens but one (asks every shard)."""
+        await self._mongo.do(self._mongo["tokens"].delete_many({"u": user, "_id": {"$ne": keep.hex()}}))
 
     async def set_disabled(self, name: str, disabled: bool) -> str:
         """Disable an account, which ends its tokens, or enable it again; returns its id."""
@@ -96,7 +110,7 @@ class Accounts:
             raise NotFound(f"no such user: {name}")
         await self._mongo.do(self._mongo["users"].update_one({"_id": account.id}, {"$set": {"disabled": disabled}}))
         if disabled:
-            await self._mongo.do(self._mongo["tokens"].delete_many({"u": account.id}))
+            await self._end_tokens(account.id)
         return account.id
 
     async def add_token(self, token_hash: bytes, user: str, expires: int, password: str) -> None:
@@ -127,17 +141,17 @@ class Accounts:
         await self._mongo.do(self._mongo["tokens"].delete_one({"_id": token_hash.hex()}))
 
     async def sweep_tokens(self, limit: int) -> None:
-        """Remove expired tokens, where the database does not do it by itself."""
-        cursor = self._mongo["tokens"].find({"exp": {"$lt": now_ms()}}, {"_id": 1})
+        """Remove expired tokens, where the database does not do it by itself (asks every shard)."""
+        cursor = self._mongo["tokens"].find({"gone": {"$lt": datetime.now(UTC)}}, {"_id": 1}, batch_size=limit)
         ids = [doc["_id"] for doc in await self._mongo.do(cursor.limit(limit).to_list(limit))]
         if ids:
             await self._mongo.do(self._mongo["tokens"].delete_many({"_id": {"$in": ids}}))
 
     async def mark_seen(self, users: Sequence[str]) -> None:
         """They were online until now."""
-        await self._mongo.do(
-            self._mongo["users"].update_many({"_id": {"$in": list(users)}}, {"$set": {"seen": now_ms()}})
-        )
+        for at in range(0, len(users), CHUNK):
+            some = {"_id": {"$in": list(users[at : at + CHUNK])}}
+            await self._mongo.do(self._mongo["users"].update_many(some, {"$set": {"seen": now_ms()}}))
 
     # --- rows of members that no entry decides --------------------------------------
     async def set_read(self, user: str, conv: str, upto: int) -> bool:
@@ -155,15 +169,16 @@ class Accounts:
         done = await self._mongo.do(self._mongo["members"].update_one(query, {"$set": fields}))
         return bool(done.matched_count)
 
-    async def sent(self, marks: dict[tuple[str, str], tuple[int, int]]) -> None:
-        """Sending moved these marks: (conversation, user) -> (seq, messages). In one command, told to nobody."""
+    async def sent(self, marks: Marks) -> None:
+        """Sending moved these marks; told to nobody, since the entries are."""
         updates = [
             UpdateOne(
                 {"_id": row_id(conv, user), "c": conv, "read": {"$lt": seq}}, {"$set": {"read": seq, "read_n": msgs}}
             )
             for (conv, user), (seq, msgs) in marks.items()
         ]
-        await self._mongo.do(self._mongo["members"].bulk_write(updates, ordered=False))
+        for at in range(0, len(updates), UPDATES):
+            await self._mongo.do(self._mongo["members"].bulk_write(updates[at : at + UPDATES], ordered=False))
 
     async def set_notify(self, user: str, conv: str, level: str) -> None:
         """Which messages notify the user."""
@@ -179,7 +194,8 @@ class Accounts:
             raise NotFound("no such user")
         key = {"_id": f"{user}:{other}"}
         if on:
-            await self._mongo.do(self._mongo["blocks"].update_one(key, {"$set": {"at": now_ms()}}, upsert=True))
+            with contextlib.suppress(DuplicateKeyError):  # it is there, or came at the same moment
+                await self._mongo.do(self._mongo["blocks"].insert_one({**key, "at": now_ms()}))
         else:
             await self._mongo.do(self._mongo["blocks"].delete_one(key))
 

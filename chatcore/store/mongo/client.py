@@ -8,17 +8,22 @@ matters is set here, from the settings.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
+import pymongo
 from bson.codec_options import CodecOptions
+from bson.timestamp import Timestamp
 from pymongo import AsyncMongoClient, ReadPreference, WriteConcern, monitoring
+from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
-from pymongo.errors import DuplicateKeyError, OperationFailure, PyMongoError
+from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure, PyMongoError
 from pymongo.read_concern import ReadConcern
+from pymongo.read_preferences import SecondaryPreferred
 
 from ...errors import Unavailable
 
@@ -33,6 +38,10 @@ DURABLE: Final = WriteConcern(w="majority", j=True)
 MAJORITY: Final = ReadConcern("majority")
 # A secondary that is further behind is not asked for history; the least that the driver takes.
 MAX_STALENESS_S: Final = 90
+DUPLICATE: Final = 11000
+# Pairs of one `$or`. A server without $lookup is no MongoDB, and looks at every document for each pair.
+OR_PAIRS: Final = 500
+OR_PAIRS_ELSEWHERE: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +59,22 @@ class MongoSettings:
 
 
 class Listener(monitoring.CommandListener, monitoring.ConnectionPoolListener):
-    """Counts what the driver does. Called synchronously by the driver: counters only."""
+    """Counts what the driver does. Called synchronously by the driver: counters only.
+
+    ``operation_time`` is the newest moment that any answer was as of (None: a single server,
+    which has no older state to read).
+    """
 
     def __init__(self) -> None:
+        self.operation_time: Timestamp | None = None
         self.counts: dict[str, int] = {}
         self.commands: dict[str, int] = {}
         self.micros = 0
         self.connections = 0
         self.checked_out = 0
 
-    def _count(self, what: str) -> None:
+    def count(self, what: str) -> None:
+        """One more of these."""
         self.counts[what] = self.counts.get(what, 0) + 1
 
     def started(self, event: monitoring.CommandStartedEvent) -> None:
@@ -67,37 +82,40 @@ class Listener(monitoring.CommandListener, monitoring.ConnectionPoolListener):
 
     def succeeded(self, event: monitoring.CommandSucceededEvent) -> None:
         self.micros += event.duration_micros
+        moment = event.reply.get("operationTime")
+        if moment is not None and (self.operation_time is None or moment > self.operation_time):
+            self.operation_time = moment
 
     def failed(self, event: monitoring.CommandFailedEvent) -> None:
         self.micros += event.duration_micros
-        self._count("commands_failed")
+        self.count("commands_failed")
 
     def pool_created(self, event: monitoring.PoolCreatedEvent) -> None:
-        self._count("pools_created")
+        self.count("pools_created")
 
     def pool_ready(self, event: monitoring.PoolReadyEvent) -> None:
-        self._count("pools_ready")
+        self.count("pools_ready")
 
     def pool_cleared(self, event: monitoring.PoolClearedEvent) -> None:
-        self._count("pools_cleared")
+        self.count("pools_cleared")
 
     def pool_closed(self, event: monitoring.PoolClosedEvent) -> None:
-        self._count("pools_closed")
+        self.count("pools_closed")
 
     def connection_created(self, event: monitoring.ConnectionCreatedEvent) -> None:
         self.connections += 1
 
     def connection_ready(self, event: monitoring.ConnectionReadyEvent) -> None:
-        self._count("connections_ready")
+        self.count("connections_ready")
 
     def connection_closed(self, event: monitoring.ConnectionClosedEvent) -> None:
         self.connections -= 1
 
     def connection_check_out_started(self, event: monitoring.ConnectionCheckOutStartedEvent) -> None:
-        self._count("checkouts")
+        self.count("checkouts")
 
     def connection_check_out_failed(self, event: monitoring.ConnectionCheckOutFailedEvent) -> None:
-        self._count("checkouts_failed")
+        self.count("checkouts_failed")
 
     def connection_checked_out(self, event: monitoring.ConnectionCheckedOutEvent) -> None:
         self.checked_out += 1
@@ -134,29 +152,44 @@ class Mongo:
         )
         #: Whether the last operation was answered.
         self.healthy = True
-        #: A replica set or a sharded cluster: sessions, majority reads, retryable errors.
-        self.replicated = False
-        #: ``$group`` has ``$first``: the ends of many logs in one query.
-        self.groups_first = False
+        #: ``$lookup`` with a pipeline: the ends of many logs in one query.
+        self.lookups = False
+        self._places = asyncio.Semaphore(settings.pool_max)
+        self._running: set[asyncio.Task[Any]] = set()
+
+    @property
+    def or_pairs(self) -> int:
+        """How many alternatives one query may have."""
+        return OR_PAIRS if self.lookups else OR_PAIRS_ELSEWHERE
 
     async def start(self) -> None:
-        """Find out what the server is.
+        """Find out what the server can do.
 
-        :raises Unavailable: it does not answer.
+        :raises Unavailable: it does not answer, or does not let us in.
         """
-        hello = await self.do(self.client.admin.command("hello"))
-        self.replicated = "setName" in hello or hello.get("msg") == "isdbgrid"
+        probe: list[Document] = [
+            {"$match": {"_id": None}},
+            {"$lookup": {"from": "meta", "localField": "_id", "foreignField": "_id", "pipeline": [], "as": "e"}},
+            {"$limit": 1},
+        ]
+        await self.do(self.client.admin.command("hello"))
+        await self.do(self.db["meta"].find_one({"_id": "store"}, {"_id": 1}))
         try:
-            probe: list[Document] = [{"$match": {"_id": None}}, {"$group": {"_id": "$c", "e": {"$first": "$$ROOT"}}}]
-            await (await self.db["meta"].aggregate(probe)).to_list(1)
-            self.groups_first = True
-        except OperationFailure as exc:
-            log.info("this server has no $first: the ends of logs are read one by one (code %s)", exc.code)
-        except PyMongoError as exc:
-            raise Unavailable(f"the store does not answer: {type(exc).__name__}") from exc
+            await self.do(self._lookup(probe))
+        except Refused as exc:
+            # Not of a missing right: reading it was allowed just now.
+            self.healthy = True
+            log.info("this server has no $lookup: the ends of logs are read one by one (%s)", exc)
+        else:
+            self.lookups = True
+
+    async def _lookup(self, pipeline: list[Document]) -> None:
+        await (await self.db["meta"].aggregate(pipeline)).to_list(1)
 
     async def close(self) -> None:
-        """Close every connection."""
+        """Let what is under way end, which it does by itself, and close every connection."""
+        if self._running:
+            await asyncio.wait(self._running, timeout=self.settings.timeout_ms / 1000)
         await self.client.close()
 
     def __getitem__(self, name: str) -> Collection:
@@ -166,39 +199,98 @@ class Mongo:
         """The collection as pages of history may read it."""
         if not self.settings.history_from_secondaries:
             return self.db[name]
-        from pymongo.read_preferences import SecondaryPreferred
-
         return self.db[name].with_options(read_preference=SecondaryPreferred(max_staleness=MAX_STALENESS_S))
 
-    async def do(self, operation: Awaitable[T]) -> T:
+    @contextlib.asynccontextmanager
+    async def caught_up(self, since: object = None) -> AsyncIterator[AsyncClientSession | None]:
+        """A session that reads no state older than any that this worker has seen (or than ``since``).
+
+        A majority read alone may go back in time: a new primary learns late what its
+        predecessor knew to be committed, and one that lost its office may not know it yet.
+        """
+        seen = self.listener.operation_time
+        moment = max((t for t in (seen, since) if isinstance(t, Timestamp)), default=None)
+        if moment is None:
+            yield None
+            return
+        async with self.client.start_session(causal_consistency=True) as session:
+            session.advance_operation_time(moment)
+            yield session
+
+    async def do(self, operation: Coroutine[Any, Any, T], limit_s: float | None = None) -> T:
         """Wait for one operation.
 
         It is shielded: cancelling an operation closes its connection, and the others
-        of the pool pay for it. It ends by itself at ``timeoutMS``.
+        of the pool pay for it. It ends by itself at ``timeoutMS`` (or ``limit_s``).
+
+        The driver's own limits on the wait for a connection and for a primary are void
+        beside ``timeoutMS``, so they are kept here: there are as many places as
+        connections, and who begins while the server is away gives up sooner.
 
         :raises DuplicateKeyError: as the driver does: some expect it.
+        :raises BulkWriteError: the same, of several documents: there are duplicates, and nothing else is wrong.
+        :raises Refused: the server answered that it does not do this.
         :raises Unavailable: for everything else.
         """
-        task = asyncio.ensure_future(operation)
+        await self._place(operation)
+        settings = self.settings
+        if limit_s is None:
+            ms = settings.timeout_ms if self.healthy else min(settings.timeout_ms, settings.server_selection_ms)
+            limit_s = ms / 1000
+        with pymongo.timeout(limit_s):
+            task = asyncio.ensure_future(operation)
+        self._running.add(task)
+        task.add_done_callback(self._ended)
         try:
             result = await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(_retrieved)
-            raise
-        except DuplicateKeyError:
-            self.healthy = True
-            raise
+        except (DuplicateKeyError, BulkWriteError) as exc:
+            self.healthy = _only_duplicates(exc)
+            if self.healthy:
+                raise
+            raise Unavailable(f"the store does not answer: {type(exc).__name__}") from exc
+        except OperationFailure as exc:
+            self.healthy = False
+            raise Refused(f"the store refused it: {type(exc).__name__}, code {exc.code}") from exc
         except PyMongoError as exc:
             self.healthy = False
             raise Unavailable(f"the store does not answer: {type(exc).__name__}") from exc
         self.healthy = True
         return result
 
+    async def _place(self, operation: Coroutine[Any, Any, T]) -> None:
+        try:
+            if self._places.locked():
+                async with asyncio.timeout(self.settings.wait_queue_ms / 1000):
+                    await self._places.acquire()
+            else:
+                await self._places.acquire()  # at once
+        except TimeoutError:
+            operation.close()
+            self.listener.count("waits_failed")
+            raise Unavailable("the store is too busy") from None
+        except BaseException:
+            operation.close()
+            raise
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._places.release()
+        self._running.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever waited may be gone
+
     async def ping(self) -> None:
-        """Ask for a sign of life, to find out that it is back."""
-        await self.do(self.client.admin.command("ping"))
+        """Ask for a sign of life of what a majority has, to find out that it is back."""
+        await self.do(self.db["meta"].find_one({"_id": "store"}, {"_id": 1}))
 
 
-def _retrieved(task: asyncio.Future[Any]) -> None:
-    if not task.cancelled():
-        task.exception()
+class Refused(Unavailable):
+    """The server answered, with an error: it lacks something, or a right, or its majority."""
+
+
+def _only_duplicates(exc: DuplicateKeyError | BulkWriteError) -> bool:
+    """Whether the server is well: a race was lost, nothing else."""
+    if isinstance(exc, DuplicateKeyError):
+        return True
+    details = exc.details
+    errors = details.get("writeErrors", [])
+    return bool(errors) and not details.get("writeConcernErrors") and all(e["code"] == DUPLICATE for e in errors)

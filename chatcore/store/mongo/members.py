@@ -2,15 +2,16 @@
 
 An entry decides, its row follows: whoever folds the entry writes the row, if its
 ``as_of`` is lower. ``convs.folded`` is the newest change that all rows reflect; a
-row found behind (its writer died in between) is repaired when the conversation is
-loaded (log.md, "Members").
+row found behind (its writer died in between) is repaired by whoever loads the
+conversation or comes across the change (log.md, "Members").
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 import orjson
 from pymongo import ReturnDocument
@@ -23,9 +24,17 @@ from .client import Document, Mongo
 # Changes that one load folds at a time; a conversation has few that nobody folded.
 FOLD_ROWS: Final = 500
 # Conversations whose roles this worker keeps, for the entries that it appends itself.
-ROLES_MAX: Final = 10_000
-# Roles kept of one conversation: those who write through this worker.
+CONVS_MAX: Final = 10_000
+# Roles kept of one conversation, those who write through this worker; and of all, some 150 B each.
 ROLES_PER_CONV: Final = 1_000
+ROLES_MAX: Final = 200_000
+# Conversations of which is remembered how far they are folded.
+FOLDED_MAX: Final = 10_000
+# A conversation with more members is not counted anew; others after this, when whoever was counting is done or dead.
+COUNT_MAX: Final = 10_000
+RECOUNT_AFTER_S: Final = 10.0
+
+ROLE_IN: Final = {"$in": list(MEMBER_ROLES)}
 
 
 def row_id(conv: str, user: str) -> str:
@@ -34,24 +43,49 @@ def row_id(conv: str, user: str) -> str:
 
 
 class Roles:
-    """What this worker knows of one conversation, as of entry ``valid``: no change up to it is missing."""
+    """What this worker knows of one conversation, as of entry ``valid``: no change up to it is missing.
 
-    __slots__ = ("a", "b", "blocked", "blocked_until", "kind", "roles", "valid")
+    A role comes with the seq that it reflects. That of a change stands against a row
+    that is older: nobody may have folded the change yet.
+    """
+
+    __slots__ = ("_roles", "a", "b", "blocked", "blocked_until", "doubted", "held", "kind", "used", "valid")
 
     def __init__(self, kind: str | None, a: str | None, b: str | None) -> None:
         self.kind = kind
         self.a = a
         self.b = b
         self.valid = -1
-        self.roles: dict[str, str | None] = {}
+        self._roles: dict[str, tuple[str | None, int]] = {}
+        #: Whose row may have changed without an entry.
+        self.doubted: set[str] = set()
+        #: Of a dm: who is blocked in it, until when that is believed, and when it was last asked for.
         self.blocked: set[str] = set()
         self.blocked_until = 0.0
+        self.used = 0.0
+        #: How many roles it was last counted with.
+        self.held = 0
 
-    def note(self, user: str, role: str | None) -> None:
-        """A role as of ``valid`` or later."""
-        if len(self.roles) >= ROLES_PER_CONV:
-            self.roles.clear()
-        self.roles[user] = role
+    def __len__(self) -> int:
+        return len(self._roles)
+
+    def role(self, user: str | None) -> str | None:
+        """The role (None: no row, or nothing known)."""
+        return self._roles.get(user or "", (None, -1))[0]
+
+    def sure(self, user: str) -> bool:
+        """Known as a member. Who is not may have joined a channel by a row alone, which no entry tells."""
+        return user not in self.doubted and self.role(user) in MEMBER_ROLES
+
+    def note(self, user: str, role: str | None, as_of: int) -> None:
+        """A role as of an entry, unless a later one is known."""
+        if as_of >= self._roles.get(user, (None, -1))[1]:
+            self._roles[user] = (role, as_of)
+
+    def change(self, seq: int, t: str, user: str | None, role: str | None) -> None:
+        """An entry that changes something, in the order of the log."""
+        if seq > self.valid and t == "member" and user is not None:
+            self.note(user, role, seq)
 
 
 class Members:
@@ -60,6 +94,9 @@ class Members:
     def __init__(self, mongo: Mongo) -> None:
         self._mongo = mongo
         self._known: OrderedDict[str, Roles] = OrderedDict()
+        self._held = 0
+        self._folded: OrderedDict[str, int] = OrderedDict()
+        self._recounts: dict[str, float] = {}
 
     # --- rows ------------------------------------------------------------------
     async def next_rev(self, user: str) -> int:
@@ -76,51 +113,74 @@ class Members:
         row = await self._mongo.do(self._mongo["members"].find_one({"_id": row_id(conv, user), "c": conv}, {"role": 1}))
         return None if row is None else str(row["role"])
 
-    async def set_role(self, conv: str, user: str, role: str, as_of: int, msgs: int) -> None:
+    async def _rows(self, conv: str, users: Sequence[str]) -> dict[str, tuple[str, int]]:
+        """The roles in these rows, and what they are as of."""
+        ids = [row_id(conv, user) for user in users]
+        query: Document = {"_id": ids[0] if len(ids) == 1 else {"$in": ids}, "c": conv}
+        async with self._mongo.caught_up() as session:
+            cursor = self._mongo["members"].find(query, {"_id": 0, "u": 1, "role": 1, "as_of": 1}, session=session)
+            docs = await self._mongo.do(cursor.limit(len(ids)).to_list(len(ids)))
+        return {doc["u"]: (doc["role"], doc["as_of"]) for doc in docs}
+
+    async def counts(self, conv: str) -> tuple[int, int]:
+        """Owners and members, up to two of each: none, the last, or several."""
+        members = self._mongo["members"]
+        query: Document = {"c": conv, "role": "owner"}
+        async with self._mongo.caught_up() as session:
+            owners = await self._mongo.do(members.count_documents(query, limit=2, session=session))
+            query = {"c": conv, "role": ROLE_IN}
+            inside = await self._mongo.do(members.count_documents(query, limit=2, session=session))
+        return owners, inside
+
+    async def _set_role(self, conv: str, user: str, role: str, as_of: int, msgs: int) -> None:
         """Write a row as of an entry, unless it reflects a later one; who comes in has read everything."""
         members = self._mongo["members"]
         key = {"_id": row_id(conv, user), "c": conv}
         before = await self._mongo.do(members.find_one(key, {"role": 1, "as_of": 1}))
         if before is not None and before["as_of"] >= as_of:
             return
+        comes_in = role in MEMBER_ROLES and (before is None or before["role"] not in MEMBER_ROLES)
+        await self._write({**key, "as_of": {"$lt": as_of}}, conv, user, role, as_of, msgs, comes_in)
+
+    async def set_own_row(self, conv: str, user: str, role: str, as_of: int, msgs: int) -> bool:
+        """Joining or leaving a channel by oneself: the row alone, by the rules as of an entry
+        (False: it reflects a later one meanwhile, by which this may be forbidden)."""
+        query = {"_id": row_id(conv, user), "c": conv, "as_of": {"$lte": as_of}}
+        return await self._write(query, conv, user, role, as_of, msgs, role in MEMBER_ROLES)
+
+    async def _write(
+        self, query: Document, conv: str, user: str, role: str, as_of: int, msgs: int, comes_in: bool
+    ) -> bool:
+        mark = {"read": as_of, "read_n": msgs}
         fields: Document = {"role": role, "as_of": as_of, "rev": await self.next_rev(user), "u": user}
-        if role in MEMBER_ROLES and (before is None or before["role"] not in MEMBER_ROLES):
-            fields |= {"read": as_of, "read_n": msgs}
         new: Document = {"notify": "all"}
-        if "read" not in fields:
-            new |= {"read": as_of, "read_n": msgs}
-        update = {"$set": fields, "$setOnInsert": new}
+        (fields if comes_in else new).update(mark)
         try:
-            await self._mongo.do(members.update_one({**key, "as_of": {"$lt": as_of}}, update, upsert=True))
+            before = await self._mongo.do(
+                self._mongo["members"].find_one_and_update(
+                    query, {"$set": fields, "$setOnInsert": new}, upsert=True, return_document=ReturnDocument.BEFORE
+                )
+            )
         except DuplicateKeyError:
-            return  # somebody wrote a later one meanwhile
-        await self._count(conv, None if before is None else before["role"], role)
-
-    async def set_own_row(self, conv: str, user: str, role: str, as_of: int, msgs: int) -> None:
-        """Joining or leaving a channel by oneself: the row alone. It reflects the same entry as before, or later."""
-        members = self._mongo["members"]
-        key = {"_id": row_id(conv, user), "c": conv}
-        fields: Document = {"role": role, "rev": await self.next_rev(user), "u": user}
-        if role in MEMBER_ROLES:
-            fields |= {"read": as_of, "read_n": msgs}
-        new: Document = {"notify": "all", "as_of": as_of}
-        if "read" not in fields:
-            new |= {"read": as_of, "read_n": msgs}
-        before = await self.role(conv, user)
-        # A ban that comes meanwhile stays: it is an entry, and decides.
-        query = {**key, "role": {"$ne": "banned"}}
-        try:
-            await self._mongo.do(members.update_one(query, {"$set": fields, "$setOnInsert": new}, upsert=True))
-        except DuplicateKeyError:
-            before = role
-        await self._count(conv, before, role)
-        self.forget(conv, user)
-
-    async def _count(self, conv: str, before: str | None, role: str) -> None:
-        """Keep the number of members with the conversation: it is shown, and decides nothing."""
-        step = (role in MEMBER_ROLES) - (before in MEMBER_ROLES)
+            return False  # there is a row, but of a later entry
+        # The number of members is kept with the conversation: it is shown, and decides nothing.
+        step = (role in MEMBER_ROLES) - (before is not None and before["role"] in MEMBER_ROLES)
         if step:
             await self._mongo.do(self._mongo["convs"].update_one({"_id": conv}, {"$inc": {"members": step}}))
+        return True
+
+    async def recount(self) -> None:
+        """Count the members where somebody may have died between a row and the number."""
+        now = asyncio.get_running_loop().time()
+        for conv in [conv for conv, due in self._recounts.items() if due <= now]:
+            there = await self._mongo.do(self._mongo["convs"].find_one({"_id": conv}, {"members": 1, "folded": 1}))
+            inside = await self._mongo.do(
+                self._mongo["members"].count_documents({"c": conv, "role": ROLE_IN}, limit=COUNT_MAX)
+            )
+            if there is not None and inside < COUNT_MAX:
+                # As it was before: otherwise somebody else is counting.
+                await self._mongo.do(self._mongo["convs"].update_one(there, {"$set": {"members": inside}}))
+            self._recounts.pop(conv, None)
 
     # --- folding -----------------------------------------------------------------
     async def fold(self, conv: str, changes: Iterable[Document]) -> None:
@@ -129,7 +189,7 @@ class Members:
         for doc in changes:
             fields = orjson.loads(doc["b"])
             if doc["t"] == "member":
-                await self.set_role(conv, fields["user"], fields["role"], doc["s"], doc["n"])
+                await self._set_role(conv, fields["user"], fields["role"], doc["s"], doc["n"])
             elif doc["t"] == "meta":
                 title = fields["title"]
                 update = {"$set": {"title": title, "key": title.casefold(), "title_as_of": doc["s"]}}
@@ -141,71 +201,114 @@ class Members:
             await self._mongo.do(self._mongo["convs"].update_one({"_id": conv}, {"$max": {"folded": newest}}))
 
     async def changes(self, conv: str, after: int) -> list[Document]:
-        """Changes of a conversation after a seq."""
-        cursor = self._mongo["entries"].find(
-            {"c": conv, "x": {"$gt": after}}, {"_id": 0, "s": 1, "t": 1, "n": 1, "b": 1}, sort=[("x", 1)]
-        )
-        return await self._mongo.do(cursor.limit(FOLD_ROWS).to_list(FOLD_ROWS))
+        """The next changes of a conversation after a seq, by a state that holds all that this worker has seen."""
+        async with self._mongo.caught_up() as session:
+            cursor = self._mongo["entries"].find(
+                {"c": conv, "x": {"$gt": after}},
+                {"_id": 0, "s": 1, "t": 1, "n": 1, "b": 1},
+                sort=[("x", 1)],
+                session=session,
+            )
+            return await self._mongo.do(cursor.limit(FOLD_ROWS).to_list(FOLD_ROWS))
 
-    async def repair(self, conv: str, folded: int) -> int:
+    async def _repair(self, conv: str, folded: int, late: bool) -> int:
         """Fold what nobody folded; returns the newest change that the rows reflect then."""
+        began = folded
         while found := await self.changes(conv, folded):
             await self.fold(conv, found)
             folded = found[-1]["s"]
+            if len(found) < FOLD_ROWS:
+                break
+        if late and folded > began:
+            self._recounts[conv] = asyncio.get_running_loop().time() + RECOUNT_AFTER_S
+        self._folded[conv] = max(folded, self._folded.pop(conv, 0))
+        if len(self._folded) > FOLDED_MAX:
+            self._folded.popitem(last=False)
         return folded
+
+    async def fold_up(self, conv: str, *, late: bool = False) -> None:
+        """Bring the rows of a conversation up to its log.
+
+        :param late: whose it was to do has had the time: if they are behind, he may be dead.
+        """
+        doc = await self._mongo.do(self._mongo["convs"].find_one({"_id": conv}, {"folded": 1}))
+        if doc is not None:
+            await self._repair(conv, int(doc.get("folded", 0)), late)
+
+    def folded(self, conv: str) -> int:
+        """A change up to which the rows are known to reflect all."""
+        return self._folded.get(conv, 0)
 
     # --- roles as of a head ----------------------------------------------------------
     async def as_of(self, conv: str, head: int, users: Iterable[str]) -> Roles:
         """The roles of these users by a state that holds every change up to ``head``, or later ones."""
         known = self._known.get(conv)
+        if known is not None and len(known) >= ROLES_PER_CONV:
+            # Not one by one: of what is dropped the row may be behind, and a load brings it up.
+            self._drop(conv)
+            known = None
         if known is None:
             known = await self._load(conv)
-        elif known.valid < head:
-            for doc in await self.changes(conv, known.valid):
-                self._apply(known, doc["t"], orjson.loads(doc["b"]))
-        known.valid = max(known.valid, head)
-        for user in users:
-            if known.roles.get(user) not in MEMBER_ROLES:
-                # Not known, or known as no member: who joined a channel by oneself has no entry that told.
-                known.note(user, await self.role(conv, user))
-        self._known[conv] = known
+            if known is None:
+                return Roles(None, None, None)  # not kept: it may be opened
+        while known.valid < head:
+            found = await self.changes(conv, known.valid)
+            for doc in found:
+                fields = orjson.loads(doc["b"])
+                known.change(doc["s"], doc["t"], fields.get("user"), fields.get("role"))
+            known.valid = max(known.valid, head if len(found) < FOLD_ROWS else found[-1]["s"])
+        asked = [user for user in dict.fromkeys(users) if not known.sure(user)]
+        if asked:
+            known.doubted.difference_update(asked)  # now: who is doubted meanwhile is asked for again
+            rows = await self._rows(conv, asked)
+            for user in asked:
+                known.note(user, *rows.get(user, (None, -1)))
+        self._keep(conv, known)
+        return known
+
+    def _keep(self, conv: str, known: Roles) -> None:
+        if self._known.setdefault(conv, known) is not known:
+            return  # loaded twice at once: one is enough
+        self._held += len(known) - known.held
+        known.held = len(known)
         self._known.move_to_end(conv)
-        if len(self._known) > ROLES_MAX:
-            self._known.popitem(last=False)
-        return known
+        while len(self._known) > CONVS_MAX or (self._held > ROLES_MAX and len(self._known) > 1):
+            self._drop(next(iter(self._known)))
 
-    async def _load(self, conv: str) -> Roles:
-        doc = await self._mongo.do(
-            self._mongo["convs"].find_one({"_id": conv}, {"kind": 1, "a": 1, "b": 1, "folded": 1})
-        )
+    def _drop(self, conv: str) -> None:
+        known = self._known.pop(conv, None)
+        if known is not None:
+            self._held -= known.held
+            known.held = 0
+
+    async def _load(self, conv: str) -> Roles | None:
+        async with self._mongo.caught_up() as session:
+            doc = await self._mongo.do(
+                self._mongo["convs"].find_one({"_id": conv}, {"kind": 1, "a": 1, "b": 1, "folded": 1}, session=session)
+            )
         if doc is None:
-            return Roles(None, None, None)
+            return None
         known = Roles(doc["kind"], doc.get("a"), doc.get("b"))
-        known.valid = await self.repair(conv, int(doc.get("folded", 0)))
+        known.valid = await self._repair(conv, int(doc.get("folded", 0)), late=True)
         return known
-
-    @staticmethod
-    def _apply(known: Roles, t: str, fields: dict[str, Any]) -> None:
-        if t == "member":
-            known.note(fields["user"], fields["role"])
 
     def appended(self, conv: str, first: int, entries: Iterable[NewEntry], last: int) -> None:
         """This worker appended entries ``first`` … ``last``, so nobody else changed anything in between."""
         known = self._known.get(conv)
-        if known is None:
-            return
-        if known.valid != first - 1:
-            del self._known[conv]
-            return
-        for e in entries:
-            if e.t == "member" and e.user is not None:
-                known.note(e.user, e.role)
-        known.valid = last
+        if known is None or known.valid < first - 1:
+            return  # what is missing is read as changes
+        for seq, e in enumerate(entries, first):
+            known.change(seq, e.t, e.user, e.role)
+        known.valid = max(known.valid, last)
+        self._keep(conv, known)
 
-    def forget(self, conv: str, user: str | None = None) -> None:
-        """A row changed without an entry, or something is in doubt: read it again."""
-        if user is None:
-            self._known.pop(conv, None)
-        elif (known := self._known.get(conv)) is not None:
-            known.roles.pop(user, None)
+    def forget(self, conv: str, user: str) -> None:
+        """A row, or a block, changed without an entry: read it again."""
+        known = self._known.get(conv)
+        if known is not None:
+            known.doubted.add(user)
             known.blocked_until = 0.0
+
+    def dms(self, used_after: float) -> list[Roles]:
+        """The dms that were written to lately, through this worker."""
+        return [known for known in self._known.values() if known.kind == "dm" and known.used > used_after]

@@ -1,13 +1,12 @@
-"""What the append loop asks of MongoDB (:class:`~chatcore.chat.append.LogOps`)."""
+"""What the append loop asks of MongoDB (:class:`~chatcore.store.append.LogOps`)."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Final
 
-from pymongo.asynchronous.client_session import AsyncClientSession
-from pymongo.errors import PyMongoError
+from pymongo.errors import BulkWriteError
 
 from ...errors import ChatError, Unavailable
 from ...protocol import MEMBER_ROLES, encode_entry
@@ -15,12 +14,21 @@ from .. import rules
 from ..append import Found, Head, Key, Row, Ruling, Unknown, Verdict
 from ..base import Appended, Entry, NewEntry
 from .client import Document, Mongo
-from .members import Members, Roles
+from .members import ROLE_IN, Members, Roles
 
 #: Types of entries that change members or the conversation: they have ``x``, and rows to follow.
 CHANGES: Final = ("member", "meta")
 #: How long it may take until a block of a dm is seen by a worker that has not heard of it.
 BLOCK_TTL_S: Final = 5.0
+# Blocks of so many dms are read at once.
+BLOCK_DMS: Final = 250
+# An entry that is being opened: (conversation, sender, cid, digest).
+Opening = tuple[str, str, str, bytes]
+
+# Which index a query with alternatives is for: then each of them need not be planned.
+BY_SEQ: Final = [("c", 1), ("s", 1)]
+BY_CHANGE: Final = [("c", 1), ("x", 1)]
+BY_CID: Final = [("c", 1), ("f", 1), ("cid", 1)]
 
 ENTRY_FIELDS: Final = {"_id": 0, "c": 1, "s": 1, "t": 1, "f": 1, "cid": 1, "ts": 1, "n": 1, "l": 1, "b": 1}
 
@@ -60,13 +68,16 @@ class MongoOps:
         self._max_conversations = max_conversations
         self._now_ms = now_ms
         #: First entries of conversations that are being opened here: allowed before there is a member.
-        self.opening: set[tuple[str, str]] = set()
+        self.opening: set[Opening] = set()
 
     async def newest(self, conv: str) -> Head:
         """The newest entry that a majority has."""
-        doc = await self._mongo.do(
-            self._mongo["entries"].find_one({"c": conv}, {"_id": 0, "s": 1, "n": 1, "l": 1}, sort=[("s", -1)])
-        )
+        async with self._mongo.caught_up() as session:
+            doc = await self._mongo.do(
+                self._mongo["entries"].find_one(
+                    {"c": conv}, {"_id": 0, "s": 1, "n": 1, "l": 1}, sort=[("s", -1)], session=session
+                )
+            )
         return Head() if doc is None else Head(doc["s"], doc["n"], doc["l"])
 
     async def insert(self, conv: str, rows: Sequence[Row]) -> None:
@@ -75,58 +86,52 @@ class MongoOps:
             result = await self._mongo.do(
                 self._mongo["entries"].insert_many([to_document(row) for row in rows], ordered=True)
             )
-        except (PyMongoError, Unavailable) as exc:
-            self._members.forget(conv)
+        except (BulkWriteError, Unavailable) as exc:
             raise Unknown(str(exc)) from None
-        if not result.acknowledged or len(result.inserted_ids) != len(rows):
-            self._members.forget(conv)
-            raise Unknown("not all of it was acknowledged")
+        if not result.acknowledged:
+            raise Unknown("it was not acknowledged")
         self._members.appended(conv, rows[0].seq, [row.new for row in rows], rows[-1].seq)
 
     async def find(self, conv: str, keys: Sequence[Key], as_of: object) -> list[Found]:
         """Those that a majority has, by sender and cid."""
-        query = {"c": conv, "$or": [{"f": sender, "cid": cid} for sender, cid in keys]}
-        session = await self._session(as_of)
-        try:
-            cursor = self._mongo["entries"].find(query, {**ENTRY_FIELDS, "d": 1}, session=session)
-            docs = await self._mongo.do(cursor.limit(len(keys)).to_list(len(keys)))
-        finally:
-            if session is not None:
-                await session.end_session()
-        return [Found(doc["cid"], bytes.fromhex(doc["d"]), doc["ts"], to_entry(doc)) for doc in docs]
-
-    async def _session(self, as_of: object) -> AsyncClientSession | None:
-        """A session that reads no earlier state than ``as_of`` (a single server has no earlier one)."""
-        if not isinstance(as_of, tuple) or not self._mongo.replicated:
-            return None
-        session = self._mongo.client.start_session(causal_consistency=True)
-        cluster_time, operation_time = as_of
-        if cluster_time is not None:
-            session.advance_cluster_time(cluster_time)
-        if operation_time is not None:
-            session.advance_operation_time(operation_time)
-        return session
+        cids: dict[str, list[str]] = {}
+        for sender, cid in keys:
+            cids.setdefault(sender, []).append(cid)
+        senders = list(cids.items())
+        found: list[Found] = []
+        for at in range(0, len(senders), self._mongo.or_pairs):
+            some = senders[at : at + self._mongo.or_pairs]
+            which = [{"c": conv, "f": sender, "cid": {"$in": theirs}} for sender, theirs in some]
+            most = sum(len(theirs) for _, theirs in some)
+            async with self._mongo.caught_up(as_of) as session:
+                cursor = self._mongo["entries"].find(
+                    which[0] if len(which) == 1 else {"$or": which},
+                    {**ENTRY_FIELDS, "d": 1},
+                    hint=BY_CID,
+                    batch_size=most,
+                    session=session,
+                )
+                docs = await self._mongo.do(cursor.limit(most).to_list(most))
+            found += [Found(doc["cid"], bytes.fromhex(doc["d"]), doc["ts"], to_entry(doc)) for doc in docs]
+        return found
 
     async def allowed(self, conv: str, head: Head, entries: Sequence[NewEntry]) -> Ruling:
         """What becomes of each, by what this worker knows as of ``head``; it asks where it does not know."""
-        users = {e.sender for e in entries if (e.conv, e.cid) not in self.opening}
+        users = {e.sender for e in entries if not self._opens(e)}
         users |= {e.user for e in entries if e.t == "member" and e.user is not None}
         known = await self._members.as_of(conv, head.seq, users)
         verdicts = [await self._verdict(known, e) for e in entries]
-        return Ruling(verdicts, await self._operation_time() if any(verdicts) else None)
+        return Ruling(verdicts, self._mongo.listener.operation_time)
 
-    async def _operation_time(self) -> object:
-        """A moment that is not before any of the reads that the verdicts rest on."""
-        if not self._mongo.replicated:
-            return None
-        async with self._mongo.client.start_session(causal_consistency=True) as session:
-            await self._mongo.do(self._mongo["meta"].find_one({"_id": "store"}, {"_id": 1}, session=session))
-            return (session.cluster_time, session.operation_time)
+    def _opens(self, e: NewEntry) -> bool:
+        return (e.conv, e.sender, e.cid, e.digest) in self.opening
 
     async def _verdict(self, known: Roles, e: NewEntry) -> Verdict:
-        mine = known.roles.get(e.sender)
-        if (e.conv, e.cid) in self.opening:
-            return None
+        mine = known.role(e.sender)
+        if self._opens(e):
+            # Of a dm that both open at once the second finds the first's entries.
+            there = e.t == "member" and known.role(e.user) == e.role
+            return Appended(0, self._now_ms()) if there else None
         if e.t == "member":
             return await self._member_verdict(known, e, mine)
         if e.t == "meta":
@@ -134,24 +139,50 @@ class MongoOps:
         blocked = known.kind == "dm" and mine in MEMBER_ROLES and await self._blocked(known, e)
         return rules.check_send(known.kind, mine, blocked)
 
+    # --- blocks ------------------------------------------------------------------
     async def _blocked(self, known: Roles, e: NewEntry) -> bool:
-        now = asyncio.get_running_loop().time()
-        if now > known.blocked_until:
-            pair = [f"{known.a}:{known.b}", f"{known.b}:{known.a}"]
-            cursor = self._mongo["blocks"].find({"_id": {"$in": pair}}, {"_id": 1})
-            found = await self._mongo.do(cursor.limit(2).to_list(2))
-            known.blocked = {doc["_id"].partition(":")[2] for doc in found}
-            known.blocked_until = now + BLOCK_TTL_S
+        known.used = asyncio.get_running_loop().time()
+        if known.used > known.blocked_until:
+            await self._read_blocks([known])
         return e.sender in known.blocked
 
+    async def refresh_blocks(self) -> None:
+        """Read the blocks of the dms in use before they are too old, so that no message waits for it."""
+        now = asyncio.get_running_loop().time()
+        dms = [known for known in self._members.dms(now - BLOCK_TTL_S) if known.blocked_until < now + BLOCK_TTL_S / 2]
+        for at in range(0, len(dms), BLOCK_DMS):
+            await self._read_blocks(dms[at : at + BLOCK_DMS])
+
+    async def _read_blocks(self, dms: Sequence[Roles]) -> None:
+        until = asyncio.get_running_loop().time() + BLOCK_TTL_S
+        for known in dms:
+            known.blocked_until = until  # now: who forgets it meanwhile wins
+        pairs = [pair for known in dms for pair in (f"{known.a}:{known.b}", f"{known.b}:{known.a}")]
+        try:
+            cursor = self._mongo["blocks"].find({"_id": {"$in": pairs}}, {"_id": 1}, batch_size=len(pairs))
+            docs = await self._mongo.do(cursor.limit(len(pairs)).to_list(len(pairs)))
+        except BaseException:
+            for known in dms:
+                known.blocked_until = 0.0
+            raise
+        found = {doc["_id"] for doc in docs}
+        for known in dms:
+            ways = ((known.a, known.b), (known.b, known.a))
+            known.blocked = {other for user, other in ways if other is not None and f"{user}:{other}" in found}
+
+    # --- members -----------------------------------------------------------------
     async def _member_verdict(self, known: Roles, e: NewEntry, mine: str | None) -> Verdict:
         assert e.user is not None
         assert e.role is not None
-        theirs = known.roles.get(e.user)
-        owners, members = await self._counts(e.conv) if e.sender == e.user else (0, 0)
-        refused: ChatError | None = rules.check_member(
-            known.kind, e.sender, mine, e.user, theirs, e.role, owners, members
-        )
+        theirs = known.role(e.user)
+        owners = members = 0
+        if e.sender == e.user and mine == "owner":
+            # The rows are counted: they must not be behind the head.
+            await self._members.fold_up(e.conv)
+            owners, members = await self._members.counts(e.conv)
+        refused = rules.check_member(known.kind, e.sender, mine, e.user, theirs, e.role, owners, members)
+        if refused is None and theirs is None and not await self._is_user(e.user):
+            refused = rules.no_such_user()
         if refused is not None:
             return refused
         if (theirs or "none") == e.role:
@@ -160,16 +191,14 @@ class MongoOps:
             return await self._check_room_for(e.user)
         return None
 
-    async def _counts(self, conv: str) -> tuple[int, int]:
-        members = self._mongo["members"]
-        owners = await self._mongo.do(members.count_documents({"c": conv, "role": "owner"}, limit=2))
-        inside = await self._mongo.do(members.count_documents({"c": conv, "role": {"$in": MEMBER_ROLES}}, limit=2))
-        return owners, inside
+    async def _is_user(self, user: str) -> bool:
+        return await self._mongo.do(self._mongo["users"].find_one({"_id": user}, {"_id": 1})) is not None
 
     async def _check_room_for(self, user: str) -> ChatError | None:
-        docs: Any = await self._mongo.do(self._mongo["users"].find_one({"_id": user}, {"_id": 1}))
-        if docs is None:
-            return rules.no_such_user()
-        query = {"u": user, "role": {"$in": MEMBER_ROLES}}
-        inside = await self._mongo.do(self._mongo["members"].count_documents(query, limit=self._max_conversations))
+        inside = await self.conversations_of(user)
         return rules.check_room_for(user, inside, self._max_conversations)
+
+    async def conversations_of(self, user: str) -> int:
+        """How many conversations the user is in, up to the limit (asks every shard)."""
+        query: Document = {"u": user, "role": ROLE_IN}
+        return await self._mongo.do(self._mongo["members"].count_documents(query, limit=self._max_conversations))

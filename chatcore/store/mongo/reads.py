@@ -1,29 +1,31 @@
 """Queries. Every one has a limit and an index; those that ask every shard say so.
 
-From the primary, of what a majority has, unless a name says otherwise.
+From the primary, of what a majority has, unless a name says otherwise. A ``batch_size`` brings
+all of an answer in one round trip.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ...errors import NotFound
 from ...protocol import MEMBER_ROLES, encode_entry
 from ..base import Account, Entry, Page, Peer, Token, User, View
 from ..names import name_key
-from .client import Document, Mongo
-from .members import row_id
-from .ops import ENTRY_FIELDS, to_entry
+from .client import Collection, Document, Mongo
+from .members import ROLE_IN, row_id
+from .ops import BY_CHANGE, BY_SEQ, ENTRY_FIELDS, to_entry
 
 # Conversations (or keys) in one query.
 CHUNK: Final = 500
-# Ranges in one query of changes that were not folded.
-BEHIND_CHUNK: Final = 100
 # Queries at once where each conversation needs one: less than the pool has connections.
 AT_ONCE: Final = 8
-ROLE_IN: Final = {"$in": list(MEMBER_ROLES)}
+ROW_FIELDS: Final = {"_id": 0, "c": 1, "role": 1, "read": 1, "read_n": 1, "notify": 1, "rev": 1, "as_of": 1}
+CONV_FIELDS: Final = {"kind": 1, "title": 1, "a": 1, "b": 1, "members": 1}
+#: (conversation, user) -> (seq, messages): marks that are not written yet.
+Marks = Mapping[tuple[str, str], tuple[int, int]]
 #: Documents carry no position that orders all conversations: whether one without `have` has new
 #: entries cannot be told, so it counts as changed.
 UNKNOWN_POSITION: Final = 2**53 - 1
@@ -43,19 +45,30 @@ class Reads:
     # --- the log -----------------------------------------------------------------
     async def newest(self, convs: Sequence[str]) -> dict[str, Document]:
         """The newest entry of each (a look at the end of its index range)."""
-        if not self._mongo.groups_first:
+        if not self._mongo.lookups:
             return await self._newest_one_by_one(convs)
+        # Not $sort and $group: whether that reads whole logs is up to the planner.
+        newest: list[Document] = [{"$sort": {"s": -1}}, {"$limit": 1}, {"$project": ENTRY_FIELDS}]
+        ends: Document = {"from": "entries", "localField": "_id", "foreignField": "c", "pipeline": newest, "as": "e"}
         found: dict[str, Document] = {}
         for some in chunks(convs):
             pipeline: list[Document] = [
-                {"$match": {"c": {"$in": list(some)}}},
-                {"$sort": {"c": 1, "s": -1}},
-                {"$group": {"_id": "$c", "e": {"$first": "$$ROOT"}}},
+                {"$match": {"_id": {"$in": list(some)}}},
+                {"$limit": len(some)},
+                {"$project": {"_id": 1}},
+                {"$lookup": ends},
             ]
-            cursor = await self._mongo.do(self._mongo["entries"].aggregate(pipeline))
-            for doc in await self._mongo.do(cursor.to_list(len(some))):
-                found[doc["_id"]] = doc["e"]
+            for doc in await self._mongo.do(self._aggregate("convs", pipeline, len(some))):
+                if doc["e"]:
+                    found[doc["_id"]] = doc["e"][0]
         return found
+
+    async def _aggregate(self, name: str, pipeline: list[Document], most: int) -> list[Document]:
+        return await (await self._mongo[name].aggregate(pipeline, batchSize=most)).to_list(most)
+
+    async def _find(self, log: Collection, query: Document, fields: Document, limit: int, **how: Any) -> list[Document]:
+        cursor = log.find(query, fields, batch_size=limit, **how)
+        return await self._mongo.do(cursor.limit(limit).to_list(limit))
 
     async def _newest_one_by_one(self, convs: Sequence[str]) -> dict[str, Document]:
         async def one(conv: str) -> Document | None:
@@ -75,27 +88,31 @@ class Reads:
 
     async def entries(self, conv: str, after: int, limit: int, max_bytes: int) -> list[Entry]:
         """Entries after a seq, ascending."""
-        cursor = self._mongo["entries"].find({"c": conv, "s": {"$gt": after}}, ENTRY_FIELDS, sort=[("s", 1)])
-        docs = await self._mongo.do(cursor.limit(limit).to_list(limit))
+        query = {"c": conv, "s": {"$gt": after}}
+        docs = await self._find(self._mongo["entries"], query, ENTRY_FIELDS, limit, sort=[("s", 1)])
         return _cut(docs, max_bytes)[0]
 
     async def page(
         self, conv: str, before: int | None, after: int | None, limit: int, max_bytes: int, head: int
     ) -> Page:
         """A page (who may see it is decided before). History may come from a secondary, if a setting says so."""
-        log = self._mongo.history("entries")
-        if after is not None:
-            upto = head + 1 if before is None else before
-            query = {"c": conv, "s": {"$gt": after, "$lt": upto}}
-            docs = await self._mongo.do(
-                log.find(query, ENTRY_FIELDS, sort=[("s", 1)]).limit(limit + 1).to_list(limit + 1)
-            )
-            found, cut = _cut(docs, max_bytes)
-            return Page(found[:limit], cut or len(found) > limit, head)
-        query = {"c": conv, "s": {"$lt": head + 1 if before is None else before}}
-        docs = await self._mongo.do(log.find(query, ENTRY_FIELDS, sort=[("s", -1)]).limit(limit + 1).to_list(limit + 1))
+        upto = min(head + 1, head + 1 if before is None else before)
+        first = 1 if after is None else after + 1
+        # Logs are dense: what a page must hold is known before it is read.
+        first, upto = (max(first, upto - limit), upto) if after is None else (first, min(upto, first + limit))
+        if first >= upto:
+            return Page([], False, head)
+        way = -1 if after is None else 1
+        query = {"c": conv, "s": {"$gte": first, "$lt": upto}}
+        history = self._mongo.history("entries")
+        docs = await self._find(history, query, ENTRY_FIELDS, upto - first, sort=[("s", way)])
+        if len(docs) < upto - first and self._mongo.settings.history_from_secondaries:
+            # The secondary has not got so far.
+            docs = await self._find(self._mongo["entries"], query, ENTRY_FIELDS, upto - first, sort=[("s", way)])
         found, cut = _cut(docs, max_bytes)
-        return Page(found[:limit][::-1], cut or len(found) > limit, head)
+        if after is None:
+            return Page(found[::-1], cut or first > 1, head)
+        return Page(found, cut or upto <= (head if before is None else min(head, before - 1)), head)
 
     async def msgs_at(self, conv: str, seq: int) -> int | None:
         """How many messages there were up to an entry (None: there is no such entry)."""
@@ -105,33 +122,27 @@ class Reads:
     async def beyond(self, lasts: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
         """Of conversations and the last seq known of each: those that have a next one."""
         found: list[tuple[str, int]] = []
-        for at in range(0, len(lasts), CHUNK):
-            some = lasts[at : at + CHUNK]
-            wanted = {(conv, last + 1) for conv, last in some}
-            most = len(wanted)
-            query: Document = {"$or": [{"c": conv, "s": seq} for conv, seq in wanted]}
-            if not self._mongo.groups_first:
-                # A server without a planner compares each document with each pair; this way it finds more
-                # than was asked for, which is dropped below.
-                query = {"c": {"$in": [conv for conv, _ in wanted]}, "s": {"$in": sorted({s for _, s in wanted})}}
-                most = most * most
-            cursor = self._mongo["entries"].find(query, {"_id": 0, "c": 1, "s": 1})
-            docs = await self._mongo.do(cursor.limit(most).to_list(most))
-            found.extend(pair for doc in docs if (pair := (doc["c"], doc["s"])) in wanted)
+        step = self._mongo.or_pairs
+        for at in range(0, len(lasts), step):
+            some = lasts[at : at + step]
+            query = {"$or": [{"c": conv, "s": last + 1} for conv, last in some]}
+            docs = await self._find(self._mongo["entries"], query, {"_id": 0, "c": 1, "s": 1}, len(some), hint=BY_SEQ)
+            found.extend((doc["c"], doc["s"]) for doc in docs)
         return found
 
-    async def behind(self, convs: Sequence[str]) -> list[tuple[str, int]]:
-        """Of these conversations, those with changes that no row reflects, and up to where rows do."""
-        docs = await self._by_id("convs", convs, {"folded": 1})
-        folded = {conv: int(doc.get("folded", 0)) for conv, doc in docs.items()}
+    async def behind(self, convs: Sequence[str]) -> list[str]:
+        """Of these conversations, those with changes that no row reflects."""
+        known = await self._by_id("convs", convs, {"folded": 1})
+        ranges: list[Document] = [{"c": conv, "x": {"$gt": int(doc["folded"])}} for conv, doc in known.items()]
         found: set[str] = set()
-        ids = list(folded)
-        for at in range(0, len(ids), BEHIND_CHUNK):
-            some = ids[at : at + BEHIND_CHUNK]
-            query = {"$or": [{"c": conv, "x": {"$gt": folded[conv]}} for conv in some]}
-            cursor = self._mongo["entries"].find(query, {"_id": 0, "c": 1})
-            found.update(doc["c"] for doc in await self._mongo.do(cursor.limit(CHUNK).to_list(CHUNK)))
-        return [(conv, folded[conv]) for conv in sorted(found)]
+        step = self._mongo.or_pairs
+        for at in range(0, len(ranges), step):
+            some = ranges[at : at + step]
+            fields = {"_id": 0, "c": 1}
+            docs = await self._find(self._mongo["entries"], {"$or": some}, fields, CHUNK, hint=BY_CHANGE)
+            # So many may be all of one: then any may be behind.
+            found.update(doc["c"] for doc in (docs if len(docs) < CHUNK else some))
+        return sorted(found)
 
     # --- conversations -----------------------------------------------------------
     async def rows(self, user: str, convs: Sequence[str] | None, limit: int) -> list[Document]:
@@ -145,21 +156,27 @@ class Reads:
         return found
 
     async def _rows(self, query: Document, limit: int) -> list[Document]:
-        return await self._mongo.do(self._mongo["members"].find(query, {"_id": 0}).limit(limit).to_list(limit))
+        return await self._find(self._mongo["members"], query, ROW_FIELDS, limit)
 
     async def left_since(self, user: str, after: int, limit: int) -> list[str]:
         """What the user is no longer in, by changes after a position (asks every shard)."""
         query = {"u": user, "role": {"$nin": list(MEMBER_ROLES)}, "rev": {"$gt": after}}
-        cursor = self._mongo["members"].find(query, {"_id": 0, "c": 1})
-        return [doc["c"] for doc in await self._mongo.do(cursor.limit(limit).to_list(limit))]
+        return [doc["c"] for doc in await self._find(self._mongo["members"], query, {"_id": 0, "c": 1}, limit)]
 
-    async def views(self, user: str, convs: Sequence[str] | None, limit: int) -> list[View]:
-        """The user's views, newest first."""
-        rows = await self.rows(user, convs, limit)
-        ids = [row["c"] for row in rows]
-        docs = await self._by_id("convs", ids)
-        newest = await self.newest(ids)
-        lasts = await self._lasts(newest)
+    async def changed_since(self, user: str, rev: int, limit: int) -> list[str]:
+        """The conversations in which the user's row changed after a position (asks every shard)."""
+        query = {"u": user, "rev": {"$gt": rev}}
+        return [doc["c"] for doc in await self._find(self._mongo["members"], query, {"_id": 0, "c": 1}, limit)]
+
+    async def views(self, user: str, convs: Sequence[str], newest: dict[str, Document], marks: Marks) -> list[View]:
+        """The user's views, newest first, beside these heads; ``marks`` are laid over the rows."""
+        rows = await self.rows(user, convs, len(convs))
+        for row in rows:
+            mark = marks.get((row["c"], user), (0, 0))
+            if mark[0] > row["read"]:
+                row["read"], row["read_n"] = mark
+        docs = await self._by_id("convs", [row["c"] for row in rows], CONV_FIELDS)
+        lasts = await self._lasts({row["c"]: newest[row["c"]] for row in rows if row["c"] in newest})
         others = {conv: doc["b"] if doc["a"] == user else doc["a"] for conv, doc in docs.items() if doc["kind"] == "dm"}
         names = await self._by_id("users", list(set(others.values())), {"name": 1})
         views: list[View] = []
@@ -191,24 +208,26 @@ class Reads:
         views.sort(key=lambda view: newest[view.conv]["ts"], reverse=True)
         return views
 
-    async def _by_id(self, name: str, ids: Sequence[str], fields: Document | None = None) -> dict[str, Document]:
+    async def _by_id(self, name: str, ids: Sequence[str], fields: Document) -> dict[str, Document]:
         found: dict[str, Document] = {}
         for some in chunks(ids):
-            cursor = self._mongo[name].find({"_id": {"$in": list(some)}}, fields)
-            for doc in await self._mongo.do(cursor.limit(len(some)).to_list(len(some))):
+            for doc in await self._find(self._mongo[name], {"_id": {"$in": list(some)}}, fields, len(some)):
                 found[doc["_id"]] = doc
         return found
+
+    async def among(self, name: str, ids: Sequence[str], fields: Document) -> list[Document]:
+        """Those documents of these keys that there are."""
+        return list((await self._by_id(name, ids, fields)).values())
 
     async def _lasts(self, newest: dict[str, Document]) -> dict[str, bytes]:
         """The newest message of each, as it was pushed."""
         lasts = {conv: _wire(doc) for conv, doc in newest.items() if doc["l"] == doc["s"]}
         wanted = [(conv, doc["l"]) for conv, doc in newest.items() if 0 < doc["l"] < doc["s"]]
-        for at in range(0, len(wanted), CHUNK):
-            some = wanted[at : at + CHUNK]
+        step = self._mongo.or_pairs
+        for at in range(0, len(wanted), step):
+            some = wanted[at : at + step]
             query = {"$or": [{"c": conv, "s": seq} for conv, seq in some]}
-            docs = await self._mongo.do(
-                self._mongo["entries"].find(query, ENTRY_FIELDS).limit(len(some)).to_list(len(some))
-            )
+            docs = await self._find(self._mongo["entries"], query, ENTRY_FIELDS, len(some), hint=BY_SEQ)
             lasts.update({doc["c"]: _wire(doc) for doc in docs})
         return lasts
 
@@ -220,8 +239,8 @@ class Reads:
     async def members(self, conv: str, after: str | None, limit: int) -> tuple[list[Peer], str | None]:
         """A page of members by user id."""
         query = {"c": conv, "u": {"$gt": after or ""}, "role": ROLE_IN}
-        cursor = self._mongo["members"].find(query, {"_id": 0, "u": 1, "role": 1, "read": 1}, sort=[("u", 1)])
-        docs = await self._mongo.do(cursor.limit(limit + 1).to_list(limit + 1))
+        fields = {"_id": 0, "u": 1, "role": 1, "read": 1}
+        docs = await self._find(self._mongo["members"], query, fields, limit + 1, sort=[("u", 1)])
         peers = [Peer(doc["u"], doc["role"], doc["read"]) for doc in docs[:limit]]
         return peers, peers[-1].user if len(docs) > limit else None
 
@@ -230,32 +249,41 @@ class Reads:
     ) -> tuple[list[dict[str, Any]], str | None]:
         """A page of the directory by title (asks every shard)."""
         low = (prefix or "").casefold()
-        query: Document = {"kind": "channel", "key": {"$gte": low, "$lt": low + "\U0010ffff"}}
+        query: Document = {"kind": "channel", "key": {"$gte": low, "$lt": low + "\U0010ffff"}, "opened": True}
         if after is not None:
             doc = await self._mongo.do(self._mongo["convs"].find_one({"_id": after, "kind": "channel"}, {"key": 1}))
             if doc is None:
                 raise NotFound("after: no such channel")
             key = max(low, doc["key"])
             query = {
-                "kind": "channel",
+                **query,
                 "key": {"$gte": key, "$lt": low + "\U0010ffff"},
                 "$or": [{"key": {"$gt": key}}, {"_id": {"$gt": after}}],
             }
-        cursor = self._mongo["convs"].find(query, {"title": 1, "members": 1}, sort=[("key", 1), ("_id", 1)])
-        docs = await self._mongo.do(cursor.limit(limit + 1).to_list(limit + 1))
+        sort = [("key", 1), ("_id", 1)]
+        docs = await self._find(self._mongo["convs"], query, {"title": 1, "members": 1}, limit + 1, sort=sort)
         page = docs[:limit]
-        mine = await self._by_id("members", [row_id(doc["_id"], user) for doc in page], {"role": 1})
+        mine = await self._mine(user, [doc["_id"] for doc in page])
         found = [
             {
                 "c": doc["_id"],
                 "kind": "channel",
                 "title": doc["title"],
                 "members": doc["members"],
-                "role": mine.get(row_id(doc["_id"], user), {}).get("role", "none"),
+                "role": mine.get(doc["_id"], "none"),
             }
             for doc in page
         ]
         return found, page[-1]["_id"] if len(docs) > limit else None
+
+    async def _mine(self, user: str, convs: Sequence[str]) -> dict[str, str]:
+        """The user's roles in these conversations."""
+        found: dict[str, str] = {}
+        for some in chunks(convs):
+            query = {"_id": {"$in": [row_id(conv, user) for conv in some]}, "c": {"$in": list(some)}}
+            for doc in await self._find(self._mongo["members"], query, {"_id": 0, "c": 1, "role": 1}, len(some)):
+                found[doc["c"]] = doc["role"]
+        return found
 
     async def acquainted(self, user: str, others: Sequence[str], limit: int) -> set[str]:
         """Those of ``others`` who share a conversation with the user (asks every shard for the user's)."""
@@ -265,12 +293,13 @@ class Reads:
             left = [other for other in others if other not in found]
             if not left:
                 break
-            query = {"c": {"$in": list(some)}, "u": {"$in": left}, "role": ROLE_IN}
-            most = len(some) * len(left)
-            docs = await self._mongo.do(
-                self._mongo["members"].find(query, {"_id": 0, "u": 1}).limit(most).to_list(most)
-            )
-            found.update(doc["u"] for doc in docs)
+            pipeline: list[Document] = [
+                {"$match": {"c": {"$in": list(some)}, "u": {"$in": left}, "role": ROLE_IN}},
+                {"$group": {"_id": "$u", "n": {"$sum": 1}}},
+                {"$limit": len(left)},
+            ]
+            docs = await self._mongo.do(self._aggregate("members", pipeline, len(left)))
+            found.update(doc["_id"] for doc in docs)
         return found
 
     # --- accounts ------------------------------------------------------------------
@@ -278,11 +307,12 @@ class Reads:
         """An account by name or id."""
         if user is None:
             assert name is not None
-            key = await self._mongo.do(self._mongo["names"].find_one({"_id": name_key(name)}))
+            key = await self._mongo.do(self._mongo["names"].find_one({"_id": name_key(name)}, {"u": 1}))
             if key is None:
                 return None
             user = key["u"]
-        doc = await self._mongo.do(self._mongo["users"].find_one({"_id": user}))
+        fields = {"name": 1, "password": 1, "disabled": 1}
+        doc = await self._mongo.do(self._mongo["users"].find_one({"_id": user}, fields))
         return Account(doc["_id"], doc["name"], doc["password"], doc["disabled"]) if doc is not None else None
 
     async def users(self, ids: Sequence[str]) -> list[User]:

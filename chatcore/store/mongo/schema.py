@@ -25,9 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from pymongo.errors import OperationFailure, PyMongoError
-
-from .client import Mongo
+from .client import Document, Mongo, Refused
 
 log = logging.getLogger("chatcore.store")
 
@@ -38,7 +36,7 @@ SCHEMA_VERSION: Final = 1
 class Index:
     """One index. ``optional`` ones save work; without them the rest is right but slower.
 
-    ``why`` is shown by ``db check``.
+    ``why`` is shown by ``db check``; ``options`` are left out where the server knows no such thing.
     """
 
     collection: str
@@ -47,13 +45,22 @@ class Index:
     unique: bool = False
     optional: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
-    #: What to make where the server knows no such option.
-    fallback: bool = True
 
     @property
     def name(self) -> str:
         """As it is called in the database."""
         return "_".join(key for key, _ in self.keys)
+
+    @property
+    def label(self) -> str:
+        """As people read it."""
+        return f"{self.collection}({', '.join(key for key, _ in self.keys)})"
+
+    @property
+    def shape(self) -> str:
+        """What to make, in a few words."""
+        options = [*(["unique"] if self.unique else []), *(f"{key}: {value}" for key, value in self.options.items())]
+        return f"index {self.label}" + (f" ({', '.join(options)})" if options else "")
 
 
 INDEXES: Final = (
@@ -77,10 +84,9 @@ INDEXES: Final = (
     Index(
         "tokens",
         (("gone", 1),),
-        "expired tokens are removed by the database",
+        "expired tokens, which the database removes by itself if it can",
         optional=True,
         options={"expireAfterSeconds": 0},
-        fallback=False,
     ),
 )
 
@@ -93,85 +99,114 @@ SHARD_KEYS: Final = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
-    """One index, as ``db check`` reports it: ok, missing, different, unused, unknown."""
+    """One index, as ``db check`` reports it.
 
-    index: Index
+    ``state``: ok, missing, different (of the same keys), optional (missing, but not needed), unused
+    (since the server started), or foreign (``index`` is None: not one of ours).
+    ``plan``: what ``db migrate`` would do ("": nothing).
+    """
+
+    label: str
     state: str
-    detail: str = ""
+    why: str
+    plan: str = ""
+    index: Index | None = None
+
+    @property
+    def broken(self) -> bool:
+        """The server must not start like this."""
+        return self.state in ("missing", "different")
 
 
-async def existing(mongo: Mongo, collection: str) -> dict[tuple[tuple[str, Any], ...], dict[str, Any]]:
-    """The indexes of a collection by their keys."""
-    found: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
-    try:
-        async for spec in await mongo[collection].list_indexes():
-            found[tuple((key, int(way) if not isinstance(way, str) else way) for key, way in spec["key"].items())] = (
-                dict(spec)
-            )
-    except OperationFailure:
-        return {}  # there is no such collection yet
-    return found
+async def existing(mongo: Mongo, collection: str) -> dict[tuple[tuple[str, Any], ...], Document]:
+    """The indexes of a collection by their keys; none, if there is no such collection yet."""
+    specs: list[Document] = await mongo.do(_list(mongo, collection))
+    return {tuple((key, _way(way)) for key, way in spec["key"].items()): spec for spec in specs}
 
 
-async def check(mongo: Mongo) -> list[Finding]:
-    """Which indexes are there, and which the database says nobody has used since it started."""
+async def _list(mongo: Mongo, collection: str) -> list[Document]:
+    return [dict(spec) async for spec in await mongo[collection].list_indexes()]
+
+
+def _way(way: Any) -> Any:
+    return way if isinstance(way, str) else int(way)
+
+
+async def check(mongo: Mongo, *, usage: bool = True) -> list[Finding]:
+    """Which indexes are there, and (``usage``) which nobody has used since the server started.
+
+    :raises Unavailable: the server does not answer.
+    """
     findings: list[Finding] = []
     for collection in dict.fromkeys(index.collection for index in INDEXES):
         there = await existing(mongo, collection)
-        used = await _used(mongo, collection)
-        for index in (one for one in INDEXES if one.collection == collection):
-            spec = there.get(index.keys)
-            if spec is None:
-                findings.append(Finding(index, "optional" if index.optional else "missing"))
-            elif bool(spec.get("unique")) != index.unique:
-                findings.append(Finding(index, "different", "unique is not what it must be"))
-            elif used is not None and not used.get(spec["name"], 0):
-                findings.append(Finding(index, "unused", "since the server started"))
-            else:
-                findings.append(Finding(index, "ok"))
+        used = await _used(mongo, collection) if usage else None
+        ours = [one for one in INDEXES if one.collection == collection]
+        findings += [_finding(index, there.get(index.keys), used) for index in ours]
+        known = {index.keys for index in ours} | {(("_id", 1),)}
+        for keys, spec in there.items():
+            if keys not in known and not any(way == "hashed" for _, way in keys):
+                label = f"{collection}({', '.join(key for key, _ in keys)})"
+                why = f"not of chatcore: every write keeps {spec['name']} up to date, no query needs it"
+                findings.append(Finding(label, "foreign", why))
     return findings
 
 
+def _finding(index: Index, spec: Document | None, used: Mapping[str, int] | None) -> Finding:
+    if spec is None:
+        state = "optional" if index.optional else "missing"
+        return Finding(index.label, state, index.why, f"make {index.shape}", index)
+    if bool(spec.get("unique")) != index.unique:
+        wrong = "not unique, but must be" if index.unique else "unique, but must not be"
+        plan = f"nothing: drop {index.collection}.{spec['name']} by hand, it is {wrong}; then migrate makes it"
+        return Finding(index.label, "different", index.why, plan, index)
+    if used is not None and not used.get(spec["name"], 0):
+        return Finding(index.label, "unused", index.why, "", index)
+    return Finding(index.label, "ok", index.why, "", index)
+
+
 async def _used(mongo: Mongo, collection: str) -> dict[str, int] | None:
+    """How often each index was used, on all shards together; None if the server does not tell."""
+    used: dict[str, int] = {}
     try:
-        cursor = await mongo[collection].aggregate([{"$indexStats": {}}])
-        return {stat["name"]: int(stat["accesses"]["ops"]) async for stat in cursor}
-    except PyMongoError:
-        return None  # not every server of this protocol tells
+        for stat in await mongo.do(_stats(mongo, collection)):
+            used[stat["name"]] = used.get(stat["name"], 0) + int(stat["accesses"]["ops"])
+    except Refused:
+        return None
+    return used
 
 
-async def migrate(mongo: Mongo) -> list[str]:
+async def _stats(mongo: Mongo, collection: str) -> list[Document]:
+    return await (await mongo[collection].aggregate([{"$indexStats": {}}])).to_list(None)
+
+
+async def migrate(mongo: Mongo, limit_s: float | None = None) -> list[str]:
     """Make what is missing; returns what was done, in words.
 
-    :raises PyMongoError: an index that must be could not be made.
+    :param limit_s: for each index (of a large collection it takes long); None: as any operation.
+    :raises Unavailable: an index that must be could not be made.
     """
     done: list[str] = []
-    for finding in await check(mongo):
+    for finding in await check(mongo, usage=False):
         index = finding.index
-        if finding.state not in ("missing", "optional"):
+        if index is None or finding.state not in ("missing", "optional"):
             continue
-        label = f"{index.collection}({', '.join(key for key, _ in index.keys)})"
         try:
-            await mongo[index.collection].create_index(
-                list(index.keys), name=index.name, unique=index.unique, **index.options
-            )
-            done.append(f"made index {label}")
-        except OperationFailure as exc:
+            await _make(mongo, index, index.options, limit_s)
+            done.append(f"made {index.shape}")
+        except Refused as exc:
             if not index.options:
                 raise
-            if index.fallback:
-                await mongo[index.collection].create_index(list(index.keys), name=index.name, unique=index.unique)
-                done.append(f"made index {label} without {', '.join(index.options)}: {exc.details and exc.code}")
-            else:
-                done.append(f"left out index {label}: this server has no {', '.join(index.options)}")
+            await _make(mongo, index, {}, limit_s)
+            done.append(f"made index {index.label} without {', '.join(index.options)}: {exc.message}")
     return done
 
 
-def missing(findings: list[Finding]) -> list[Finding]:
-    """Those without which the server must not start."""
-    return [one for one in findings if one.state in ("missing", "different")]
+async def _make(mongo: Mongo, index: Index, options: Mapping[str, Any], limit_s: float | None) -> None:
+    collection = mongo[index.collection]
+    await mongo.do(collection.create_index(list(index.keys), name=index.name, unique=index.unique, **options), limit_s)
 
 
 def shard_plan(database: str) -> list[str]:
@@ -185,5 +220,8 @@ def shard_plan(database: str) -> list[str]:
     ]
     for collection, keys in SHARD_KEYS.items():
         shape = ", ".join(f"{key}: {way if isinstance(way, int) else repr(way)}" for key, way in keys)
+        if not any(index.keys[: len(keys)] == keys for index in INDEXES if index.collection == collection):
+            # Made by itself only while the collection is empty.
+            lines.append(f'db.getSiblingDB("{database}").{collection}.createIndex({{ {shape} }})')
         lines.append(f'sh.shardCollection("{database}.{collection}", {{ {shape} }})')
     return lines

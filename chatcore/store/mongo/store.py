@@ -8,8 +8,8 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Final, TypeVar
 
 from pymongo.errors import DuplicateKeyError
 
@@ -17,16 +17,18 @@ from ...errors import ChatError, Conflict, Forbidden, NotFound, Unavailable
 from ...protocol import MEMBER_ROLES
 from ..append import Appender
 from ..base import Account, Appended, Changes, Entry, Known, NewEntry, Opened, Opening, Page, Peer, Token, User, View
-from ..entries import conversation_id, first_entries
+from ..entries import conversation_id, derived_id, first_entries
 from ..rules import check_room_for
 from . import schema
 from .accounts import Accounts, now_ms
 from .client import Document, Mongo, MongoSettings
 from .members import Members
-from .ops import CHANGES, MongoOps
+from .ops import BLOCK_TTL_S, CHANGES, MongoOps
 from .reads import Reads
 
 log = logging.getLogger("chatcore.store")
+
+T = TypeVar("T")
 
 # Rows whose change counter is so near to the newest may have been written after a later one: they
 # are told once more rather than missed.
@@ -38,7 +40,16 @@ LOOKS_AFTER: Final = 2
 MARKS_S: Final = 1.0
 # A rotation through all that is attached takes so many looks.
 ROTATION_LOOKS: Final = 5
+# Expired tokens are looked for so often, for databases that do not remove them by themselves.
+SWEEP_S: Final = 60
 EXPIRED_AT_ONCE: Final = 500
+# Whoever appended a change has so long to bring the rows up to it; then those who came across it do,
+# so many conversations a second, at different moments.
+FOLD_WAIT_S: Final = 1.0
+FOLDS_AT_ONCE: Final = 50
+SUSPECTS_MAX: Final = 10_000
+# Joining or leaving a channel while one is appointed or banned there; each try is as of a later entry.
+OWN_ROW_TRIES: Final = 5
 CLOSE_S: Final = 5.0
 
 
@@ -67,15 +78,18 @@ class MongoStore:
         self._max_conversations = max_conversations
         self._store_id = ""
         self._secret = b""
-        self.mongo: Mongo
+        self._mongo: Mongo | None = None
         self._members: Members
         self._reads: Reads
         self._accounts: Accounts
         self._ops: MongoOps
-        self._appender: Appender
+        self._appender: Appender | None = None
         self._marks: dict[tuple[str, str], tuple[int, int]] = {}
         self._tasks: list[asyncio.Task[None]] = []
-        self._folds: set[asyncio.Task[None]] = set()
+        self._works: set[asyncio.Task[Any]] = set()
+        # Conversations with a change that nobody may have folded: when to look, and up to where.
+        self._suspects: dict[str, tuple[float, int]] = {}
+        self._opening: dict[str, asyncio.Task[Opened]] = {}
         self._turn = 0
         self._revs: dict[str, tuple[int, int]] = {}  # counter, and how many looks are due after it moved
 
@@ -84,8 +98,15 @@ class MongoStore:
         return self._store_id
 
     @property
+    def mongo(self) -> Mongo:
+        """The connection; there is one from :meth:`start` on."""
+        assert self._mongo is not None
+        return self._mongo
+
+    @property
     def healthy(self) -> bool:
-        return self.mongo.healthy
+        """Whether the last operation was answered."""
+        return self._mongo is not None and self._mongo.healthy
 
     async def start(self) -> None:
         """Connect, verify the indexes (making them in an empty database), learn the store's id.
@@ -93,24 +114,36 @@ class MongoStore:
         :raises Unavailable: the server does not answer.
         :raises BrokenSchema: an index is missing in a database that is in use.
         """
-        self.mongo = Mongo(self._settings)
-        await self.mongo.start()
-        self._store_id, self._secret = await prepare(self.mongo)
-        self._members = Members(self.mongo)
-        self._reads = Reads(self.mongo)
-        self._accounts = Accounts(self.mongo, self._members, self._reads)
-        self._ops = MongoOps(self.mongo, self._members, self._max_conversations, now_ms)
+        self._mongo = mongo = Mongo(self._settings)
+        try:
+            await mongo.start()
+            self._store_id, self._secret = await prepare(mongo)
+        except BaseException:
+            await mongo.close()
+            raise
+        self._members = Members(mongo)
+        self._reads = Reads(mongo)
+        self._accounts = Accounts(mongo, self._members, self._reads)
+        self._ops = MongoOps(mongo, self._members, self._max_conversations, now_ms)
         self._appender = Appender(self._ops, self._committed, self._publish_yield, now_ms=now_ms, random=random.random)
         self._tasks = [
-            asyncio.create_task(self._write_marks(), name="store-marks"),
-            asyncio.create_task(self._probe(), name="store-probe"),
+            asyncio.create_task(self._every(MARKS_S, self._flush_marks), name="store-marks"),
+            asyncio.create_task(self._every(1.0, self._probe), name="store-probe"),
+            asyncio.create_task(self._every(BLOCK_TTL_S / 3, self._ops.refresh_blocks), name="store-blocks"),
+            asyncio.create_task(self._every(FOLD_WAIT_S / 2, self._fold_suspects), name="store-folds"),
+            asyncio.create_task(self._every(SWEEP_S, self._sweep), name="store-sweep"),
         ]
 
     async def close(self) -> None:
+        """Finish what is queued, answer it, write the marks, close every connection."""
+        if self._appender is None:
+            return
         await self._appender.close(CLOSE_S)
-        for task in [*self._tasks, *self._folds]:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, *self._folds, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._works:  # they end by the limits of their operations
+            await asyncio.wait(self._works)
         with contextlib.suppress(ChatError):
             await self._flush_marks()
         await self.mongo.close()
@@ -119,130 +152,188 @@ class MongoStore:
     def _committed(self, entries: list[Entry]) -> None:
         for e in entries:
             if e.t == "msg":
-                self._marks[(e.conv, e.sender)] = (e.seq, e.msgs)
+                self._mark((e.conv, e.sender), (e.seq, e.msgs))
+        self._suspect(entries)
         self._tell(entries)
 
-    async def _write_marks(self) -> None:
+    def _mark(self, key: tuple[str, str], mark: tuple[int, int]) -> None:
+        self._marks[key] = max(mark, self._marks.get(key, mark))
+
+    async def _every(self, pause_s: float, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         while True:
-            await asyncio.sleep(MARKS_S)
+            await asyncio.sleep(pause_s)
             try:
-                await self._flush_marks()
+                await work()
             except ChatError as exc:
-                log.warning("read marks: %s", exc)
+                log.info("%s: %s", work.__name__, exc)
+            except Exception:
+                log.exception("%s failed", work.__name__)
 
     async def _flush_marks(self) -> None:
-        marks, self._marks = self._marks, {}
+        marks = self._marks.copy()
         if marks:
             await self._accounts.sent(marks)
+            # Until here they were laid over what is read; and what failed is written the next time.
+            for key, mark in marks.items():
+                if self._marks.get(key) == mark:
+                    del self._marks[key]
 
     async def _probe(self) -> None:
         """Find out that the server is back without waiting for somebody to ask for something."""
-        looks = 0
-        while True:
-            await asyncio.sleep(1.0)
-            looks += 1
-            try:
-                if not self.mongo.healthy:
-                    await self.mongo.ping()
-                elif looks % 60 == 0:
-                    await self._accounts.sweep_tokens(EXPIRED_AT_ONCE)
-            except ChatError as exc:
-                log.debug("probe: %s", exc)
+        if not self.mongo.healthy:
+            await self.mongo.ping()
+
+    async def _sweep(self) -> None:
+        await self._accounts.sweep_tokens(EXPIRED_AT_ONCE)
+
+    def _suspect(self, entries: Sequence[Entry]) -> None:
+        """Whoever appended these changes may not have lived to bring the rows up to them."""
+        for e in entries:
+            if e.t in CHANGES and e.seq > self._members.folded(e.conv):
+                due = asyncio.get_running_loop().time() + FOLD_WAIT_S * (1 + random.random())
+                due, seq = self._suspects.get(e.conv, (due, 0))
+                if seq or len(self._suspects) < SUSPECTS_MAX:
+                    self._suspects[e.conv] = (due, max(seq, e.seq))
+
+    async def _fold_suspects(self) -> None:
+        now = asyncio.get_running_loop().time()
+        due = [(conv, seq) for conv, (at, seq) in self._suspects.items() if at <= now]
+        for conv, seq in due[:FOLDS_AT_ONCE]:
+            if seq > self._members.folded(conv):
+                await self._members.fold_up(conv, late=True)
+            self._suspects.pop(conv, None)
+        await self._members.recount()
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Something that goes on, whoever loses interest in its outcome (who waits shields it)."""
+        task = asyncio.ensure_future(work)
+        self._works.add(task)
+        task.add_done_callback(self._worked)
+        return task
+
+    def _worked(self, task: asyncio.Task[Any]) -> None:
+        self._works.discard(task)
+        if not task.cancelled():
+            task.exception()
 
     # --- other hosts ---------------------------------------------------------------
     def on_yield(self, conv: str) -> None:
         """Another host loses every race for a conversation."""
-        self._appender.on_yield(conv)
+        self._log().on_yield(conv)
 
     def heard(self, entry: Entry) -> None:
         """An entry of another worker was heard of."""
-        self._appender.heard(entry.conv, entry.seq)
+        self._log().heard(entry.conv, entry.seq)
+        self._suspect([entry])
 
     def row_changed(self, conv: str, user: str) -> None:
         """A member's row changed without an entry, on another worker."""
         self._members.forget(conv, user)
 
+    def _log(self) -> Appender:
+        assert self._appender is not None
+        return self._appender
+
     # --- the log -------------------------------------------------------------------
     def append(self, entry: NewEntry) -> asyncio.Future[Appended]:
         if entry.t not in CHANGES:
-            return self._appender.submit(entry)
-        return asyncio.ensure_future(self._change(entry))
-
-    async def _change(self, entry: NewEntry) -> Appended:
-        """A change is answered when its rows reflect it: the asker looks at them next."""
+            return self._log().submit(entry)
         if entry.t == "member" and entry.user == entry.sender and entry.role in ("member", "none"):
-            done = await self._own_row(entry)
-            if done is not None:
-                return done
-        done = await self._appender.submit(entry)
-        if done.seq:
-            await self._fold(entry.conv)
+            return asyncio.shield(self._begin(self._join_or_leave(entry)))
+        submitted = self._log().submit(entry)  # now: entries are in the order of the calls
+        return asyncio.shield(self._begin(self._change(entry, submitted)))
+
+    async def _change(self, entry: NewEntry, submitted: asyncio.Future[Appended]) -> Appended:
+        """A change is answered when its rows reflect it: the asker looks at them next."""
+        done = await submitted
+        await self._members.fold_up(entry.conv)
         return done
 
-    async def _fold(self, conv: str) -> None:
-        doc = await self.mongo.do(self.mongo["convs"].find_one({"_id": conv}, {"folded": 1}))
-        if doc is not None:
-            await self._members.repair(conv, int(doc.get("folded", 0)))
+    async def _join_or_leave(self, entry: NewEntry) -> Appended:
+        done = await self._own_row(entry)
+        return done or await self._change(entry, self._log().submit(entry))
 
     async def _own_row(self, e: NewEntry) -> Appended | None:
         """Joining or leaving a channel by oneself makes no entry (None: it is no channel)."""
-        doc = await self.mongo.do(self.mongo["convs"].find_one({"_id": e.conv}, {"kind": 1, "members": 1}))
+        doc = await self.mongo.do(self.mongo["convs"].find_one({"_id": e.conv}, {"kind": 1}))
         if doc is None or doc["kind"] != "channel":
             return None
-        head = await self._ops.newest(e.conv)
-        self._members.forget(e.conv, e.sender)
-        ruling = await self._ops.allowed(e.conv, head, [e])
-        verdict = ruling.verdicts[0]
-        if isinstance(verdict, Appended):
-            return verdict
-        if verdict is not None:
-            raise verdict
         assert e.role is not None
-        # Who joins a channel that everybody left owns it.
-        role = "owner" if e.role == "member" and doc["members"] <= 0 else e.role
-        await self._members.set_own_row(e.conv, e.sender, role, head.seq, head.msgs)
-        return Appended(0, now_ms())
+        for _ in range(OWN_ROW_TRIES):
+            head = await self._ops.newest(e.conv)
+            self._members.forget(e.conv, e.sender)
+            verdict = (await self._ops.allowed(e.conv, head, [e])).verdicts[0]
+            if isinstance(verdict, Appended):
+                return verdict
+            if verdict is not None:
+                raise verdict
+            role = e.role
+            if role == "member" and (await self._members.counts(e.conv))[1] == 0:
+                role = "owner"  # who joins a channel that everybody left
+            try:
+                if await self._members.set_own_row(e.conv, e.sender, role, head.seq, head.msgs):
+                    return Appended(0, now_ms())
+            finally:
+                self._members.forget(e.conv, e.sender)
+        raise Unavailable("others change the same member")
 
     async def open(self, conv: Opening) -> Opened:
-        o = conv
-        id = conversation_id(self._secret, o)
+        id = conversation_id(self._secret, conv)
+        task = self._opening[id] = self._begin(self._open_in_turn(conv, id, self._opening.get(id)))
+        return await asyncio.shield(task)
+
+    async def _open_in_turn(self, o: Opening, id: str, before: asyncio.Task[Opened] | None) -> Opened:
+        """One after the other: then one of them makes it and the next finds it."""
+        try:
+            if before is not None:
+                await asyncio.wait([before])
+            return await self._open(o, id)
+        finally:
+            if self._opening.get(id) is asyncio.current_task():
+                del self._opening[id]
+
+    async def _open(self, o: Opening, id: str) -> Opened:
         everybody = [o.creator, *(u for u in dict.fromkeys(o.members) if u != o.creator)]
-        entries = first_entries(id, o, everybody)
-        there = await self.mongo.do(self.mongo["convs"].find_one({"_id": id}, {"opened": 1, "digest": 1}))
-        if there is None or not there.get("opened"):
-            if there is not None and o.kind != "dm" and there["digest"] != o.digest.hex():
-                raise Conflict(f"cid {o.cid} was used for something else")
+        there = await self._find_conv(id, o)
+        if there is None:
             await self._may_open(o, everybody)
             await self._make(id, o)
-            # From here everything is repeated by whoever asks again, until it is complete.
-            keys = {(id, e.cid) for e in entries}
-            self._ops.opening |= keys
-            try:
-                for e in entries:
-                    with contextlib.suppress(Conflict):  # of a dm that both open at once
-                        await self._appender.submit(e)
-            finally:
-                self._ops.opening -= keys
-            await self._fold(id)
-            done = await self.mongo.do(
-                self.mongo["convs"].update_one({"_id": id, "opened": False}, {"$set": {"opened": True}})
-            )
-            return Opened(id, bool(done.matched_count))
-        if o.kind != "dm" and there["digest"] != o.digest.hex():
+            there = await self._find_conv(id, o)  # somebody else may have been first, with another request
+        if there is not None and there["opened"]:
+            return Opened(id, False)
+        # What was begun is allowed; from here everything is repeated by whoever asks again, until it is complete.
+        entries = first_entries(id, o, everybody)
+        keys = [(id, e.sender, e.cid, e.digest) for e in entries]
+        self._ops.opening.update(keys)
+        try:
+            for e in entries:
+                try:
+                    await self._log().submit(e)
+                except Conflict:
+                    if o.kind != "dm":  # whose users have it, whichever request made it
+                        raise
+        finally:
+            self._ops.opening.difference_update(keys)
+        await self._members.fold_up(id)
+        done = await self.mongo.do(
+            self.mongo["convs"].update_one({"_id": id, "opened": False}, {"$set": {"opened": True}})
+        )
+        return Opened(id, bool(done.matched_count))
+
+    async def _find_conv(self, id: str, o: Opening) -> Document | None:
+        """:raises Conflict: it was made by another request."""
+        doc = await self.mongo.do(self.mongo["convs"].find_one({"_id": id}, {"opened": 1, "digest": 1}))
+        if doc is not None and o.kind != "dm" and doc["digest"] != o.digest.hex():
             raise Conflict(f"cid {o.cid} was used for something else")
-        return Opened(id, False)
+        return doc
 
     async def _may_open(self, o: Opening, everybody: Sequence[str]) -> None:
-        cursor = self.mongo["users"].find({"_id": {"$in": list(everybody)}, "disabled": False}, {"_id": 1})
-        found = {doc["_id"] for doc in await self.mongo.do(cursor.limit(len(everybody)).to_list(len(everybody)))}
+        users = await self._reads.among("users", everybody, {"disabled": 1})
+        found = {doc["_id"] for doc in users if not doc["disabled"]}
         for user in everybody:
             if user not in found:
                 raise NotFound(f"no such user: {user}")
-            inside = await self.mongo.do(
-                self.mongo["members"].count_documents(
-                    {"u": user, "role": {"$in": list(MEMBER_ROLES)}}, limit=self._max_conversations
-                )
-            )
+            inside = await self._ops.conversations_of(user)
             if (refused := check_room_for(user, inside, self._max_conversations)) is not None:
                 raise refused
         if o.kind == "dm":
@@ -273,7 +364,9 @@ class MongoStore:
         return await self._reads.heads(convs)
 
     async def entries(self, conv: str, after: int, limit: int, max_bytes: int) -> list[Entry]:
-        return await self._reads.entries(conv, after, limit, max_bytes)
+        found = await self._reads.entries(conv, after, limit, max_bytes)
+        self._suspect(found)
+        return found
 
     async def page(
         self, user: str, conv: str, before: int | None, after: int | None, limit: int, max_bytes: int
@@ -300,37 +393,30 @@ class MongoStore:
         rows: list[tuple[str, str]] = []
         users = mine(known.users())
         revoked_users: list[str] = []
-        for at in range(0, len(users), 500):
-            some = users[at : at + 500]
-            cursor = self.mongo["users"].find({"_id": {"$in": some}}, {"rev": 1, "disabled": 1})
-            for doc in await self.mongo.do(cursor.limit(len(some)).to_list(len(some))):
-                if doc["disabled"]:
-                    revoked_users.append(doc["_id"])
-                rows += await self._rows_since(doc["_id"], int(doc["rev"]))
+        for doc in await self._reads.among("users", users, {"rev": 1, "disabled": 1}):
+            if doc["disabled"]:
+                revoked_users.append(doc["_id"])
+            for conv in await self._rows_since(doc["_id"], int(doc["rev"])):
+                self._members.forget(conv, doc["_id"])
+                rows.append((doc["_id"], conv))
         gone = set(self._revs) - set(known.users())
         for user in gone:
             del self._revs[user]
         tokens = mine(known.tokens())
-        revoked: list[bytes] = []
-        for at in range(0, len(tokens), 500):
-            hashes = {token.hex(): token for token in tokens[at : at + 500]}
-            cursor = self.mongo["tokens"].find({"_id": {"$in": list(hashes)}}, {"_id": 1})
-            left = {doc["_id"] for doc in await self.mongo.do(cursor.limit(len(hashes)).to_list(len(hashes)))}
-            revoked += [token for key, token in hashes.items() if key not in left]
+        hashes = {token.hex(): token for token in tokens}
+        left = {doc["_id"] for doc in await self._reads.among("tokens", list(hashes), {"_id": 1})}
+        revoked = [token for key, token in hashes.items() if key not in left]
         return Changes(0, heads, rows, revoked, revoked_users)
 
-    async def _rows_since(self, user: str, rev: int) -> list[tuple[str, str]]:
-        """The user's rows that changed since the last look (the first look only notes where it stands)."""
+    async def _rows_since(self, user: str, rev: int) -> list[str]:
+        """Where the user's row changed since the last look (the first look only notes where it stands)."""
         before, again = self._revs.get(user, (rev, 0))
         if rev > before:
             again = LOOKS_AFTER
         self._revs[user] = (rev, max(0, again - 1))
         if not again:
             return []
-        query = {"u": user, "rev": {"$gt": max(0, before - REV_SLACK)}}
-        cursor = self.mongo["members"].find(query, {"_id": 0, "c": 1})
-        most = self._max_conversations
-        return [(user, doc["c"]) for doc in await self.mongo.do(cursor.limit(most).to_list(most))]
+        return await self._reads.changed_since(user, max(0, before - REV_SLACK), self._max_conversations)
 
     # --- conversations -----------------------------------------------------------
     async def conversations(self, user: str) -> tuple[int, list[str]]:
@@ -347,11 +433,12 @@ class MongoStore:
         ids = convs
         if ids is None:
             ids = [row["c"] for row in await self._reads.rows(user, None, self._max_conversations)]
-        # A row never shows less than the head beside it: who is removed by an entry that a session
-        # has been given must not be attached again by a row that follows later.
-        for conv, folded in await self._reads.behind(ids):
-            await self._members.repair(conv, folded)
-        return 0, await self._reads.views(user, ids, self._max_conversations)
+        # A row never shows less than the head beside it: who is removed by an entry that a session has
+        # been given must not be attached again by a row that follows later. So the heads are read first.
+        newest = await self._reads.newest(ids)
+        for conv in await self._reads.behind(ids):
+            await self._members.fold_up(conv)
+        return 0, await self._reads.views(user, ids, newest, self._marks)
 
     async def role(self, user: str, conv: str) -> str | None:
         return await self._members.role(conv, user)
@@ -370,13 +457,17 @@ class MongoStore:
         return await self._reads.channels(user, prefix, after, limit)
 
     async def set_read(self, user: str, conv: str, upto: int) -> bool:
-        return await self._accounts.set_read(user, conv, upto)
+        moved = await self._accounts.set_read(user, conv, upto)
+        # What was sent has moved it already, and is written soon.
+        return moved and upto > self._marks.get((conv, user), (0, 0))[0]
 
     async def set_notify(self, user: str, conv: str, level: str) -> None:
         await self._accounts.set_notify(user, conv, level)
 
     async def block(self, user: str, other: str, on: bool) -> None:
         await self._accounts.block(user, other, on)
+        # Others read it again within BLOCK_TTL_S.
+        self._members.forget(derived_id(self._secret, "dm", *sorted((user, other))), other)
 
     async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
         return await self._reads.acquainted(user, others, self._max_conversations)
@@ -429,8 +520,13 @@ async def prepare(mongo: Mongo) -> tuple[str, bytes]:
     :raises BrokenSchema: an index is missing: ``chatcore db migrate`` makes it.
     """
     meta = mongo["meta"]
-    doc = await mongo.do(meta.find_one({"_id": "store"}))
+    fields = {"store_id": 1, "secret": 1, "version": 1}
+    # In this order: others may be setting it up.
+    used = await mongo.do(mongo["entries"].find_one({}, {"_id": 1}))
+    doc = await mongo.do(meta.find_one({"_id": "store"}, fields))
     if doc is None:
+        if used is not None:
+            raise BrokenSchema(f"the database {mongo.settings.database} has entries, but lost its id (meta.store)")
         for line in await schema.migrate(mongo):
             log.info("database %s: %s", mongo.settings.database, line)
         fresh: Document = {
@@ -442,7 +538,7 @@ async def prepare(mongo: Mongo) -> tuple[str, bytes]:
         }
         with contextlib.suppress(DuplicateKeyError):
             await mongo.do(meta.insert_one(fresh))
-        doc = await mongo.do(meta.find_one({"_id": "store"}))
+        doc = await mongo.do(meta.find_one({"_id": "store"}, fields))
         if doc is None:
             raise Unavailable("the database does not keep what was written")
     if doc["version"] != schema.SCHEMA_VERSION:
@@ -450,8 +546,8 @@ async def prepare(mongo: Mongo) -> tuple[str, bytes]:
             f"the database {mongo.settings.database} has schema version {doc['version']};"
             f" this program needs {schema.SCHEMA_VERSION}"
         )
-    lacking = schema.missing(await schema.check(mongo))
+    lacking = [one for one in await schema.check(mongo, usage=False) if one.broken]
     if lacking:
-        names = ", ".join(f"{one.index.collection}.{one.index.name} ({one.state})" for one in lacking)
+        names = ", ".join(f"{one.label} ({one.state})" for one in lacking)
         raise BrokenSchema(f"the database {mongo.settings.database} lacks indexes: {names}; run chatcore db migrate")
     return doc["store_id"], bytes(doc["secret"])
