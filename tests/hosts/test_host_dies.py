@@ -12,11 +12,11 @@ import pytest
 from ..e2e.world import until
 from .parts import PRESENCE_S, HostTraffic, Pair, Site, last_told, run, settled
 
-TALKERS = 10
+TALKERS = 8
 PAUSE_S = 0.1
 KILLS = 10
 #: Acknowledged between two kills: each talker gets its turn.
-ACKS = 15
+ACKS = 8
 
 
 async def test_who_was_on_a_host_that_died_resumes_on_the_other_or_appears_offline(

@@ -11,15 +11,15 @@ from collections.abc import Callable
 
 from .parts import CONVERGE_S, PRESENCE_S, HostTraffic, Pair, Reader, Site, crosses, run, says, settled
 
-TALKERS = 12
+TALKERS = 8
 CONVERSATIONS = 2
 PAUSE_S = 0.3
 #: How long Redis stands still (the promise is about just that).
 AWAY_S = 10.0
 #: The longest that nobody at all is acknowledged; what a busy machine needs for its looks at the store, at most.
-GAP_S = 2.0
+GAP_S = 3.0
 #: The longest that a page of history takes, and that one talker waits for an acknowledgement and its pause.
-WAIT_S = 5.0
+WAIT_S = 10.0
 
 
 class Watched:

@@ -11,7 +11,7 @@ from ..e2e.client import Client, Message
 from ..e2e.world import new_cid
 from .parts import CONVERGE_S, HostTraffic, Pair, Site, crosses, run, says
 
-TALKERS = 8
+TALKERS = 6
 PAUSE_S = 0.2
 #: Short, since every test waits for them: a refused send is an insert and then a look at what became of it.
 QUICK = {"store.operation_ms": 1000, "store.server_selection_ms": 1000}
