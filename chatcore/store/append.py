@@ -157,9 +157,9 @@ class _Item:
 
     def committed(self, seq: int, ts: int, digest: bytes, dup: bool) -> None:
         """It is in the log, with this digest: `ok` to all who meant that, a conflict to the others."""
-        for waiter, meant in self.waiters:
+        for i, (waiter, meant) in enumerate(self.waiters):
             if meant == digest:
-                _resolve(waiter, Appended(seq, ts, dup))
+                _resolve(waiter, Appended(seq, ts, dup or i > 0))  # one of them appended it
             else:
                 _resolve(waiter, Conflict(f"cid {self.new.cid} was used for something else"))
 

@@ -39,6 +39,9 @@ MAJORITY: Final = ReadConcern("majority")
 # A secondary that is further behind is not asked for history; the least that the driver takes.
 MAX_STALENESS_S: Final = 90
 DUPLICATE: Final = 11000
+# What is under way may take so long at the end, and the goodbye after it.
+CLOSE_S: Final = 5.0
+GOODBYE_S: Final = 0.5
 # Pairs of one `$or`. A server without $lookup is no MongoDB, and looks at every document for each pair.
 OR_PAIRS: Final = 500
 OR_PAIRS_ELSEWHERE: Final = 20
@@ -156,6 +159,8 @@ class Mongo:
         self.lookups = False
         self._places = asyncio.Semaphore(settings.pool_max)
         self._running: set[asyncio.Task[Any]] = set()
+        #: When the last operation ended, by the loop's clock.
+        self.last_s = asyncio.get_running_loop().time()
 
     @property
     def or_pairs(self) -> int:
@@ -186,11 +191,19 @@ class Mongo:
     async def _lookup(self, pipeline: list[Document]) -> None:
         await (await self.db["meta"].aggregate(pipeline)).to_list(1)
 
-    async def close(self) -> None:
-        """Let what is under way end, which it does by itself, and close every connection."""
+    async def close(self, limit_s: float = CLOSE_S) -> None:
+        """Let what is under way end, which it does by itself within its time, and close every connection."""
+        until = asyncio.get_running_loop().time() + limit_s
         if self._running:
-            await asyncio.wait(self._running, timeout=self.settings.timeout_ms / 1000)
-        await self.client.close()
+            await asyncio.wait(self._running, timeout=limit_s)
+        # The driver tells the server which sessions it ends, and would wait for an answer for ever.
+        with pymongo.timeout(GOODBYE_S):
+            closing = asyncio.ensure_future(self.client.close())
+        left_s = max(0.0, until - asyncio.get_running_loop().time())
+        await asyncio.wait([closing], timeout=GOODBYE_S + left_s)
+        for task in (closing, *self._running):
+            task.cancel()
+        await asyncio.gather(closing, *self._running, return_exceptions=True)
 
     def __getitem__(self, name: str) -> Collection:
         return self.db[name]
@@ -275,6 +288,7 @@ class Mongo:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._places.release()
         self._running.discard(task)
+        self.last_s = asyncio.get_running_loop().time()
         if not task.cancelled():
             task.exception()  # whoever waited may be gone
 

@@ -40,6 +40,8 @@ LOOKS_AFTER: Final = 2
 MARKS_S: Final = 1.0
 # A rotation through all that is attached takes so many looks.
 ROTATION_LOOKS: Final = 5
+# A server that nobody asked for anything for so long is asked whether it is there.
+SILENCE_S: Final = 2.0
 # Expired tokens are looked for so often, for databases that do not remove them by themselves.
 SWEEP_S: Final = 60
 EXPIRED_AT_ONCE: Final = 500
@@ -138,15 +140,20 @@ class MongoStore:
         """Finish what is queued, answer it, write the marks, close every connection."""
         if self._appender is None:
             return
+        loop = asyncio.get_running_loop()
+        until = loop.time() + CLOSE_S
         await self._appender.close(CLOSE_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._works:  # they end by the limits of their operations
-            await asyncio.wait(self._works)
-        with contextlib.suppress(ChatError):
-            await self._flush_marks()
-        await self.mongo.close()
+        if self._works:
+            await asyncio.wait(self._works, timeout=max(0.0, until - loop.time()))
+            for task in self._works:
+                task.cancel()
+        if self.mongo.healthy:
+            with contextlib.suppress(ChatError):
+                await self._flush_marks()
+        await self.mongo.close(max(0.0, until - loop.time()))
 
     # --- what runs beside ----------------------------------------------------------
     def _committed(self, entries: list[Entry]) -> None:
@@ -179,8 +186,9 @@ class MongoStore:
                     del self._marks[key]
 
     async def _probe(self) -> None:
-        """Find out that the server is back without waiting for somebody to ask for something."""
-        if not self.mongo.healthy:
+        """Find out that the server is away, or back, without waiting for somebody to ask for something."""
+        silent_s = asyncio.get_running_loop().time() - self.mongo.last_s
+        if silent_s > SILENCE_S or not self.mongo.healthy:
             await self.mongo.ping()
 
     async def _sweep(self) -> None:
