@@ -257,8 +257,8 @@ def test_a_handler_that_takes_too_long_is_cancelled_and_called_again(backend: Ba
 def test_a_long_handler_keeps_its_lease(backend: Backend) -> None:
     async def work() -> None:
         # Two leases long; the other worker would take it if one were missed.
-        log = Log(slow_s=2.1)
-        options = replace(OPTIONS, lease_ms=1_000)
+        log = Log(slow_s=1.6)
+        options = replace(OPTIONS, lease_ms=800)
         async with backend.worker(options) as a, backend.worker(options) as b:
             await a.put("t", "k", b"1")
             a.consume("t", log)
