@@ -133,6 +133,16 @@ def _parser() -> argparse.ArgumentParser:
         which.add_argument("--all", action="store_true")
         change.set_defaults(command=_queue_change, action=action)
 
+    database = commands.add_parser("db", parents=[where], help="MongoDB: check and make its indexes, plan its shards")
+    deeds = database.add_subparsers(required=True, metavar="ACTION")
+    checks = deeds.add_parser("check", parents=[where], help="each index: whether it is there, and what it is for")
+    checks.add_argument("--json", action="store_true")
+    checks.set_defaults(command=_db_check)
+    migrate = deeds.add_parser("migrate", parents=[where], help="make the indexes that are missing")
+    migrate.set_defaults(command=_db_migrate)
+    shards = deeds.add_parser("shard-plan", parents=[where], help="print the commands that shard it, and why these")
+    shards.set_defaults(command=_db_shard_plan)
+
     config = commands.add_parser("config", parents=[settings], help="print all settings, where they come from and why")
     config.add_argument("--json", action="store_true")
     config.set_defaults(command=_config)
@@ -397,6 +407,49 @@ def _queue_change(parsed: argparse.Namespace) -> int:
         return _fail(f"there is no dead letter {parsed.id}", 1)
     done = "back in line" if parsed.action == "retry" else "dropped"
     print(f"{count} {done}")
+    return 0
+
+
+# -- db
+
+
+def _db_check(parsed: argparse.Namespace) -> int:
+    from .store.mongo.admin import check
+
+    findings = check(_load(parsed).settings)
+    if parsed.json:
+        shown = [{"index": x.label, "state": x.state, "why": x.why, "migrate": x.plan} for x in findings]
+        print(json.dumps(shown))
+    else:
+        _table(("INDEX", "STATE", "WHY"), [(x.label, x.state, x.why) for x in findings])
+        for x in findings:
+            if x.plan:
+                print(f"{x.label}: migrate would {x.plan}" + (f": {x.remedy}" if x.remedy else ""))
+    return 1 if any(x.broken for x in findings) else 0
+
+
+def _db_migrate(parsed: argparse.Namespace) -> int:
+    from .store.mongo.admin import migrate
+
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    wrong = migrate(_load(parsed).settings, tell)
+    for x in wrong:
+        print(f"{x.label} is {x.state}: {x.remedy}")
+    if not wrong and not lines:
+        print("nothing is missing")
+    return 1 if wrong else 0
+
+
+def _db_shard_plan(parsed: argparse.Namespace) -> int:
+    from .store.mongo.admin import database_of
+    from .store.mongo.schema import shard_plan
+
+    print("\n".join(shard_plan(database_of(_load(parsed).settings))))
     return 0
 
 

@@ -6,9 +6,9 @@ import contextlib
 import secrets
 import time
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Final
 
+from bson.datetime_ms import DatetimeMS
 from pymongo import UpdateOne
 from pymongo.errors import DuplicateKeyError
 
@@ -116,7 +116,7 @@ class Accounts:
     async def add_token(self, token_hash: bytes, user: str, expires: int, password: str) -> None:
         """A new session token, unless the password was changed since it was verified."""
         # The token first: whoever changes the password after the check below finds it, and deletes it.
-        gone = datetime.fromtimestamp(expires / 1000, UTC)
+        gone = DatetimeMS(expires)
         doc = {"_id": token_hash.hex(), "u": user, "exp": expires, "gone": gone}
         await self._mongo.do(self._mongo["tokens"].insert_one(doc))
         query = {"_id": user, "password": password, "disabled": False}
@@ -126,7 +126,7 @@ class Accounts:
 
     async def extend_token(self, token_hash: bytes, expires: int) -> bool:
         """Tokens slide while they are used (False: it was revoked)."""
-        gone = datetime.fromtimestamp(expires / 1000, UTC)
+        gone = DatetimeMS(expires)
         done = await self._mongo.do(
             self._mongo["tokens"].update_one(
                 {"_id": token_hash.hex(), "exp": {"$lt": expires}}, {"$set": {"exp": expires, "gone": gone}}
@@ -142,7 +142,7 @@ class Accounts:
 
     async def sweep_tokens(self, limit: int) -> None:
         """Remove expired tokens, where the database does not do it by itself (asks every shard)."""
-        cursor = self._mongo["tokens"].find({"gone": {"$lt": datetime.now(UTC)}}, {"_id": 1}, batch_size=limit)
+        cursor = self._mongo["tokens"].find({"gone": {"$lt": DatetimeMS(now_ms())}}, {"_id": 1}, batch_size=limit)
         ids = [doc["_id"] for doc in await self._mongo.do(cursor.limit(limit).to_list(limit))]
         if ids:
             await self._mongo.do(self._mongo["tokens"].delete_many({"_id": {"$in": ids}}))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -21,7 +21,7 @@ from pymongo import AsyncMongoClient, ReadPreference, WriteConcern, monitoring
 from pymongo.asynchronous.client_session import AsyncClientSession
 from pymongo.asynchronous.collection import AsyncCollection
 from pymongo.asynchronous.database import AsyncDatabase
-from pymongo.errors import BulkWriteError, DuplicateKeyError, OperationFailure, PyMongoError
+from pymongo.errors import BulkWriteError, ConfigurationError, DuplicateKeyError, OperationFailure, PyMongoError
 from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import SecondaryPreferred
 
@@ -128,24 +128,30 @@ class Listener(monitoring.CommandListener, monitoring.ConnectionPoolListener):
 
 
 class Mongo:
-    """The collections, and whether the server answers."""
+    """The collections, and whether the server answers.
 
-    def __init__(self, settings: MongoSettings) -> None:
+    :raises ValueError: the URL is not one that can be.
+    """
+
+    def __init__(self, settings: MongoSettings, listeners: Sequence[monitoring.CommandListener] = ()) -> None:
         self.settings = settings
         self.listener = Listener()
-        self.client: AsyncMongoClient[Document] = AsyncMongoClient(
-            settings.url,
-            maxPoolSize=settings.pool_max,
-            minPoolSize=settings.pool_min,
-            waitQueueTimeoutMS=settings.wait_queue_ms,
-            serverSelectionTimeoutMS=settings.server_selection_ms,
-            timeoutMS=settings.timeout_ms,
-            retryWrites=False,  # the append loop does it better: it knows the cid (log.md)
-            retryReads=True,
-            appname="chatcore",
-            event_listeners=[self.listener],
-            tz_aware=True,
-        )
+        try:
+            self.client: AsyncMongoClient[Document] = AsyncMongoClient(
+                settings.url,
+                maxPoolSize=settings.pool_max,
+                minPoolSize=settings.pool_min,
+                waitQueueTimeoutMS=settings.wait_queue_ms,
+                serverSelectionTimeoutMS=settings.server_selection_ms,
+                timeoutMS=settings.timeout_ms,
+                retryWrites=False,  # the append loop does it better: it knows the cid (log.md)
+                retryReads=True,
+                appname="chatcore",
+                event_listeners=[self.listener, *listeners],
+                tz_aware=True,
+            )
+        except (ConfigurationError, ValueError) as exc:  # InvalidURI is the former
+            raise ValueError(f"store.mongodb_url: {exc}") from None
         self.db: AsyncDatabase[Document] = self.client.get_database(
             settings.database,
             codec_options=CodecOptions(document_class=dict),
@@ -174,7 +180,7 @@ class Mongo:
         """
         probe: list[Document] = [
             {"$match": {"_id": None}},
-            {"$lookup": {"from": "meta", "localField": "_id", "foreignField": "_id", "pipeline": [], "as": "e"}},
+            {"$lookup": {"from": "entries", "localField": "_id", "foreignField": "c", "pipeline": [], "as": "e"}},
             {"$limit": 1},
         ]
         await self.do(self.client.admin.command("hello"))

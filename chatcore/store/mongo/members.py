@@ -91,8 +91,9 @@ class Roles:
 class Members:
     """Rows of one store, and the roles that its append loop goes by."""
 
-    def __init__(self, mongo: Mongo) -> None:
+    def __init__(self, mongo: Mongo, recount_after_s: float = RECOUNT_AFTER_S) -> None:
         self._mongo = mongo
+        self._recount_after_s = recount_after_s
         self._known: OrderedDict[str, Roles] = OrderedDict()
         self._held = 0
         self._folded: OrderedDict[str, int] = OrderedDict()
@@ -220,7 +221,7 @@ class Members:
             if len(found) < FOLD_ROWS:
                 break
         if late and folded > began:
-            self._recounts[conv] = asyncio.get_running_loop().time() + RECOUNT_AFTER_S
+            self._recounts[conv] = asyncio.get_running_loop().time() + self._recount_after_s
         self._folded[conv] = max(folded, self._folded.pop(conv, 0))
         if len(self._folded) > FOLDED_MAX:
             self._folded.popitem(last=False)

@@ -21,7 +21,7 @@ password, created, disabled, seen, rev}, ``names`` {_id: key, u}, ``tokens`` {_i
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -77,7 +77,7 @@ INDEXES: Final = (
     Index(
         "convs",
         (("kind", 1), ("key", 1), ("_id", 1)),
-        "the directory of channels (asks every shard)",
+        "the directory of channels",
         options={"partialFilterExpression": {"kind": "channel"}},
     ),
     Index("tokens", (("u", 1),), "the tokens of a user, to revoke them"),
@@ -99,19 +99,29 @@ SHARD_KEYS: Final = {
 }
 
 
+#: What asks every shard, by collection and leading field: why, and what bounds it.
+EVERY_SHARD: Final = {
+    ("members", "u"): "a user's conversations: up to limits.conversations_per_user, at a log-in, an open or a join",
+    ("tokens", "u"): "a user's tokens, to revoke them: when a password changes or an account is disabled",
+    ("tokens", "gone"): "expired tokens, where the database does not remove them: some hundred a minute",
+    ("entries", ""): "whether there is any entry: one, when a worker starts",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Finding:
     """One index, as ``db check`` reports it.
 
     ``state``: ok, missing, different (of the same keys), optional (missing, but not needed), unused
     (since the server started), or foreign (``index`` is None: not one of ours).
-    ``plan``: what ``db migrate`` would do ("": nothing).
+    ``plan``: what ``db migrate`` would do; ``remedy``: what it leaves to the operator.
     """
 
     label: str
     state: str
     why: str
     plan: str = ""
+    remedy: str = ""
     index: Index | None = None
 
     @property
@@ -157,14 +167,14 @@ async def check(mongo: Mongo, *, usage: bool = True) -> list[Finding]:
 def _finding(index: Index, spec: Document | None, used: Mapping[str, int] | None) -> Finding:
     if spec is None:
         state = "optional" if index.optional else "missing"
-        return Finding(index.label, state, index.why, f"make {index.shape}", index)
+        return Finding(index.label, state, index.why, f"make {index.shape}", index=index)
     if bool(spec.get("unique")) != index.unique:
         wrong = "not unique, but must be" if index.unique else "unique, but must not be"
-        plan = f"nothing: drop {index.collection}.{spec['name']} by hand, it is {wrong}; then migrate makes it"
-        return Finding(index.label, "different", index.why, plan, index)
+        remedy = f"it is {wrong}; drop {index.collection}.{spec['name']} by hand, then migrate makes it"
+        return Finding(index.label, "different", index.why, "leave it alone", remedy, index)
     if used is not None and not used.get(spec["name"], 0):
-        return Finding(index.label, "unused", index.why, "", index)
-    return Finding(index.label, "ok", index.why, "", index)
+        return Finding(index.label, "unused", index.why, index=index)
+    return Finding(index.label, "ok", index.why, index=index)
 
 
 async def _used(mongo: Mongo, collection: str) -> dict[str, int] | None:
@@ -182,26 +192,26 @@ async def _stats(mongo: Mongo, collection: str) -> list[Document]:
     return await (await mongo[collection].aggregate([{"$indexStats": {}}])).to_list(None)
 
 
-async def migrate(mongo: Mongo, limit_s: float | None = None) -> list[str]:
-    """Make what is missing; returns what was done, in words.
+async def migrate(mongo: Mongo, tell: Callable[[str], None], limit_s: float | None = None) -> None:
+    """Make what is missing.
 
-    :param limit_s: for each index (of a large collection it takes long); None: as any operation.
+    :param tell: told in words what is made, before (it may take long) and after.
+    :param limit_s: for each index; None: as any operation.
     :raises Unavailable: an index that must be could not be made.
     """
-    done: list[str] = []
     for finding in await check(mongo, usage=False):
         index = finding.index
         if index is None or finding.state not in ("missing", "optional"):
             continue
+        tell(f"making {index.shape}")
         try:
             await _make(mongo, index, index.options, limit_s)
-            done.append(f"made {index.shape}")
+            tell(f"made {index.shape}")
         except Refused as exc:
             if not index.options:
                 raise
             await _make(mongo, index, {}, limit_s)
-            done.append(f"made index {index.label} without {', '.join(index.options)}: {exc.message}")
-    return done
+            tell(f"made index {index.label} without {', '.join(index.options)}: {exc.message}")
 
 
 async def _make(mongo: Mongo, index: Index, options: Mapping[str, Any], limit_s: float | None) -> None:
@@ -212,10 +222,12 @@ async def _make(mongo: Mongo, index: Index, options: Mapping[str, Any], limit_s:
 def shard_plan(database: str) -> list[str]:
     """The commands that shard the database, and why these keys."""
     lines = [
+        "# In the shell, with MongoDB 5.1 or newer, while no worker runs.",
         "# A conversation lives on one shard: its order and its exactly-once rest on unique indexes, which",
         "# must begin with the shard key. Conversation ids are random, so ranges of them spread evenly.",
-        "# Limits: one conversation cannot be larger or busier than one shard; the conversations of a user",
-        "# and the directory of channels ask every shard (bounded: 1,000 and one page).",
+        "# Limits: one conversation cannot be larger or busier than one shard. What asks every shard:",
+        *(f"#   {collection}: {why}" for (collection, _), why in EVERY_SHARD.items()),
+        "# convs (with the directory of channels), names, blocks and meta stay on the first shard.",
         f'sh.enableSharding("{database}")',
     ]
     for collection, keys in SHARD_KEYS.items():

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar
 
 from pymongo.errors import DuplicateKeyError
+from pymongo.monitoring import CommandListener
 
 from ...errors import ChatError, Conflict, Forbidden, NotFound, Unavailable
 from ...protocol import MEMBER_ROLES
@@ -59,7 +60,8 @@ class MongoStore:
     """One per worker, made in its loop after the fork.
 
     ``publish_yield`` asks the other hosts to let this one append to a conversation;
-    :meth:`on_yield` and :meth:`heard` are what they are told (log.md).
+    :meth:`on_yield` and :meth:`heard` are what they are told (log.md). ``listeners`` are told of
+    every command.
     """
 
     name = "mongodb"
@@ -73,8 +75,10 @@ class MongoStore:
         publish_yield: Callable[[str], None],
         *,
         max_conversations: int = 1000,
+        listeners: Sequence[CommandListener] = (),
     ) -> None:
         self._settings = settings
+        self._listeners = listeners
         self._tell = on_commit
         self._publish_yield = publish_yield
         self._max_conversations = max_conversations
@@ -114,9 +118,12 @@ class MongoStore:
         """Connect, verify the indexes (making them in an empty database), learn the store's id.
 
         :raises Unavailable: the server does not answer.
-        :raises BrokenSchema: an index is missing in a database that is in use.
+        :raises BrokenSchema: an index is missing in a database that is in use, or the URL is wrong.
         """
-        self._mongo = mongo = Mongo(self._settings)
+        try:
+            self._mongo = mongo = Mongo(self._settings, self._listeners)
+        except ValueError as exc:
+            raise BrokenSchema(str(exc)) from None
         try:
             await mongo.start()
             self._store_id, self._secret = await prepare(mongo)
@@ -519,7 +526,7 @@ class MongoStore:
 
 
 class BrokenSchema(Exception):
-    """The database lacks an index that correctness rests on; the message is one line for the operator."""
+    """The database cannot be used, such as for want of an index; the message is one line for the operator."""
 
 
 async def prepare(mongo: Mongo) -> tuple[str, bytes]:
@@ -535,8 +542,8 @@ async def prepare(mongo: Mongo) -> tuple[str, bytes]:
     if doc is None:
         if used is not None:
             raise BrokenSchema(f"the database {mongo.settings.database} has entries, but lost its id (meta.store)")
-        for line in await schema.migrate(mongo):
-            log.info("database %s: %s", mongo.settings.database, line)
+        await schema.migrate(mongo, lambda line: log.debug("database %s: %s", mongo.settings.database, line))
+        log.info("set up the empty database %s", mongo.settings.database)
         fresh: Document = {
             "_id": "store",
             "store_id": secrets.token_urlsafe(9),
