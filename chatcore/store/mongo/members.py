@@ -208,6 +208,7 @@ class Members:
                 {"c": conv, "x": {"$gt": after}},
                 {"_id": 0, "s": 1, "t": 1, "n": 1, "b": 1},
                 sort=[("x", 1)],
+                batch_size=FOLD_ROWS,
                 session=session,
             )
             return await self._mongo.do(cursor.limit(FOLD_ROWS).to_list(FOLD_ROWS))

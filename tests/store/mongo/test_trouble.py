@@ -77,6 +77,7 @@ def test_what_lands_after_its_sender_was_told_unavailable_is_told_and_found(
             await a.store.append(message(conv, alice))
             server.pause()
             try:
+                await asyncio.sleep(0.1)  # until it does stand still
                 began = time.monotonic()
                 late = [a.store.append(message(conv, alice, cid=f"late-{i}")) for i in range(3)]
                 await asyncio.sleep(0.05)  # it is under way
