@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from chatcore.errors import Conflict, Forbidden, NotFound
+from chatcore.store.append import Row, Unknown
 from chatcore.store.base import Appended, Opening
 from chatcore.store.entries import new_entry
 
@@ -58,6 +59,20 @@ def test_the_same_cid_on_two_workers_at_once_is_stored_once(database: Database) 
                 )
                 assert sorted(type(x).__name__ for x in outcomes) == ["Appended", "Conflict"]
             assert [e.seq for e in await a.log(conv)] == list(range(1, 23))
+
+    run(work())
+
+
+def test_a_race_that_was_lost_is_no_ill_health(database: Database) -> None:
+    async def work() -> None:
+        async with workers(database, 1) as [a]:
+            alice = await a.user("alice")
+            conv = await a.conversation(alice, title=None)
+            for seq, cid in ((1, "the seq is taken"), (2, "new"), (3, "new")):
+                lost = a.store._ops.insert(conv, [Row(message(conv, alice, cid=cid), seq, 0, seq, seq)])
+                outcome = (await asyncio.gather(lost, return_exceptions=True))[0]
+                assert isinstance(outcome, Unknown) == (seq != 2), outcome
+                assert a.store.healthy
 
     run(work())
 
