@@ -1,4 +1,4 @@
-"""Which store and which bus a worker has: by the settings, one host or several."""
+"""Which store, cache, queue and bus a worker has: by the settings, one host or several."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from pathlib import Path
 from .bus.base import Bus
 from .bus.local import LocalBus
 from .bus.redis import RedisBus
+from .cache.store import CachedStore
 from .process import StartError, WorkerContext
+from .queue.base import Queue
+from .queue.redis import RedisQueue
+from .queue.sqlite import SQLiteQueue
+from .redis_client import RedisClient, parse_url
 from .settings import Settings
 from .store.base import Entry, OnCommit, Store
 from .store.mongo.client import MongoSettings
@@ -30,10 +35,14 @@ class Racing:
 
 @dataclass(frozen=True, slots=True)
 class Backends:
-    """The store, and how its bus is made once the store is open (the bus' names begin with the store's id)."""
+    """The store (behind its cache), and how the queue is made once the store is open."""
 
     store: Store
     racing: Racing | None
+    cache: CachedStore | None
+    queue: Callable[[], Queue]
+    #: Clients that the parts share; closed last.
+    clients: tuple[RedisClient, ...]
 
 
 def worker_name(context: WorkerContext) -> str:
@@ -60,18 +69,32 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
             publish_yield,
             max_conversations=settings.limits.conversations_per_user,
         )
-        return Backends(store, Racing(store.heard, store.on_yield, store.row_changed))
+        address = parse_url(settings.redis.url)
+        client = RedisClient(address)
+        racing = Racing(store.heard, store.on_yield, store.row_changed)
+        cache = None
+        if settings.cache.enabled:
+            near = RedisClient(address, timeout_s=settings.cache.l2_timeout_ms / 1000) if settings.cache.l2 else None
+            cache = CachedStore(store, settings.cache, near)
+        return Backends(
+            cache or store,
+            racing,
+            cache,
+            lambda: RedisQueue(client, f"chatcore:{store.store_id}", settings.queue),
+            (client,),
+        )
+    embedded = SQLiteStore(
+        Path(settings.server.data),
+        on_commit,
+        queue=settings.limits.append_queue,
+        batch=settings.store.batch_entries,
+        checkpoint_pages=settings.store.checkpoint_pages,
+        timeout_ms=settings.timeouts.store_ms,
+        max_conversations=settings.limits.conversations_per_user,
+    )
+    cache = CachedStore(embedded, settings.cache) if settings.cache.enabled else None
     return Backends(
-        SQLiteStore(
-            Path(settings.server.data),
-            on_commit,
-            queue=settings.limits.append_queue,
-            batch=settings.store.batch_entries,
-            checkpoint_pages=settings.store.checkpoint_pages,
-            timeout_ms=settings.timeouts.store_ms,
-            max_conversations=settings.limits.conversations_per_user,
-        ),
-        None,
+        cache or embedded, None, cache, lambda: SQLiteQueue(embedded.write, embedded.read, settings.queue), ()
     )
 
 

@@ -372,7 +372,7 @@ class Session:
         chat = self._worker.chat
         match req:
             case p.History():
-                page = await chat.history(user, req)
+                page = await chat.history(user, req, live=True)
                 entries = [orjson.Fragment(e.wire) for e in page.entries]
                 return {"entries": entries, "more": page.more, "at": page.head}
             case p.Attach():

@@ -35,6 +35,7 @@ from .chat.users import Users
 from .errors import ChatError, Internal, Unavailable
 from .net.http import HttpConnection, HttpRequest, HttpResponse, encode_response, error_response
 from .process import WorkerContext
+from .queue.handlers import Handlers
 from .session import Session
 from .stats import Health, State
 from .store.base import Entry, Store
@@ -110,12 +111,18 @@ class Worker:
         self._loop.add_signal_handler(signal.SIGTERM, self.stopping.set)
         self._loop.add_reader(self.context.parent_fd, self._parent_gone)
         backends = make_store(self.settings, self._on_commit, self._publish_yield)
+        self._backends = backends
         self._racing = backends.racing
+        self.cache = backends.cache
         self.store: Store = backends.store
         await start_store(self.settings, self.store)
         self.bus: Bus = make_bus(self.context, self.store)
         self._make_parts()
         await self.bus.start(self)
+        if self.cache is not None:
+            await self.cache.listen(self.bus)
+        if self.handlers.topics():
+            await self.queue.start()
         await self.delivery.start()
         self.users.start()
         self.presence.start()
@@ -123,10 +130,13 @@ class Worker:
         self._loop.add_reader(self.reactor.fileno(), self.reactor.poll)
         self._tick()
         self.stats.ready()
+        self.handlers.start(self.queue)
 
     def _make_parts(self) -> None:
         settings, limits = self.settings, self.settings.limits
-        racing = self._racing
+        racing, cache = self._racing, self.cache
+        self.queue = self._backends.queue()
+        self.handlers = Handlers()
         self.users = Users(
             self.store,
             self.bus,
@@ -147,9 +157,11 @@ class Worker:
             replay_bytes=(limits.outbox_bytes - limits.outbox_low_water_bytes) // 2,
             backlog=limits.backlog,
             check_interval_s=settings.store.check_interval_ms / 1000,
+            replay=None if cache is None else cache.replay,
         )
         self.users.delivery = self.delivery
-        self.chat = Chat(settings, self.store, self.bus, self.delivery, self.users)
+        page = None if cache is None else cache.page
+        self.chat = Chat(settings, self.store, self.bus, self.delivery, self.users, page)
         self.accounts = Accounts(settings, self.store)
         self.api = Api(self)
 
@@ -174,8 +186,11 @@ class Worker:
         await self._wait_for(lambda: not self._tasks, deadline)
         await self.presence.close()
         await self.users.close()
+        await self.queue.close()
         await self.store.close()
         await self.bus.close()
+        for client in self._backends.clients:
+            await client.close()
         await self.delivery.close()
         for task in list(self._tasks):
             task.cancel()
@@ -246,6 +261,8 @@ class Worker:
         return Topic(self.reactor, room)
 
     def _on_commit(self, entries: list[Entry]) -> None:
+        if self.cache is not None:
+            self.cache.on_commit(entries)
         self.chat.on_commit(entries)
 
     def _publish_yield(self, conv: str) -> None:
@@ -368,6 +385,8 @@ class Worker:
                 self.users.on_bus(name, payload)
             elif kind == "p":
                 self.presence.on_bus(name, payload)
+            elif kind == "i" and self.cache is not None:
+                self.cache.on_bus(payload)
         except (ValueError, KeyError) as exc:
             log.warning("bus message on %s dropped: %s", channel, exc)
 
@@ -377,6 +396,8 @@ class Worker:
             entry = events.unpack_entry(conv, payload)
             if self._racing is not None:
                 self._racing.heard(entry)
+            if self.cache is not None:
+                self.cache.heard(entry)
             self.delivery.on_entry(entry)
         elif kind == events.STATE:
             self.delivery.push_state(conv, *events.unpack_state(payload))
@@ -386,6 +407,8 @@ class Worker:
     def on_doubt(self, why: str) -> None:
         """Something may have been missed."""
         log.debug("doubt: %s", why)
+        if self.cache is not None:
+            self.cache.on_doubt()
         self.delivery.check()
 
     def on_peer_gone(self, peer: str) -> None:

@@ -49,6 +49,10 @@ LEFT_MAX: Final = 1000
 QUIET_MERGE_S: Final = 2.0
 
 
+#: (conversation, after, upto, limit, max_bytes): entries after one, dense; ``upto`` is known to be committed.
+Replay = Callable[[str, int, int, int, int], Awaitable[list[Entry]]]
+
+
 class Delivery:
     """All rooms of one worker. Owns their pumps and the check, sweep and merge loops."""
 
@@ -65,8 +69,11 @@ class Delivery:
         replay_bytes: int = 262_144,
         backlog: int = 500,
         check_interval_s: float = 1.0,
+        replay: Replay | None = None,
     ) -> None:
+        """``replay``: reads entries that were delivered here already, from nearer than the store, if it can."""
         self._store = store
+        self._replay = replay or self._read
         self._bus = bus
         self._directory = directory
         self._make_topic = make_topic
@@ -435,7 +442,7 @@ class Delivery:
         first = room.last - len(room.ring) + 1
         if cur + 1 >= first:
             return self._cut(e for e in room.ring if cur < e.seq <= upto)
-        rows = await self._store.entries(room.conv, cur, upto - cur, self._replay_bytes)
+        rows = await self._replay(room.conv, cur, room.last, upto - cur, self._replay_bytes)
         dense: list[Entry] = []
         for e in rows:
             if e.seq != cur + 1 + len(dense) or e.seq > upto:
@@ -444,6 +451,9 @@ class Delivery:
         if not dense:
             await asyncio.sleep(BACKOFF_S[0])  # what was delivered must be there: a lagging read
         return dense
+
+    async def _read(self, conv: str, after: int, upto: int, limit: int, max_bytes: int) -> list[Entry]:
+        return await self._store.entries(conv, after, limit, max_bytes)
 
     def _cut(self, entries: Iterable[Entry]) -> list[Entry]:
         """As many as may be in an outbox at once, one at least."""

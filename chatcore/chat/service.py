@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import secrets
+from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 import orjson
@@ -40,14 +41,29 @@ _ACQUAINTED_AT_ONCE: Final = 25
 _ENVELOPE_BYTES: Final = 1024
 
 
+#: (user, conversation, before, after, limit, max_bytes, hint), as Store.page; ``hint`` is a seq known to be
+#: committed, 0 if none is.
+RecentPage = Callable[[str, str, int | None, int | None, int, int, int], Awaitable[Page]]
+
+
 class Chat:
     """One per worker."""
 
-    def __init__(self, settings: Settings, store: Store, bus: Bus, delivery: Delivery, users: Users) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        bus: Bus,
+        delivery: Delivery,
+        users: Users,
+        recent_page: RecentPage | None = None,
+    ) -> None:
+        """``recent_page``: pages up to a seq that is known, from nearer than the store, if it can."""
         self._limits = settings.limits
         self._store = store
         self._bus = bus
         self._delivery = delivery
+        self._recent_page = recent_page
         self._users = users
         self.appended = 0
 
@@ -85,15 +101,23 @@ class Chat:
         digest = hashlib.blake2b(encoded, digest_size=8).digest()
         return self._store.append(NewEntry(req.c, user, req.cid, "msg", encoded, digest))
 
-    async def history(self, user: str, req: History) -> Page:
-        """A page of entries: at most the limit of entries, and of one server message."""
+    async def history(self, user: str, req: History, *, live: bool = False) -> Page:
+        """A page of entries: at most the limit of entries, and of one server message.
+
+        ``live``: who asks is told of new entries by this worker. Then a page up to what was told
+        is new enough; what somebody sent by another way must be looked for in the store.
+        """
         limits = self._limits
         if req.limit > limits.history:
             raise TooLarge(f"limit: at most {limits.history}")
         if req.before is not None and req.after is not None:
             raise BadRequest("before and after exclude each other")
         room = MAX_SERVER_MESSAGE_BYTES - _ENVELOPE_BYTES
-        return await self._store.page(user, req.c, req.before, req.after, req.limit, room)
+        if self._recent_page is None:
+            return await self._store.page(user, req.c, req.before, req.after, req.limit, room)
+        known = self._delivery.rooms.get(req.c) if live else None
+        hint = max(known.want, known.last, 0) if known is not None else 0
+        return await self._recent_page(user, req.c, req.before, req.after, req.limit, room, hint)
 
     # --- conversations -----------------------------------------------------------
     def _title(self, title: str) -> str:

@@ -118,6 +118,14 @@ class SQLiteStore:
             if not self._reader.healthy and self._reader.idle():
                 self._reader.put(ops.position).add_done_callback(_retrieved)
 
+    def write(self, op: ops.Op) -> asyncio.Future[Any]:
+        """One operation of another part that keeps its tables here, in the next commit."""
+        return self._writer.put(op)
+
+    def read(self, query: reads.Query[Any]) -> asyncio.Future[Any]:
+        """One query of such a part."""
+        return self._reader.put(query)
+
     async def _read(self, query: reads.Query[T]) -> T:
         result: T = await self._reader.put(query)
         return result
