@@ -43,6 +43,9 @@ LATE_LOOKS_S: Final = (1, 2, 4, 8, 16, 32, 60)
 #: What an entry is counted with beside its fields: ids, counters, BSON keys.
 ENTRY_OVERHEAD_BYTES: Final = 256
 
+#: Types of entries that change members or the conversation; rows follow them.
+CHANGES: Final = ("member", "meta")
+
 Key = tuple[str, str]  # sender, cid
 
 
@@ -57,6 +60,7 @@ class Head:
     seq: int = 0
     msgs: int = 0
     last_msg: int = 0
+    last_change: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class Row:
     ts: int
     msgs: int
     last_msg: int
+    last_change: int = 0  # the newest entry that changes members or the conversation
 
     def entry(self) -> Entry:
         """As it goes to readers."""
@@ -322,7 +327,7 @@ class Appender:
                 log.exception("insert into %s", state.conv)
         else:
             last = rows[-1]
-            state.head = Head(last.seq, last.msgs, last.last_msg)
+            state.head = Head(last.seq, last.msgs, last.last_msg, last.last_change)
             state.commit_s = self._loop.time() - began
             state.losses = 0
             new = [Found(row.new.cid, row.new.digest, row.ts, row.entry()) for row in rows]
@@ -385,7 +390,7 @@ class Appender:
         return [item for item in batch if item.key not in denied]
 
     def _place(self, batch: Iterable[_Item], head: Head) -> list[Row]:
-        seq, msgs, last_msg = head.seq, head.msgs, head.last_msg
+        seq, msgs, last_msg, last_change = head.seq, head.msgs, head.last_msg, head.last_change
         ts = self._now_ms()
         rows: list[Row] = []
         for item in batch:
@@ -393,7 +398,9 @@ class Appender:
             if item.new.t == "msg":
                 msgs += 1
                 last_msg = seq
-            rows.append(Row(item.new, seq, ts, msgs, last_msg))
+            elif item.new.t in CHANGES:
+                last_change = seq
+            rows.append(Row(item.new, seq, ts, msgs, last_msg, last_change))
         return rows
 
     # --- answers -----------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -16,7 +15,7 @@ from ...errors import Conflict, NotFound, Unauthenticated
 from ...protocol import MEMBER_ROLES
 from ..base import User
 from ..names import name_key
-from .client import Document, Mongo
+from .client import Document, Mongo, now_ms
 from .members import Members, row_id
 from .reads import CHUNK, Marks, Reads
 
@@ -25,11 +24,6 @@ from .reads import CHUNK, Marks, Reads
 UPDATES: Final = 20
 # Tries to take a name that others take and leave meanwhile.
 NAME_TRIES: Final = 3
-
-
-def now_ms() -> int:
-    """Unix time in ms: a label, and what tokens expire by."""
-    return time.time_ns() // 1_000_000
 
 
 class Accounts:
@@ -67,6 +61,9 @@ class Accounts:
             "created": now_ms(),
             "disabled": False,
             "rev": 0,
+            "open": 0,
+            "at": 0,
+            "settled": 0,
         }
         # The account before its name: without a name nobody finds it, and no name is ever without an account.
         await self._mongo.do(self._mongo["users"].insert_one(doc))
@@ -165,8 +162,9 @@ class Accounts:
         query = {"_id": row_id(conv, user), "c": conv, "read": {"$lt": upto}}
         if await self._mongo.do(self._mongo["members"].find_one(query, {"_id": 1})) is None:
             return False
-        fields = {"read": upto, "read_n": msgs, "rev": await self._members.next_rev(user)}
-        done = await self._mongo.do(self._mongo["members"].update_one(query, {"$set": fields}))
+        async with self._members.moving(user) as rev:
+            fields = {"read": upto, "read_n": msgs, "rev": rev}
+            done = await self._mongo.do(self._mongo["members"].update_one(query, {"$set": fields}))
         return bool(done.matched_count)
 
     async def sent(self, marks: Marks) -> None:
@@ -185,8 +183,9 @@ class Accounts:
         await self._member(conv, user)
         query = {"_id": row_id(conv, user), "c": conv, "notify": {"$ne": level}}
         if await self._mongo.do(self._mongo["members"].find_one(query, {"_id": 1})) is not None:
-            fields = {"notify": level, "rev": await self._members.next_rev(user)}
-            await self._mongo.do(self._mongo["members"].update_one(query, {"$set": fields}))
+            async with self._members.moving(user) as rev:
+                update = {"$set": {"notify": level, "rev": rev}}
+                await self._mongo.do(self._mongo["members"].update_one(query, update))
 
     async def block(self, user: str, other: str, on: bool) -> None:
         """Refuse direct messages from another user, or allow them again."""

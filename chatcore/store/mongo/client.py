@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -301,6 +302,11 @@ class Mongo:
     async def ping(self) -> None:
         """Ask for a sign of life of what a majority has, to find out that it is back."""
         await self.do(self.db["meta"].find_one({"_id": "store"}, {"_id": 1}))
+
+
+def now_ms() -> int:
+    """Unix time in ms: a label, and what tokens expire by."""
+    return time.time_ns() // 1_000_000
 
 
 class Refused(Unavailable):

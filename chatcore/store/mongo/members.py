@@ -9,17 +9,20 @@ conversation or comes across the change (log.md, "Members").
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Final
 
 import orjson
 from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
+from ...errors import ChatError
 from ...protocol import MEMBER_ROLES
+from ..append import Head
 from ..base import NewEntry
-from .client import Document, Mongo
+from .client import Document, Mongo, now_ms
 
 # Changes that one load folds at a time; a conversation has few that nobody folded.
 FOLD_ROWS: Final = 500
@@ -34,12 +37,22 @@ FOLDED_MAX: Final = 10_000
 COUNT_MAX: Final = 10_000
 RECOUNT_AFTER_S: Final = 10.0
 
+# A change of a row that takes longer has died.
+SETTLED_MS: Final = 60_000
+POSITION_FIELDS: Final = {"rev": 1, "open": 1, "at": 1, "settled": 1}
+
 ROLE_IN: Final = {"$in": list(MEMBER_ROLES)}
 
 
 def row_id(conv: str, user: str) -> str:
     """The key of a member's row."""
     return f"{conv}:{user}"
+
+
+def settled_at(doc: Document) -> int:
+    """A position up to which all rows of this user (POSITION_FIELDS) are written."""
+    still = not doc["open"] or doc["at"] < now_ms() - SETTLED_MS
+    return int(doc["rev"] if still else doc["settled"])
 
 
 class Roles:
@@ -100,14 +113,42 @@ class Members:
         self._recounts: dict[str, float] = {}
 
     # --- rows ------------------------------------------------------------------
-    async def next_rev(self, user: str) -> int:
-        """The next value of the user's change counter."""
-        doc = await self._mongo.do(
-            self._mongo["users"].find_one_and_update(
-                {"_id": user}, {"$inc": {"rev": 1}}, return_document=ReturnDocument.AFTER
-            )
-        )
-        return int(doc["rev"]) if doc is not None else 0
+    @contextlib.asynccontextmanager
+    async def moving(self, user: str) -> AsyncIterator[int]:
+        """A change of one of the user's rows; gives the number to write into it.
+
+        The user's counter ``rev`` is raised before the row is written. So that nobody takes the
+        counter for a position up to which all rows are written, ``open`` counts the changes in
+        between, and ``settled`` is a counter at which there was none. Whoever dies in between is
+        forgiven after SETTLED_MS: what he wrote last has landed by then.
+        """
+        users = self._mongo["users"]
+        step = {"$inc": {"rev": 1, "open": 1}, "$set": {"at": now_ms()}}
+        doc = await self._mongo.do(users.find_one_and_update({"_id": user}, step, return_document=ReturnDocument.AFTER))
+        if doc is None:
+            yield 0
+            return
+        rev = int(doc["rev"])
+        yield rev
+        with contextlib.suppress(ChatError):
+            closing = {"$set": {"open": 0, "settled": rev}}
+            alone = await self._mongo.do(users.update_one({"_id": user, "rev": rev, "open": 1}, closing))
+            if not alone.matched_count:
+                await self._mongo.do(users.update_one({"_id": user}, {"$inc": {"open": -1}}))
+
+    async def position(self, user: str) -> int:
+        """A position up to which all of the user's rows are written. It never falls."""
+        users = self._mongo["users"]
+        doc = await self._mongo.do(users.find_one({"_id": user}, POSITION_FIELDS))
+        if doc is None:
+            return 0
+        position, settled = settled_at(doc), int(doc["settled"])
+        if position == settled:
+            return settled
+        # Noted before it is told, unless something moves again.
+        query = {"_id": user, "rev": position, "open": doc["open"]}
+        noted = await self._mongo.do(users.update_one(query, {"$set": {"open": 0, "settled": position}}))
+        return position if noted.matched_count else settled
 
     async def role(self, conv: str, user: str) -> str | None:
         """The role in the row (None: there is no row)."""
@@ -153,17 +194,22 @@ class Members:
         self, query: Document, conv: str, user: str, role: str, as_of: int, msgs: int, comes_in: bool
     ) -> bool:
         mark = {"read": as_of, "read_n": msgs}
-        fields: Document = {"role": role, "as_of": as_of, "rev": await self.next_rev(user), "u": user}
         new: Document = {"notify": "all"}
-        (fields if comes_in else new).update(mark)
-        try:
-            before = await self._mongo.do(
-                self._mongo["members"].find_one_and_update(
-                    query, {"$set": fields, "$setOnInsert": new}, upsert=True, return_document=ReturnDocument.BEFORE
+        async with self.moving(user) as rev:
+            fields: Document = {"role": role, "as_of": as_of, "rev": rev, "u": user}
+            (fields if comes_in else new).update(mark)
+            update = {"$set": fields, "$setOnInsert": new}
+            try:
+                before = await self._mongo.do(
+                    self._mongo["members"].find_one_and_update(
+                        query, update, upsert=True, return_document=ReturnDocument.BEFORE
+                    )
                 )
-            )
-        except DuplicateKeyError:
-            return False  # there is a row, but of a later entry
+                written = True
+            except DuplicateKeyError:
+                written = False  # there is a row, but of a later entry
+        if not written:
+            return False
         # The number of members is kept with the conversation: it is shown, and decides nothing.
         step = (role in MEMBER_ROLES) - (before is not None and before["role"] in MEMBER_ROLES)
         if step:
@@ -238,11 +284,11 @@ class Members:
             await self._repair(conv, int(doc.get("folded", 0)), late)
 
     def folded(self, conv: str) -> int:
-        """A change up to which the rows are known to reflect all."""
+        """A change up to which the rows are known to reflect all (0: not known)."""
         return self._folded.get(conv, 0)
 
     # --- roles as of a head ----------------------------------------------------------
-    async def as_of(self, conv: str, head: int, users: Iterable[str]) -> Roles:
+    async def as_of(self, conv: str, head: Head, users: Iterable[str]) -> Roles:
         """The roles of these users by a state that holds every change up to ``head``, or later ones."""
         known = self._known.get(conv)
         if known is not None and len(known) >= ROLES_PER_CONV:
@@ -253,12 +299,12 @@ class Members:
             known = await self._load(conv)
             if known is None:
                 return Roles(None, None, None)  # not kept: it may be opened
-        while known.valid < head:
-            found = await self.changes(conv, known.valid)
+        while known.valid < head.seq:
+            found = await self.changes(conv, known.valid) if head.last_change > known.valid else []
             for doc in found:
                 fields = orjson.loads(doc["b"])
                 known.change(doc["s"], doc["t"], fields.get("user"), fields.get("role"))
-            known.valid = max(known.valid, head if len(found) < FOLD_ROWS else found[-1]["s"])
+            known.valid = max(known.valid, head.seq if len(found) < FOLD_ROWS else found[-1]["s"])
         asked = [user for user in dict.fromkeys(users) if not known.sure(user)]
         if asked:
             known.doubted.difference_update(asked)  # now: who is doubted meanwhile is asked for again

@@ -11,13 +11,11 @@ from pymongo.errors import BulkWriteError
 from ...errors import ChatError, Unavailable
 from ...protocol import MEMBER_ROLES, encode_entry
 from .. import rules
-from ..append import Found, Head, Key, Row, Ruling, Unknown, Verdict
+from ..append import CHANGES, Found, Head, Key, Row, Ruling, Unknown, Verdict
 from ..base import Appended, Entry, NewEntry
 from .client import Document, Mongo
 from .members import ROLE_IN, Members, Roles
 
-#: Types of entries that change members or the conversation: they have ``x``, and rows to follow.
-CHANGES: Final = ("member", "meta")
 #: How long it may take until a block of a dm is seen by a worker that has not heard of it.
 BLOCK_TTL_S: Final = 5.0
 # Blocks of so many dms are read at once.
@@ -27,10 +25,9 @@ Opening = tuple[str, str, str, bytes]
 
 # Which index a query with alternatives is for: then each of them need not be planned.
 BY_SEQ: Final = [("c", 1), ("s", 1)]
-BY_CHANGE: Final = [("c", 1), ("x", 1)]
 BY_CID: Final = [("c", 1), ("f", 1), ("cid", 1)]
 
-ENTRY_FIELDS: Final = {"_id": 0, "c": 1, "s": 1, "t": 1, "f": 1, "cid": 1, "ts": 1, "n": 1, "l": 1, "b": 1}
+ENTRY_FIELDS: Final = {"_id": 0, "c": 1, "s": 1, "t": 1, "f": 1, "cid": 1, "ts": 1, "n": 1, "l": 1, "k": 1, "b": 1}
 
 
 def to_document(row: Row) -> Document:
@@ -46,6 +43,7 @@ def to_document(row: Row) -> Document:
         "ts": row.ts,
         "n": row.msgs,
         "l": row.last_msg,
+        "k": row.last_change,
         "b": e.fields.decode(),
     }
     if e.t in CHANGES:
@@ -75,10 +73,10 @@ class MongoOps:
         async with self._mongo.caught_up() as session:
             doc = await self._mongo.do(
                 self._mongo["entries"].find_one(
-                    {"c": conv}, {"_id": 0, "s": 1, "n": 1, "l": 1}, sort=[("s", -1)], session=session
+                    {"c": conv}, {"_id": 0, "s": 1, "n": 1, "l": 1, "k": 1}, sort=[("s", -1)], session=session
                 )
             )
-        return Head() if doc is None else Head(doc["s"], doc["n"], doc["l"])
+        return Head() if doc is None else Head(doc["s"], doc["n"], doc["l"], doc["k"])
 
     async def insert(self, conv: str, rows: Sequence[Row]) -> None:
         """One ordered insert of the batch; anything but clean success is unknown."""
@@ -119,7 +117,7 @@ class MongoOps:
         """What becomes of each, by what this worker knows as of ``head``; it asks where it does not know."""
         users = {e.sender for e in entries if not self._opens(e)}
         users |= {e.user for e in entries if e.t == "member" and e.user is not None}
-        known = await self._members.as_of(conv, head.seq, users)
+        known = await self._members.as_of(conv, head, users)
         verdicts = [await self._verdict(known, e) for e in entries]
         return Ruling(verdicts, self._mongo.listener.operation_time)
 

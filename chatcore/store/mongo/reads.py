@@ -16,14 +16,14 @@ from ..base import Account, Entry, Page, Peer, Token, User, View
 from ..names import name_key
 from .client import Collection, Document, Mongo
 from .members import ROLE_IN, row_id
-from .ops import BY_CHANGE, BY_SEQ, ENTRY_FIELDS, to_entry
+from .ops import BY_SEQ, ENTRY_FIELDS, to_entry
 
 # Conversations (or keys) in one query.
 CHUNK: Final = 500
 # Queries at once where each conversation needs one: less than the pool has connections.
 AT_ONCE: Final = 8
 ROW_FIELDS: Final = {"_id": 0, "c": 1, "role": 1, "read": 1, "read_n": 1, "notify": 1, "rev": 1, "as_of": 1}
-CONV_FIELDS: Final = {"kind": 1, "title": 1, "a": 1, "b": 1, "members": 1}
+CONV_FIELDS: Final = {"kind": 1, "title": 1, "a": 1, "b": 1, "members": 1, "folded": 1}
 #: (conversation, user) -> (seq, messages): marks that are not written yet.
 Marks = Mapping[tuple[str, str], tuple[int, int]]
 #: Documents carry no position that orders all conversations: whether one without `have` has new
@@ -130,20 +130,6 @@ class Reads:
             found.extend((doc["c"], doc["s"]) for doc in docs)
         return found
 
-    async def behind(self, convs: Sequence[str]) -> list[str]:
-        """Of these conversations, those with changes that no row reflects."""
-        known = await self._by_id("convs", convs, {"folded": 1})
-        ranges: list[Document] = [{"c": conv, "x": {"$gt": int(doc["folded"])}} for conv, doc in known.items()]
-        found: set[str] = set()
-        step = self._mongo.or_pairs
-        for at in range(0, len(ranges), step):
-            some = ranges[at : at + step]
-            fields = {"_id": 0, "c": 1}
-            docs = await self._find(self._mongo["entries"], {"$or": some}, fields, CHUNK, hint=BY_CHANGE)
-            # So many may be all of one: then any may be behind.
-            found.update(doc["c"] for doc in (docs if len(docs) < CHUNK else some))
-        return sorted(found)
-
     # --- conversations -----------------------------------------------------------
     async def rows(self, user: str, convs: Sequence[str] | None, limit: int) -> list[Document]:
         """The user's rows (all: asks every shard), of the conversations that the user is in."""
@@ -168,14 +154,22 @@ class Reads:
         query = {"u": user, "rev": {"$gt": rev}}
         return [doc["c"] for doc in await self._find(self._mongo["members"], query, {"_id": 0, "c": 1}, limit)]
 
-    async def views(self, user: str, convs: Sequence[str], newest: dict[str, Document], marks: Marks) -> list[View]:
-        """The user's views, newest first, beside these heads; ``marks`` are laid over the rows."""
+    async def convs(self, ids: Sequence[str]) -> dict[str, Document]:
+        """What views need of conversations, and how far their rows follow their logs."""
+        return await self._by_id("convs", ids, CONV_FIELDS)
+
+    async def views(
+        self, user: str, convs: Sequence[str], docs: dict[str, Document], newest: dict[str, Document], marks: Marks
+    ) -> list[View]:
+        """The user's views, newest first, of these conversations and heads; ``marks`` are laid over the rows."""
         rows = await self.rows(user, convs, len(convs))
         for row in rows:
             mark = marks.get((row["c"], user), (0, 0))
+            head = newest.get(row["c"])
+            if head is not None and head["t"] == "msg" and head["f"] == user:
+                mark = (head["s"], head["n"])  # whose mark follows, written by another worker
             if mark[0] > row["read"]:
                 row["read"], row["read_n"] = mark
-        docs = await self._by_id("convs", [row["c"] for row in rows], CONV_FIELDS)
         lasts = await self._lasts({row["c"]: newest[row["c"]] for row in rows if row["c"] in newest})
         others = {conv: doc["b"] if doc["a"] == user else doc["a"] for conv, doc in docs.items() if doc["kind"] == "dm"}
         names = await self._by_id("users", list(set(others.values())), {"name": 1})

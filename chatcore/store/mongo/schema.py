@@ -3,7 +3,8 @@
 ``entries``: one document for each entry of a log::
 
     {c: conversation, s: seq, t: type, f: sender, cid, d: digest (hex), ts, n: messages so far,
-     l: seq of the newest message, b: its other fields (JSON), x: s again, in changes only}
+     l: seq of the newest message, k: of the newest change of members or title,
+     b: its other fields (JSON), x: s again, in those changes only}
 
 Two unique indexes decide between writers (log.md). They begin with the shard key
 ``c``: a unique index of a sharded collection must, and hashed keys forbid unique
@@ -13,8 +14,9 @@ ones. Conversation ids are random, so ranges of them spread.
 
     {_id: "conv:user", c, u, role, as_of, read, read_n, notify, rev}
 
-``convs`` {_id, kind, title, key, title_as_of, a, b, created, folded}, ``users`` {_id, name, key,
-password, created, disabled, seen, rev}, ``names`` {_id: key, u}, ``tokens`` {_id: hash, u, exp, gone},
+``convs`` {_id, kind, title, key, title_as_of, a, b, created, digest, folded, members, opened},
+``users`` {_id, name, key, password, created, disabled, seen, rev, open, at, settled} (the last four:
+:meth:`.members.Members.moving`), ``names`` {_id: key, u}, ``tokens`` {_id: hash, u, exp, gone},
 ``blocks`` {_id: "user:other"}, ``meta`` {_id: "store", …}.
 """
 

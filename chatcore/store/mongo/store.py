@@ -16,27 +16,21 @@ from pymongo.monitoring import CommandListener
 
 from ...errors import ChatError, Conflict, Forbidden, NotFound, Unavailable
 from ...protocol import MEMBER_ROLES
-from ..append import Appender
+from ..append import CHANGES, Appender
 from ..base import Account, Appended, Changes, Entry, Known, NewEntry, Opened, Opening, Page, Peer, Token, User, View
 from ..entries import conversation_id, derived_id, first_entries
 from ..rules import check_room_for
 from . import schema
-from .accounts import Accounts, now_ms
-from .client import Document, Mongo, MongoSettings
-from .members import Members
-from .ops import BLOCK_TTL_S, CHANGES, MongoOps
+from .accounts import Accounts
+from .client import Document, Mongo, MongoSettings, now_ms
+from .members import POSITION_FIELDS, Members, settled_at
+from .ops import BLOCK_TTL_S, MongoOps
 from .reads import Reads
 
 log = logging.getLogger("chatcore.store")
 
 T = TypeVar("T")
 
-# Rows whose change counter is so near to the newest may have been written after a later one: they
-# are told once more rather than missed.
-REV_SLACK: Final = 16
-# The counter is raised before the row is written: after it moved, the rows are looked at so often, a
-# rotation apart, which is longer than an operation may take.
-LOOKS_AFTER: Final = 2
 # Marks that sending moved are written together after this.
 MARKS_S: Final = 1.0
 # A rotation through all that is attached takes so many looks.
@@ -97,7 +91,7 @@ class MongoStore:
         self._suspects: dict[str, tuple[float, int]] = {}
         self._opening: dict[str, asyncio.Task[Opened]] = {}
         self._turn = 0
-        self._revs: dict[str, tuple[int, int]] = {}  # counter, and how many looks are due after it moved
+        self._revs: dict[str, int] = {}  # up to where each user's rows were told
 
     @property
     def store_id(self) -> str:
@@ -408,10 +402,10 @@ class MongoStore:
         rows: list[tuple[str, str]] = []
         users = mine(known.users())
         revoked_users: list[str] = []
-        for doc in await self._reads.among("users", users, {"rev": 1, "disabled": 1}):
+        for doc in await self._reads.among("users", users, {**POSITION_FIELDS, "disabled": 1}):
             if doc["disabled"]:
                 revoked_users.append(doc["_id"])
-            for conv in await self._rows_since(doc["_id"], int(doc["rev"])):
+            for conv in await self._rows_since(doc["_id"], doc):
                 self._members.forget(conv, doc["_id"])
                 rows.append((doc["_id"], conv))
         gone = set(self._revs) - set(known.users())
@@ -423,23 +417,22 @@ class MongoStore:
         revoked = [token for key, token in hashes.items() if key not in left]
         return Changes(0, heads, rows, revoked, revoked_users)
 
-    async def _rows_since(self, user: str, rev: int) -> list[str]:
-        """Where the user's row changed since the last look (the first look only notes where it stands)."""
-        before, again = self._revs.get(user, (rev, 0))
-        if rev > before:
-            again = LOOKS_AFTER
-        self._revs[user] = (rev, max(0, again - 1))
-        if not again:
+    async def _rows_since(self, user: str, doc: Document) -> list[str]:
+        """Where the user's row changed since the last look (the first look only notes where it stands);
+        what is being written is told until it is."""
+        settled = settled_at(doc)
+        before = self._revs.get(user, settled)
+        self._revs[user] = max(before, settled)
+        if int(doc["rev"]) <= before:
             return []
-        return await self._reads.changed_since(user, max(0, before - REV_SLACK), self._max_conversations)
+        return await self._reads.changed_since(user, before, self._max_conversations)
 
     # --- conversations -----------------------------------------------------------
     async def conversations(self, user: str) -> tuple[int, list[str]]:
-        doc = await self.mongo.do(self.mongo["users"].find_one({"_id": user}, {"rev": 1}))
-        rev = 0 if doc is None else int(doc["rev"])
-        self._revs.setdefault(user, (rev, LOOKS_AFTER))
+        position = await self._members.position(user)
+        self._revs.setdefault(user, position)
         rows = await self._reads.rows(user, None, self._max_conversations)
-        return max(0, rev - REV_SLACK), [row["c"] for row in rows]
+        return position, [row["c"] for row in rows]
 
     async def left_since(self, user: str, after: int) -> list[str]:
         return await self._reads.left_since(user, after, self._max_conversations)
@@ -451,9 +444,13 @@ class MongoStore:
         # A row never shows less than the head beside it: who is removed by an entry that a session has
         # been given must not be attached again by a row that follows later. So the heads are read first.
         newest = await self._reads.newest(ids)
-        for conv in await self._reads.behind(ids):
+        docs = await self._reads.convs(list(newest))
+        behind = [conv for conv, doc in docs.items() if newest[conv]["k"] > int(doc["folded"])]
+        for conv in behind:
             await self._members.fold_up(conv)
-        return 0, await self._reads.views(user, ids, newest, self._marks)
+        if behind:
+            docs |= await self._reads.convs(behind)
+        return 0, await self._reads.views(user, ids, docs, newest, self._marks)
 
     async def role(self, user: str, conv: str) -> str | None:
         return await self._members.role(conv, user)

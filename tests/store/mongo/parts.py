@@ -73,8 +73,8 @@ class Worker(Opened):
     async def write_entry_alone(self, entry: NewEntry) -> Entry:
         """What is left of a change when its writer dies before he has written the rows."""
         doc = await self.store.mongo["entries"].find_one({"c": entry.conv}, sort=[("s", -1)])
-        head = Head() if doc is None else Head(doc["s"], doc["n"], doc["l"])
-        row = Row(entry, head.seq + 1, 0, head.msgs, head.last_msg)
+        head = Head() if doc is None else Head(doc["s"], doc["n"], doc["l"], doc["k"])
+        row = Row(entry, head.seq + 1, 0, head.msgs, head.last_msg, head.seq + 1)
         await self.store.mongo["entries"].insert_one(to_document(row))
         return row.entry()
 

@@ -11,8 +11,8 @@ import pytest
 from chatcore.errors import Forbidden, NotFound
 from chatcore.store.base import Changes, Opening, User
 from chatcore.store.mongo.accounts import UPDATES
-from chatcore.store.mongo.members import Members
-from chatcore.store.mongo.store import REV_SLACK, ROTATION_LOOKS
+from chatcore.store.mongo.members import SETTLED_MS, Members
+from chatcore.store.mongo.store import ROTATION_LOOKS
 
 from ..harness import Database, change, message
 from .parts import Worker, run, workers
@@ -273,7 +273,7 @@ def test_leaving_a_channel_is_seen_by_another_worker(database: Database, how: st
             await b.store.append(message(conv, bob))
             holding = Holding(connected=[bob.id])
             await b.store.conversations(bob.id)
-            assert (await b.store.changes(0, holding)).rows == [(bob.id, conv)], "a change that may be in flight yet"
+            assert (await b.store.changes(0, holding)).rows == []
             await a.store.append(change(conv, bob, bob, "none"))
             if how == "told":
                 b.store.row_changed(conv, bob.id)
@@ -325,19 +325,49 @@ def test_a_row_that_is_written_after_its_counter_moved_is_not_missed(database: D
         async with workers(database, 2) as [a, b]:
             alice = await a.user("alice")
             conv = await a.conversation(alice, title=None)
-            members = Members(a.store.mongo)
-            rev = await members.next_rev(alice.id)  # of a change that stops here for a while
-            for _ in range(REV_SLACK - 1):
-                await members.next_rev(alice.id)
-            position, convs = await b.store.conversations(alice.id)
-            assert convs == [conv]
-            await a.store.mongo["members"].update_one(
-                {"_id": f"{conv}:{alice.id}"}, {"$set": {"rev": rev, "role": "none"}}
-            )
-            assert rev > position
-            assert await b.store.left_since(alice.id, position) == [conv]
+            other = await a.conversation(alice)
             holding = Holding(connected=[alice.id])
-            assert (await b.store.changes(0, holding)).rows == [(alice.id, conv)]
+            await b.store.changes(0, holding)
+            before, _ = await b.store.conversations(alice.id)
+            members = Members(a.store.mongo)
+            async with members.moving(alice.id) as rev:  # a change that stops here for a while
+                for _ in range(20):
+                    await b.store.set_notify(alice.id, other, "none")
+                    await b.store.set_notify(alice.id, other, "all")
+                position, convs = await b.store.conversations(alice.id)
+                assert set(convs) == {conv, other}
+                assert position == before < rev
+                for _ in range(2):
+                    assert (await b.store.changes(0, holding)).rows == [(alice.id, other)]
+                await a.store.mongo["members"].update_one(
+                    {"_id": f"{conv}:{alice.id}"}, {"$set": {"rev": rev, "role": "none"}}
+                )
+            assert set((await b.store.changes(0, holding)).rows) == {(alice.id, conv), (alice.id, other)}
+            assert (await b.store.changes(0, holding)).rows == []
+            assert await b.store.left_since(alice.id, position) == [conv]
+            after, _ = await b.store.conversations(alice.id)
+            assert after == rev + 40, "it is exact when nothing moves"
+            _, [view] = await b.store.views(alice.id)
+            assert position < view.rev <= after
+
+    run(work())
+
+
+def test_who_dies_while_a_row_moves_is_forgiven(database: Database) -> None:
+    async def work() -> None:
+        async with workers(database, 1) as [a]:
+            alice = await a.user("alice")
+            conv = await a.conversation(alice, title=None)
+            before, _ = await a.store.conversations(alice.id)
+            moving = Members(a.store.mongo).moving(alice.id)
+            await moving.__aenter__()  # and no more of it
+            await a.store.set_notify(alice.id, conv, "none")
+            assert (await a.store.conversations(alice.id))[0] == before
+            users = a.store.mongo["users"]
+            await users.update_one({"_id": alice.id}, {"$inc": {"at": -SETTLED_MS - 1}})
+            assert (await a.store.conversations(alice.id))[0] == before + 2
+            await a.store.set_notify(alice.id, conv, "all")
+            assert (await a.store.conversations(alice.id))[0] == before + 3
 
     run(work())
 
@@ -348,22 +378,25 @@ def test_what_one_sends_is_read_at_once_here_and_soon_elsewhere(database: Databa
             alice, bob = await a.user("alice"), await a.user("bob")
             conv = await a.conversation(alice, bob, title=None)
             for _ in range(3):
-                done = await a.store.append(message(conv, alice))
+                mine = (await a.store.append(message(conv, alice))).seq
+            for worker in (a, b):
+                _, [view] = await worker.store.views(alice.id)
+                assert (view.read, view.unread) == (mine, 0), "the newest is one's own"
+            await b.store.append(message(conv, bob))
             _, [view] = await a.store.views(alice.id)
-            assert (view.read, view.unread) == (done.seq, 0)
+            assert (view.read, view.unread) == (mine, 1), "this worker knows what is not written yet"
 
-            async def read() -> bool:
+            async def written() -> bool:
                 _, [view] = await b.store.views(alice.id)
-                return (view.read, view.unread) == (done.seq, 0)
+                return (view.read, view.unread) == (mine, 1)
 
-            assert await b.until(read) < 3.0
-            _, [view] = await b.store.views(bob.id)
-            assert view.unread == 3
+            assert await b.until(written) < 3.0
             # A repetition does not move it back.
             for cid in ("again", "then", "again"):
                 await a.store.append(message(conv, alice, cid=cid))
+            await b.store.append(message(conv, bob))
             _, [view] = await a.store.views(alice.id)
-            assert (view.read, view.unread) == (done.seq + 2, 0)
+            assert (view.read, view.unread) == (mine + 3, 1)
 
     run(work())
 
