@@ -243,7 +243,7 @@ class Worker:
             stats.loop_lag_max_ns = max(stats.loop_lag_max_ns, int(late * 1e9))
         if late > STALL_S:
             log.warning("the loop stood still for %.1f s", late)
-            self.delivery.check()
+            self.on_doubt("the loop stood still")
         stats.connections = self.reactor.connections()
         stats.websockets = self.reactor.websockets()
         stats.sessions = self.users.sessions
