@@ -31,6 +31,7 @@ class Racing:
     heard: Callable[[Entry], None]
     on_yield: Callable[[str], None]
     row_changed: Callable[[str, str], None]
+    blocks_changed: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
         )
         address = parse_url(settings.redis.url)
         client = RedisClient(address)
-        racing = Racing(store.heard, store.on_yield, store.row_changed)
+        racing = Racing(store.heard, store.on_yield, store.row_changed, store.blocks_changed)
         cache = None
         if settings.cache.enabled:
             near = RedisClient(address, timeout_s=settings.cache.l2_timeout_ms / 1000) if settings.cache.l2 else None

@@ -143,6 +143,7 @@ class Worker:
             self.spawn,
             self._on_presence,
             racing.row_changed if racing is not None else lambda conv, user: None,
+            racing.blocks_changed if racing is not None else lambda: None,
         )
         self.presence = Presence(self.store, self.bus, self.users.is_online)
         self.delivery = Delivery(

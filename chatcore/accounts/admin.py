@@ -5,20 +5,27 @@ A running server sees what was done here within its check interval.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import os
+import secrets
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import apsw
 
 from ..errors import BadRequest, Unavailable
 from ..settings import Settings
+from ..store.base import Store
 from ..store.names import check_name
 from ..store.sqlite import accounts, ops
 from ..store.sqlite.lock import WriteLock
 from ..store.sqlite.schema import BrokenStore, connect, database_path, prepare
 from .passwords import Passwords
+
+T = TypeVar("T")
 
 
 @contextmanager
@@ -56,6 +63,48 @@ def _write(settings: Settings, op: ops.Op, *, make: bool) -> object:
         return result
 
 
+class _Deaf:
+    """Hears nothing on the bus: the command line only tells."""
+
+    def on_bus(self, channel: str, payload: bytes) -> None: ...
+    def on_doubt(self, why: str) -> None: ...
+    def on_peer_gone(self, peer: str) -> None: ...
+    def on_peer_subscribed(self, peer: str, channel: str) -> None: ...
+
+
+def _with_hosts(settings: Settings, work: Callable[[Store], Awaitable[T]]) -> T:
+    """Do it as a worker would: in MongoDB, and told to the caches of all hosts."""
+    # Here, as the embedded default needs none of it.
+    from ..backends import make_store
+    from ..bus.redis import RedisBus
+
+    quiet = replace(settings, cache=replace(settings.cache, warm_conversations=0, prefetch_conversations=0))
+
+    async def main() -> T:
+        backends = make_store(quiet, lambda entries: None, lambda conv: None)
+        await backends.store.start()
+        bus = RedisBus(
+            settings.redis.url,
+            f"command-{os.getpid()}-{secrets.token_hex(4)}",
+            prefix=backends.store.store_id,
+            queue_bytes=settings.bus.queue_bytes,
+            heartbeat_ms=settings.bus.heartbeat_ms,
+            confirm_timeout_ms=settings.bus.confirm_timeout_ms,
+        )
+        try:
+            await bus.start(_Deaf())
+            if backends.cache is not None:
+                await backends.cache.listen(bus)
+            return await work(backends.store)
+        finally:
+            await bus.close()
+            await backends.store.close()
+            for client in backends.clients:
+                await client.close()
+
+    return asyncio.run(main())
+
+
 def add_user(settings: Settings, name: str, password: str) -> str:
     """Make an account; returns its id.
 
@@ -76,12 +125,18 @@ def add_user(settings: Settings, name: str, password: str) -> str:
         hashed = hasher.hash_now(password)
     finally:
         hasher.close()
+    if settings.store.mongodb_url:
+        return _with_hosts(settings, lambda store: store.add_user(name, hashed)).id
     user = _write(settings, accounts.add_user(name, hashed), make=True)
     return str(getattr(user, "id", ""))
 
 
 def list_users(settings: Settings) -> list[tuple[str, str, int, bool]]:
     """All accounts by name: (id, name, created in Unix ms, disabled)."""
+    if settings.store.mongodb_url:
+        from ..store.mongo.admin import accounts as list_accounts
+
+        return list_accounts(settings)
     with _database(settings, make=False) as db:
         rows: list[Any] = db.execute("SELECT id, name, created, disabled FROM users ORDER BY name_key").fetchall()
     return [(id, name, created, bool(disabled)) for id, name, created, disabled in rows]
@@ -92,4 +147,7 @@ def disable_user(settings: Settings, name: str) -> None:
 
     :raises NotFound: there is none of this name.
     """
+    if settings.store.mongodb_url:
+        _with_hosts(settings, lambda store: store.set_disabled(name, True))
+        return
     _write(settings, accounts.set_disabled(name, True), make=False)

@@ -201,6 +201,7 @@ class Chat:
         if user == other:
             raise BadRequest("user: nobody blocks oneself")
         await self._store.block(user, other, on)
+        self._users.tell_blocked(other)
 
     async def acquainted(self, user: str, others: list[str]) -> None:
         """:raises Forbidden: somebody among them shares no conversation with the user."""

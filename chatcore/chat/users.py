@@ -58,12 +58,14 @@ class Users:
         spawn: Spawn,
         on_presence: Callable[[str], None],
         on_row: Callable[[str, str], None] = lambda conv, user: None,
+        on_block: Callable[[], None] = lambda: None,
     ) -> None:
         self._store = store
         self._bus = bus
         self._spawn = spawn
         self._on_presence = on_presence
         self._on_row = on_row  # (conversation, user): changed by another worker
+        self._on_block = on_block  # somebody with a session here was blocked by another worker
         self._by_id: dict[str, ConnectedUser] = {}
         self._by_token: dict[bytes, set[Session]] = {}
         self._numbers = 0
@@ -267,6 +269,11 @@ class Users:
         self._bus.publish(events.user_channel(user), orjson.dumps(payload | ({} if have is None else {"have": have})))
         self.refresh(user, conv, have)
 
+    def tell_blocked(self, user: str) -> None:
+        """Who blocks a user has changed: the workers where the user writes may have remembered it."""
+        self._bus.publish(events.user_channel(user), orjson.dumps({"k": "blocks"}))
+        self._on_block()
+
     def tell_all(self, user: str, wire: bytes) -> None:
         """Push something to all sessions of a user, everywhere."""
         self._bus.publish(events.user_channel(user), orjson.dumps({"k": "push", "wire": wire.decode()}))
@@ -290,6 +297,8 @@ class Users:
             case "row":
                 self._on_row(message["c"], user)
                 self.refresh(user, message["c"], message.get("have"))
+            case "blocks":
+                self._on_block()
             case "push":
                 self.push_all(user, message["wire"].encode())
             case "revoked":

@@ -92,31 +92,25 @@ def serve(tmp_path: Path, backend: Backend) -> Iterator[Serve]:
 
 
 class Common:
-    """Servers for many tests: starting one takes longer than most tests.
-
-    One for the whole run, or one for each file where the database needs longer the more is in it
-    (what stands in for MongoDB reads a whole collection for every query).
-    """
+    """Servers for many tests: starting one takes longer than most tests."""
 
     def __init__(self, tmp_path_factory: pytest.TempPathFactory, backend: Backend) -> None:
         self._directories = tmp_path_factory
         self._backend = backend
-        self._serves: dict[str, tuple[str, Serve]] = {}
+        self._serves: dict[str, Serve] = {}
 
-    def server(self, kind: str, module: str, settings: dict[str, object]) -> Server:
-        """The common server of a kind."""
-        key = "" if self._backend.fast else module
-        known = self._serves.get(kind)
-        if known is not None and known[0] == key:
-            return known[1].servers[0]
-        if known is not None:
-            known[1].end()
-        serve = Serve(self._directories.mktemp(kind), self._backend)
-        self._serves[kind] = (key, serve)
-        return serve(settings=settings)
+    def server(self, kind: str, settings: dict[str, object]) -> Server:
+        """The common server of a kind, without what earlier tests left."""
+        serve = self._serves.get(kind)
+        if serve is None:
+            serve = self._serves[kind] = Serve(self._directories.mktemp(kind), self._backend)
+            return serve(settings=settings)
+        server = serve.servers[0]
+        self._backend.empty(server.data)
+        return server
 
     def end(self) -> None:
-        for _, serve in self._serves.values():
+        for serve in self._serves.values():
             serve.end()
 
 
@@ -129,9 +123,8 @@ def common(tmp_path_factory: pytest.TempPathFactory, backend: Backend) -> Iterat
 
 
 def _shared(kind: str, **settings: object) -> Callable[..., Server]:
-    def fixture(common: Common, request: pytest.FixtureRequest) -> Server:
-        named = {name.replace("__", "."): value for name, value in settings.items()}
-        return common.server(kind, request.node.nodeid.partition("::")[0], named)
+    def fixture(common: Common) -> Server:
+        return common.server(kind, {name.replace("__", "."): value for name, value in settings.items()})
 
     return fixture
 

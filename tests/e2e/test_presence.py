@@ -116,7 +116,10 @@ async def test_somebody_blocked_can_neither_open_a_dm_nor_write_in_one(world: Wo
     conv = await world.dm(a, bob)
     head = (await world.send(b, conv, "hello"))["s"]
     await a.request("block", user=bob.id, on=True)
-    reply = await b.refused("forbidden", "send", c=conv, cid=new_cid(), body="hello?")
+    # On another host it is heard of a moment later: what gets through until then is one of the last.
+    while (reply := await b.answer(await b.begin("send", c=conv, cid=new_cid(), body="hello?")))["t"] == "ok":
+        head = reply["s"]
+    assert reply["code"] == "forbidden"
     assert "retry_after_ms" not in reply
     assert len(await world.whole_log(a, conv)) == head
     # A new dm is refused too; groups and others are not concerned, nor is the one who blocks.

@@ -9,7 +9,7 @@ from typing import Final, TypeVar
 from ...config import ConfigError
 from ...settings import Settings
 from . import schema
-from .client import Mongo, MongoSettings
+from .client import Document, Mongo, MongoSettings
 from .schema import Finding
 
 T = TypeVar("T")
@@ -72,5 +72,20 @@ def migrate(settings: Settings, tell: Callable[[str], None]) -> list[Finding]:
     async def work(mongo: Mongo) -> list[Finding]:
         await schema.migrate(mongo, tell, INDEX_LIMIT_S)
         return [one for one in await schema.check(mongo, usage=False) if one.broken]
+
+    return _with_database(settings, work)
+
+
+def accounts(settings: Settings) -> list[tuple[str, str, int, bool]]:
+    """All accounts by name: (id, name, created in Unix ms, disabled). Asks every shard.
+
+    :raises Unavailable: the database does not answer.
+    """
+
+    async def work(mongo: Mongo) -> list[tuple[str, str, int, bool]]:
+        fields = {"name": 1, "key": 1, "created": 1, "disabled": 1}
+        docs: list[Document] = await mongo.do(mongo["users"].find({}, fields).to_list(None))
+        docs.sort(key=lambda doc: doc["key"])
+        return [(doc["_id"], doc["name"], doc["created"], doc["disabled"]) for doc in docs]
 
     return _with_database(settings, work)

@@ -357,6 +357,11 @@ class Members:
             known.doubted.add(user)
             known.blocked_until = 0.0
 
+    def forget_blocks(self) -> None:
+        """Somebody blocked somebody, or no longer: ask again in every dm."""
+        for known in self._known.values():
+            known.blocked_until = 0.0
+
     def dms(self, used_after: float) -> list[Roles]:
         """The dms that were written to lately, through this worker."""
         return [known for known in self._known.values() if known.kind == "dm" and known.used > used_after]

@@ -239,6 +239,10 @@ class MongoStore:
         """A member's row changed without an entry, on another worker."""
         self._members.forget(conv, user)
 
+    def blocks_changed(self) -> None:
+        """Somebody was blocked, or no longer is, on another worker."""
+        self._members.forget_blocks()
+
     def _log(self) -> Appender:
         assert self._appender is not None
         return self._appender
