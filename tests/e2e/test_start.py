@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ..server import command
+from ..server import Server, command
 from .conftest import Serve
 from .rest import http
 from .world import PASSWORD, World
@@ -167,24 +167,28 @@ def test_an_unknown_or_impossible_setting_is_named(
 # --- chatcore user -------------------------------------------------------------------------------
 
 
-def _listed(data: Path) -> dict[str, dict[str, object]]:
-    done = command("user", "list", "--json", "--data", data)
+def _user(server: Server, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return command("user", *arguments, "--data", server.data, settings=server.settings, stdin=stdin)
+
+
+def _listed(server: Server) -> dict[str, dict[str, object]]:
+    done = _user(server, "list", "--json")
     assert done.returncode == 0, done.stderr
     return {user["name"]: user for user in json.loads(done.stdout)}
 
 
-def _add(data: Path, name: str, password: str = PASSWORD) -> subprocess.CompletedProcess[str]:
-    return command("user", "add", name, "--password-stdin", "--data", data, stdin=f"{password}\n")
+def _add(server: Server, name: str, password: str = PASSWORD) -> subprocess.CompletedProcess[str]:
+    return _user(server, "add", name, "--password-stdin", stdin=f"{password}\n")
 
 
 async def test_accounts_made_without_a_server_work_with_one(serve: Serve) -> None:
     server = serve(start=False)
     for name in ("alice", "bob"):
-        done = _add(server.data, name)
+        done = _add(server, name)
         assert done.returncode == 0, done.stderr
-        assert _listed(server.data)[name]["id"] == done.stdout.strip()
-    assert command("user", "disable", "bob", "--data", server.data).returncode == 0
-    assert {name: user["disabled"] for name, user in _listed(server.data).items()} == {"alice": False, "bob": True}
+        assert _listed(server)[name]["id"] == done.stdout.strip()
+    assert _user(server, "disable", "bob").returncode == 0
+    assert {name: user["disabled"] for name, user in _listed(server).items()} == {"alice": False, "bob": True}
     server.start()
     body = {"name": "alice", "password": PASSWORD}
     assert (await http(server.address, "POST", "/v1/sessions", body=body)).status == 201
@@ -194,27 +198,27 @@ async def test_accounts_made_without_a_server_work_with_one(serve: Serve) -> Non
 
 async def test_accounts_are_made_and_listed_while_the_server_runs(world: World) -> None:
     user = await world.user()
-    data = world.server.data
-    done = _add(data, f"cli-{user.id}")
+    server = world.server
+    done = _add(server, f"cli-{user.id}")
     assert done.returncode == 0, done.stderr
-    listed = _listed(data)
+    listed = _listed(server)
     assert listed[user.name]["id"] == user.id
     assert listed[f"cli-{user.id}"]["id"] == done.stdout.strip()
     body = {"name": f"cli-{user.id}", "password": PASSWORD}
     assert (await world.http("POST", "/v1/sessions", body=body)).status == 201
-    text = command("user", "list", "--data", data)
+    text = _user(server, "list")
     assert user.name in text.stdout
 
 
 async def test_what_the_command_line_refuses_is_one_line_and_changes_nothing(world: World) -> None:
     user = await world.user()
-    data = world.server.data
-    before = _listed(data)
-    _one_line(_add(data, user.name.upper()))
-    _one_line(_add(data, "two words"))
-    _one_line(_add(data, "somebody", "short"))
-    _one_line(command("user", "disable", "nobody-of-that-name", "--data", data))
-    assert _listed(data) == before
+    server = world.server
+    before = _listed(server)
+    _one_line(_add(server, user.name.upper()))
+    _one_line(_add(server, "two words"))
+    _one_line(_add(server, "somebody", "short"))
+    _one_line(_user(server, "disable", "nobody-of-that-name"))
+    assert _listed(server) == before
 
 
 def test_users_of_no_data_are_one_line_and_no_data_is_made(tmp_path: Path) -> None:
