@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 
-import pytest
-
 from ..e2e.client import Client
 from ..e2e.world import User, new_cid
 from .parts import Pair
@@ -97,10 +95,6 @@ async def test_joining_and_leaving_a_channel_crosses_without_an_entry(pair: Pair
     await here.refused("not_found", "send", c=conv, cid=new_cid(), body="left on the other host")
 
 
-@pytest.mark.xfail(
-    strict=False,  # a race
-    reason="first entries of a dm have the sender and cid of who opens it: opened twice at once, they are stored twice",
-)
 async def test_a_dm_opened_on_both_hosts_at_once_is_one(pair: Pair) -> None:
     alice, a = await pair.a.pair("alice")
     bob, b = await pair.b.pair("bob")

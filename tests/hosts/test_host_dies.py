@@ -105,19 +105,7 @@ async def test_ten_kills_of_workers_on_both_hosts_lose_and_repeat_nothing(make_s
     assert len(killed) == KILLS
 
 
-@pytest.mark.parametrize(
-    "part",
-    [
-        "redis",
-        pytest.param(
-            "store",
-            marks=pytest.mark.xfail(
-                strict=False,  # the store's to mend
-                reason="AsyncMongoClient.close() waits for the server without a limit, outside of pymongo.timeout()",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("part", ["redis", "store"])
 async def test_a_host_stops_in_time_while_a_part_does_not_answer(make_site: Callable[..., Site], part: str) -> None:
     site = make_site(
         settings={"store.operation_ms": 1000, "store.server_selection_ms": 1000, "server.drain_timeout_ms": 5000}

@@ -89,10 +89,6 @@ async def test_a_store_that_is_away_acknowledges_nothing_and_loses_nothing(
         await pair.aclose()
 
 
-@pytest.mark.xfail(
-    strict=False,  # the store's to mend
-    reason="MongoStore asks whether the server is there only when it was not: without clients nothing else asks",
-)
 async def test_a_worker_that_nobody_uses_notices_that_the_store_is_away(make_site: Callable[..., Site]) -> None:
     site = make_site(settings=QUICK, errors=DRIVER)
     site.need_own_store()
