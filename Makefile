@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 ARGS ?=
+# Tests at a time; more than cores, as most of them wait.
+JOBS ?= 3
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -46,7 +48,7 @@ serve: $(BUILT)
 .PHONY: test
 test: $(BUILT_DEV)
 	@$(BIN)/python -m tests.services.mongodb
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 ifneq ($(wildcard perf/__main__.py),)
 .PHONY: bench

@@ -71,12 +71,14 @@ class Backend:
     file: str | None = None
     # Removes what earlier tests left, where what a query costs grows with what is there.
     empty: Callable[[Path], None] = lambda data: None
+    # Between two messages of one talker in tests of traffic: what is written there, must be read again and again.
+    pace_s: float = 0.0
 
 
 #: What the end-to-end tests run on, each of them; `conftest.py` of e2e makes a parameter of it.
 BACKENDS = (
     Backend("sqlite-local", prepare=lambda data: {}, stall=_hold_write_lock, file="chatcore.db"),
-    Backend("mongodb-redis", prepare=production.prepare, stall=production.stall, empty=production.empty),
+    Backend("mongodb-redis", prepare=production.prepare, stall=production.stall, empty=production.empty, pace_s=0.5),
 )
 
 

@@ -117,6 +117,7 @@ class Talker:
             self.acked[conv, cid] = reply["s"]
             self.on_ack()
             number += 1
+            await asyncio.sleep(self.server.backend.pace_s)
 
     async def _send_until_ok(self, message: Message) -> Message:
         while True:
