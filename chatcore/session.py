@@ -98,8 +98,8 @@ class Session:
 
     def push_view(self, view: View, after: int | None) -> None:
         """Push a ``conv``."""
-        if after is not None and self._user is not None:
-            # Not all of the user's sessions know the same of it any more.
+        if self._user is not None:
+            # Not all of the user's sessions know the same of it any more; who tells all notes it afterwards.
             self._user.told.pop(view.conv, None)
         self.push(conv_push(view, after))
 

@@ -38,6 +38,7 @@ class Worker:
     kill_ns: int = 0  # asked to drain; killed at this time
     killed: str = ""  # why the supervisor killed it
     spared_ns: int = 0  # its heartbeat is judged from here, if that was earlier
+    held_ns: int = 0  # when it was last seen held by a debugger
 
     def starting(self) -> bool:
         return self.ready_ns == 0 and self.kill_ns == 0
@@ -87,8 +88,11 @@ class Worker:
             return f"it was not ready after {timeouts.worker_start_ms} ms"
         # A worker under a debugger or profiler stands still because it is told to. One that somebody stopped
         # with SIGSTOP is not spared: clients wait in its queue.
-        if self.ready_ns and now - self.heard_ns() > timeouts.stuck_worker_ms * MS and not self.traced():
-            return f"its loop has not ticked for {timeouts.stuck_worker_ms} ms"
+        limit_ns = timeouts.stuck_worker_ms * MS
+        if self.ready_ns and now - max(self.heard_ns(), self.held_ns) > limit_ns:
+            if not self.traced():
+                return f"its loop has not ticked for {timeouts.stuck_worker_ms} ms"
+            self.held_ns = now  # let go, it has as long again to tick
         return ""
 
     def traced(self) -> bool:
