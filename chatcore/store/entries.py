@@ -5,9 +5,9 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
+import msgspec
 import orjson
 
 from .base import NewEntry, Opening
@@ -46,7 +46,7 @@ def first_entries(conv: str, o: Opening, everybody: Sequence[str]) -> list[NewEn
         new_entry(conv, o.creator, f"{stem}-m{i}", "member", {"user": user, "role": role})
         for i, (user, role) in enumerate(zip(everybody, roles, strict=True))
     ]
-    entries[0] = replace(entries[0], digest=o.digest)
+    entries[0] = msgspec.structs.replace(entries[0], digest=o.digest)
     if o.title is not None:
         entries.append(new_entry(conv, o.creator, f"{stem}-t", "meta", {"title": o.title}))
     return entries

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+import msgspec
 
 from chatcore.errors import ChatError, Conflict, Unavailable
 from chatcore.protocol import MEMBER_ROLES, encode_entry
@@ -368,4 +370,4 @@ class RotatingStore(ModelStore):
 
     def _view(self, conv: str, user: str) -> View:
         own_rev = self.db.rows[conv, user].own_rev
-        return replace(super()._view(conv, user), rev=own_rev, head_id=2**53 - 1)
+        return msgspec.structs.replace(super()._view(conv, user), rev=own_rev, head_id=2**53 - 1)
