@@ -87,8 +87,11 @@ class LocalBus:
         self._peers: dict[str, Peer] = {}
         self._links: set[Peer | Inbound] = set()  # those with a transport
         self._links_gone = asyncio.Event()
-        self._routes: dict[str, dict[Peer, None]] = {}  # channel -> subscribed peers
-        self._counts: dict[str, int] = {}
+        # Every connected user has a channel, so what is kept of one is small: the peers that subscribed to
+        # it are one of a few shared tuples, and only what was subscribed to more than once is counted.
+        self._routes: dict[str, tuple[Peer, ...]] = {}
+        self._groups: dict[tuple[Peer, ...], tuple[Peer, ...]] = {}
+        self._counts: dict[bytes, int] = {}
         self._waits: Waits
         self._asking: Wait | None = None  # the subscriptions of this tick
         self._dirty: list[Peer] = []
@@ -198,9 +201,9 @@ class LocalBus:
                 raise ValueError(f"channel of {len(raw)} bytes: 1 to {MAX_CHANNEL_BYTES} are allowed")
         fresh: list[bytes] = []
         for channel, raw in zip(channels, encoded, strict=True):
-            count = self._counts.get(channel, 0)
-            self._counts[channel] = count + 1
-            if not count:
+            if raw in self.own:
+                self._counts[raw] = self._counts.get(raw, 1) + 1
+            else:
                 self.own[raw] = channel
                 fresh.append(raw)
         if fresh:
@@ -222,13 +225,13 @@ class LocalBus:
         """Take back one `subscribe` of each; unknown ones are ignored."""
         gone: list[bytes] = []
         for channel in channels:
-            count = self._counts.get(channel, 0)
-            if count > 1:
-                self._counts[channel] = count - 1
-            elif count:
-                del self._counts[channel]
-                raw = channel.encode()
-                del self.own[raw]
+            raw = channel.encode()
+            count = self._counts.get(raw, 1)
+            if count > 2:
+                self._counts[raw] = count - 1
+            elif count == 2:
+                del self._counts[raw]
+            elif self.own.pop(raw, None) is not None:
                 gone.append(raw)
         self._tell(UNSUBSCRIBE, gone)
 
@@ -349,7 +352,7 @@ class LocalBus:
         peer.ended = True
         if self._peers.get(peer.name) is peer:
             del self._peers[peer.name]
-        self.peer_unsubscribes(peer, list(peer.channels))
+        self.peer_forgets(peer)
         if peer.transport is not None:
             # What is queued still matters to a peer if this worker is the one that leaves.
             peer.transport.close() if self._closing else peer.transport.abort()
@@ -400,19 +403,26 @@ class LocalBus:
 
     def peer_subscribes(self, peer: Peer, channels: list[str]) -> None:
         for channel in channels:
-            peer.channels.add(channel)
-            self._routes.setdefault(channel, {})[peer] = None
+            route = self._routes.get(channel, ())
+            if peer not in route:
+                self._route(channel, (*route, peer))
         for channel in channels:
             self._tell_listener(self._listener.on_peer_subscribed, peer.name, channel)
 
     def peer_unsubscribes(self, peer: Peer, channels: list[str]) -> None:
         for channel in channels:
-            peer.channels.discard(channel)
-            route = self._routes.get(channel)
-            if route is not None:
-                route.pop(peer, None)
-                if not route:
-                    del self._routes[channel]
+            self._route(channel, tuple(p for p in self._routes.get(channel, ()) if p is not peer))
+
+    def peer_forgets(self, peer: Peer) -> None:
+        """The peer takes back all its subscriptions (rare: looks through those of everybody)."""
+        self.peer_unsubscribes(peer, [channel for channel, route in self._routes.items() if peer in route])
+        self._groups = {route: route for route in self._routes.values()}
+
+    def _route(self, channel: str, route: tuple[Peer, ...]) -> None:
+        if route:
+            self._routes[channel] = self._groups.setdefault(route, route)
+        else:
+            self._routes.pop(channel, None)
 
     # --- heartbeats --------------------------------------------------------
     async def _beat_forever(self) -> None:

@@ -132,6 +132,7 @@ class Hub(Protocol):
     def heard_again(self, peer: Peer) -> None: ...
     def peer_subscribes(self, peer: Peer, channels: list[str]) -> None: ...
     def peer_unsubscribes(self, peer: Peer, channels: list[str]) -> None: ...
+    def peer_forgets(self, peer: Peer) -> None: ...
 
     def confirmed(self, peer: Peer, id: int) -> None:
         """:raises Malformed: nobody asked for that."""
@@ -154,8 +155,6 @@ class Peer(asyncio.Protocol):
         self.name = name
         self.transport: asyncio.WriteTransport | None = None
         self.inbound: Inbound | None = None
-        #: What the peer subscribed to.
-        self.channels: set[str] = set()
         self.since = self.heard = hub.loop.time()
         #: The last ASK sent, and the one behind the last complete set (its confirmation is a doubt).
         self.asked = 0
@@ -387,7 +386,7 @@ class Inbound(asyncio.Protocol):
         elif kind == CONFIRM:
             hub.confirmed(peer, _id(body))
         elif kind == RESET:
-            hub.peer_unsubscribes(peer, list(peer.channels))
+            hub.peer_forgets(peer)
         elif kind == LOST:
             hub.doubt(f"{peer.name} had to drop messages for this worker")
         elif kind != BEAT:

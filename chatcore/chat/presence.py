@@ -117,7 +117,7 @@ class Presence:
     # --- watching -----------------------------------------------------------------
     async def watch(self, x: Session, users: list[str]) -> list[dict[str, Any]]:
         """Replace whom a session watches; the states now."""
-        wanted = set(users)
+        wanted = frozenset(users)
         before = x.watching
         x.watching = wanted
         self._unwatch(x, before - wanted)
@@ -135,9 +135,9 @@ class Presence:
     def forget(self, x: Session) -> None:
         """A session is over."""
         self._unwatch(x, x.watching)
-        x.watching = set()
+        x.watching = frozenset()
 
-    def _unwatch(self, x: Session, users: set[str]) -> None:
+    def _unwatch(self, x: Session, users: frozenset[str]) -> None:
         gone: list[str] = []
         for user in users:
             watchers = self._watchers.get(user)

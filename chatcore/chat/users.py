@@ -42,7 +42,7 @@ class ConnectedUser:
         self.id = id
         self.name = name
         self.number = number
-        self.sessions: list[Session] = []  # oldest first
+        self.sessions: tuple[Session, ...] = ()  # oldest first; nearly always one, and a list has room for four
         # The change counter of rows that all sessions know already: a change is heard of at
         # least twice, from the bus and from the look at the store.
         self.told: dict[str, int] = {}
@@ -67,7 +67,7 @@ class Users:
         self._on_row = on_row  # (conversation, user): changed by another worker
         self._on_block = on_block  # somebody with a session here was blocked by another worker
         self._by_id: dict[str, ConnectedUser] = {}
-        self._by_token: dict[bytes, set[Session]] = {}
+        self._by_token: dict[bytes, tuple[Session, ...]] = {}  # a set would be 216 bytes for the one that there is
         self._numbers = 0
         self.delivery: Delivery  # set once both exist: each needs the other
         self.sessions = 0
@@ -100,9 +100,9 @@ class Users:
             self._numbers += 1
             connected = self._by_id[user] = ConnectedUser(user, name, self._numbers)
         connected.name = name
-        connected.sessions.append(x)
+        connected.sessions += (x,)
         self.sessions += 1
-        self._by_token.setdefault(token_hash, set()).add(x)
+        self._hold(token_hash, x)
         await self._bus.subscribe([events.user_channel(user)])
         return connected
 
@@ -110,13 +110,9 @@ class Users:
         """The session is over."""
         if x not in connected.sessions:
             return
-        connected.sessions.remove(x)
+        connected.sessions = tuple(other for other in connected.sessions if other is not x)
         self.sessions -= 1
-        holders = self._by_token.get(token_hash)
-        if holders is not None:
-            holders.discard(x)
-            if not holders:
-                del self._by_token[token_hash]
+        self._let_go(token_hash, x)
         self._bus.unsubscribe([events.user_channel(connected.id)])
         if not connected.sessions:
             self._by_id.pop(connected.id, None)
@@ -124,10 +120,16 @@ class Users:
 
     def retoken(self, x: Session, old: bytes, new: bytes) -> None:
         """The session renewed its token."""
-        self._by_token.get(old, set()).discard(x)
-        if not self._by_token.get(old, True):
-            del self._by_token[old]
-        self._by_token.setdefault(new, set()).add(x)
+        self._let_go(old, x)
+        self._hold(new, x)
+
+    def _hold(self, token_hash: bytes, x: Session) -> None:
+        self._by_token[token_hash] = (*self._by_token.get(token_hash, ()), x)
+
+    def _let_go(self, token_hash: bytes, x: Session) -> None:
+        left = tuple(other for other in self._by_token.pop(token_hash, ()) if other is not x)
+        if left:
+            self._by_token[token_hash] = left
 
     def is_online(self, user: str) -> bool:
         """Whether a session here is not away."""
@@ -199,7 +201,7 @@ class Users:
         all_told = True
         for x in connected.sessions:
             if not x.ready:
-                x.missed.add(view.conv)  # its own list may be older, or younger
+                x.missed |= {view.conv}  # its own list may be older, or younger
                 continue
             if room is None:
                 self.delivery.attach_soon(x, view.conv, have)
@@ -222,7 +224,7 @@ class Users:
             if room is not None:
                 self.delivery.detach(x, room)
             if not x.ready:
-                x.missed.add(conv)
+                x.missed |= {conv}
             elif not known:
                 x.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
         self._remember(connected, conv, -1)
