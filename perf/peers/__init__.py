@@ -1,0 +1,1 @@
+"""Servers to compare with: small honest programs, each behind the contract of ``base.py``."""
