@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from .bus.base import Bus
 from .bus.local import LocalBus
 from .bus.redis import RedisBus
 from .cache.store import CachedStore
+from .panel import Figures
 from .process import StartError, WorkerContext
 from .queue.base import Queue
 from .queue.redis import RedisQueue
@@ -44,6 +46,8 @@ class Backends:
     queue: Callable[[], Queue]
     #: Clients that the parts share; closed last.
     clients: tuple[RedisClient, ...]
+    #: What `ctl status` shows of each.
+    figures: dict[str, Figures]
 
 
 def worker_name(context: WorkerContext) -> str:
@@ -73,9 +77,12 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
         address = parse_url(settings.redis.url)
         client = RedisClient(address)
         racing = Racing(store.heard, store.on_yield, store.row_changed, store.blocks_changed)
-        cache = None
+        breakers = {"queue": client.breaker}
+        cache = near = None
         if settings.cache.enabled:
-            near = RedisClient(address, timeout_s=settings.cache.l2_timeout_ms / 1000) if settings.cache.l2 else None
+            if settings.cache.l2:
+                near = RedisClient(address, timeout_s=settings.cache.l2_timeout_ms / 1000)
+                breakers["cache"] = near.breaker
             cache = CachedStore(store, settings.cache, near)
         return Backends(
             cache or store,
@@ -83,6 +90,11 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
             cache,
             lambda: RedisQueue(client, f"chatcore:{store.store_id}", settings.queue),
             (client,),
+            {
+                "store": lambda: {"name": store.name, **store.mongo.stats()},
+                **_figures_of(cache),
+                "breakers": lambda: {name: breaker.shown() for name, breaker in breakers.items()},
+            },
         )
     embedded = SQLiteStore(
         Path(settings.server.data),
@@ -95,7 +107,23 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
     )
     cache = CachedStore(embedded, settings.cache) if settings.cache.enabled else None
     return Backends(
-        cache or embedded, None, cache, lambda: SQLiteQueue(embedded.write, embedded.read, settings.queue), ()
+        cache or embedded,
+        None,
+        cache,
+        lambda: SQLiteQueue(embedded.write, embedded.read, settings.queue),
+        (),
+        {"store": lambda: {"name": embedded.name}, **_figures_of(cache)},
+    )
+
+
+def _figures_of(cache: CachedStore | None) -> dict[str, Figures]:
+    return {} if cache is None else {"cache": cache.stats}
+
+
+def bus_figures(bus: RedisBus | LocalBus) -> dict[str, Any]:
+    """What `ctl status` shows of the bus: the other workers that it hears of, and counters."""
+    return {"name": "redis" if isinstance(bus, RedisBus) else "local", "peers": len(bus.peers)} | dataclasses.asdict(
+        bus.stats
     )
 
 
@@ -120,7 +148,7 @@ async def start_store(settings: Settings, store: Store) -> None:
         raise StartError(str(exc)) from None
 
 
-def make_bus(context: WorkerContext, store: Store) -> Bus:
+def make_bus(context: WorkerContext, store: Store) -> RedisBus | LocalBus:
     """The bus that the settings name; the store is open."""
     settings = context.settings
     name = worker_name(context)

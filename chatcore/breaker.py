@@ -12,7 +12,7 @@ import enum
 import random
 import time
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 #: Failures in a row that open a breaker: more than one slow command, fewer than a burst of them.
 FAILURES: Final = 5
@@ -132,6 +132,10 @@ class Breaker:
     def retry_after_ms(self) -> int:
         """Until the next try, at least 1; for ``Unavailable``."""
         return max(1, int((self._until - self._clock()) * 1000)) if self.state is BreakerState.OPEN else 1
+
+    def shown(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"state": self.state.value, "failures": self.failures, "refused": self.refused, "opened": self.opened}
 
     def _change(self, state: BreakerState) -> None:
         self.state = state

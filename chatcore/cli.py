@@ -302,13 +302,14 @@ STATUS_TIMEOUT_S = 5.0
 
 @_controlled
 def _status(parsed: argparse.Namespace) -> int:
+    from .status import summary
+
     status = _ask(parsed, {"cmd": "status"}, STATUS_TIMEOUT_S)
     del status["ok"]
     if parsed.json:
         print(json.dumps(status))
         return 0
-    print(f"chatcore {status['version']} {status['state']} on {status['url']}")
-    print(f"store {status['store']}, bus {status['bus']}")
+    print("\n".join(summary(status)))
     _table(
         ("SLOT", "PID", "STATE", "CONNECTIONS", "SESSIONS", "UPTIME", "LAST ERROR"),
         [

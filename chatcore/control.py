@@ -60,12 +60,24 @@ class Caller:
         self.connection = connection
         self.received = b""
         self.asked = False
+        self.unsent = b""
         self.deadline_s = time.monotonic() + REQUEST_TIMEOUT_S
 
     def answer(self, answer: Json) -> None:
         """Send the answer and hang up. A caller that is gone, or reads nothing, misses it."""
-        with contextlib.suppress(OSError):
-            self.connection.sendall(json.dumps(answer).encode() + b"\n")
+        self.unsent = json.dumps(answer).encode() + b"\n"
+        self.deadline_s = time.monotonic() + REQUEST_TIMEOUT_S
+        self.send()
+
+    def send(self) -> None:
+        """Send what the socket takes of the answer; hang up after the last of it."""
+        try:
+            while self.unsent:
+                self.unsent = self.unsent[self.connection.send(self.unsent) :]
+        except BlockingIOError:
+            return  # the rest of a long answer goes in the next sweep
+        except OSError:
+            self.unsent = b""
         self.connection.close()
 
     def fail(self, error: str) -> None:
@@ -108,10 +120,12 @@ class ControlServer:
             self._read(fd, self._callers[fd])
 
     def sweep(self) -> None:
-        """Forget who was answered, and who never finished asking."""
+        """Send on, and forget who was answered, who never finished asking, and who does not read."""
         now = time.monotonic()
         for fd, caller in list(self._callers.items()):
-            if not caller.asked and now > caller.deadline_s:
+            if caller.unsent:
+                caller.send()
+            if (caller.unsent or not caller.asked) and now > caller.deadline_s:
                 caller.connection.close()
             if caller.connection.fileno() < 0:
                 del self._callers[fd]

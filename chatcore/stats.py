@@ -8,16 +8,26 @@ Nobody is asked for anything: a worker that is stuck can be seen, and seeing cos
 
 from __future__ import annotations
 
+import json
 import mmap
+import struct
 import time
+import zlib
 from enum import IntEnum
-from typing import Final
+from typing import Any, Final
 
 CELLS_PER_SLOT: Final = 2
-#: Fields first, the text of the last error behind them; with room for more fields.
-CELL_BYTES: Final = 1024
+#: Fields first, with room for more; behind them the text of the last error, then the figures of its parts.
 ERROR_OFFSET: Final = 768
-ERROR_BYTES: Final = CELL_BYTES - ERROR_OFFSET
+ERROR_BYTES: Final = 256
+FIGURES_OFFSET: Final = ERROR_OFFSET + ERROR_BYTES
+#: The figures as JSON, with their header: twice what a worker with MongoDB and Redis has to tell.
+FIGURES_BYTES: Final = 4096
+#: Two places for figures, filled in turn: whoever dies or stands still while it writes leaves the last ones.
+FIGURES_PLACES: Final = 2
+CELL_BYTES: Final = FIGURES_OFFSET + FIGURES_PLACES * FIGURES_BYTES
+# Number, length of what follows, checksum of both.
+_FIGURES_HEAD: Final = struct.Struct("<QII")
 
 
 class State(IntEnum):
@@ -35,6 +45,7 @@ class Health(IntEnum):
     UNKNOWN = 0
     OK = 1
     DOWN = 2
+    NONE = 3  # this server has no such part
 
 
 class _Field:
@@ -58,7 +69,7 @@ class StatsCell:
     0..2^64-1 (ValueError). To add a field, take the next number; numbers are never used again.
     """
 
-    __slots__ = ("_text", "_words")
+    __slots__ = ("_figures", "_text", "_words")
 
     pid = _Field(0)
     nonce = _Field(1)
@@ -75,11 +86,14 @@ class StatsCell:
     store_health = _Field(12)  # Health
     bus_health = _Field(13)  # Health
     loop_lag_max_ns = _Field(14)  # longest time that the loop was late since the start
+    cache_health = _Field(15)  # Health of its second level
+    queue_health = _Field(16)  # Health
 
     def __init__(self, memory: memoryview) -> None:
         """`memory`: CELL_BYTES writable bytes, 8-byte aligned."""
         self._words = memory[:ERROR_OFFSET].cast("Q")
-        self._text = memory[ERROR_OFFSET:CELL_BYTES]
+        self._text = memory[ERROR_OFFSET:FIGURES_OFFSET]
+        self._figures = [memory[at : at + FIGURES_BYTES] for at in range(FIGURES_OFFSET, CELL_BYTES, FIGURES_BYTES)]
 
     @classmethod
     def private(cls) -> StatsCell:
@@ -91,6 +105,8 @@ class StatsCell:
         for index in range(len(self._words)):
             self._words[index] = 0
         self._text[:] = bytes(ERROR_BYTES)
+        for place in self._figures:
+            place[: _FIGURES_HEAD.size] = bytes(_FIGURES_HEAD.size)
         self.nonce = nonce
         self.started_ns = time.monotonic_ns()
 
@@ -112,6 +128,32 @@ class StatsCell:
     def error(self, text: str) -> None:
         data = text.encode("utf-8", "replace")[:ERROR_BYTES]
         self._text[:] = data.ljust(ERROR_BYTES, b"\0")
+
+    @property
+    def figures(self) -> dict[str, Any] | None:
+        """What the worker told last of its parts; None if it told nothing."""
+        told = [self._told(place) for place in self._figures]
+        data = max(told)[1]
+        return json.loads(data) if data else None
+
+    @figures.setter
+    def figures(self, figures: dict[str, Any]) -> None:
+        """Any JSON object; ValueError if there is no room for it."""
+        data = json.dumps(figures, separators=(",", ":")).encode()
+        if len(data) > FIGURES_BYTES - _FIGURES_HEAD.size:
+            raise ValueError(f"{len(data)} bytes of figures do not fit")
+        numbers = [self._told(place)[0] for place in self._figures]
+        place = self._figures[numbers.index(min(numbers))]
+        place[_FIGURES_HEAD.size : _FIGURES_HEAD.size + len(data)] = data
+        number = max(numbers) + 1
+        place[: _FIGURES_HEAD.size] = _FIGURES_HEAD.pack(number, len(data), zlib.crc32(data, number & 0xFFFFFFFF))
+
+    @staticmethod
+    def _told(place: memoryview) -> tuple[int, bytes]:
+        """What is there, after its number; 0 and nothing for what is empty or just being written."""
+        number, length, checksum = _FIGURES_HEAD.unpack_from(place)
+        data = bytes(place[_FIGURES_HEAD.size : _FIGURES_HEAD.size + length])
+        return (number, data) if data and zlib.crc32(data, number & 0xFFFFFFFF) == checksum else (0, b"")
 
 
 class StatsPage:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from . import __version__
+from .cache.stats import Counts
 from .slot import Slot, Worker
 from .stats import Health
+
+#: Whose health is told, in this order.
+PARTS: Final = ("store", "bus", "cache", "queue")
 
 
 def report(slots: Sequence[Slot], target: int, url: str, stopping: bool) -> dict[str, Any]:
@@ -20,12 +24,16 @@ def report(slots: Sequence[Slot], target: int, url: str, stopping: bool) -> dict
             workers.append(_nobody(slot))
         workers += [_worker(slot, worker, now) for worker in slot.workers()]
     ready = [slot.current for slot in slots if slot.current is not None and slot.current.ready_ns]
+    told = [worker["figures"] for worker in workers if worker.get("figures")]
     return {
         "version": __version__,
         "url": url,
         "state": "stopping" if stopping else "serving",
         "store": _health(worker.cell.store_health for worker in ready),
         "bus": _health(worker.cell.bus_health for worker in ready),
+        "cache": _health(worker.cell.cache_health for worker in ready),
+        "queue": _health(worker.cell.queue_health for worker in ready),
+        "reads": _reads(told),
         "target": target,
         "workers": workers,
     }
@@ -49,6 +57,7 @@ def _worker(slot: Slot, worker: Worker, now: int) -> dict[str, Any]:
         "entries_appended": cell.entries_appended,
         "deliveries": cell.deliveries,
         "error": slot.error or None,
+        "figures": cell.figures,
     }
 
 
@@ -60,12 +69,57 @@ def _nobody(slot: Slot) -> dict[str, Any]:
         "connections": 0,
         "uptime_s": 0.0,
         "error": slot.error or None,
+        "figures": None,
     }
 
 
 def _health(of_workers: Iterable[int]) -> str:
-    """ "down" if any worker says so, "ok" if all say so, else "unknown" (a part not checked yet)."""
+    """ "down" if any worker says so, "ok" if all say so, "none" if none has it, else "unknown" (not checked yet)."""
     said = list(of_workers)
     if Health.DOWN in said:
         return "down"
-    return "ok" if said and all(one == Health.OK for one in said) else "unknown"
+    for same in (Health.OK, Health.NONE):
+        if said and all(one == same for one in said):
+            return same.name.lower()
+    return "unknown"
+
+
+def _reads(told: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Reads that the cache answered, by kind, of all workers together: by level 1, level 2, or not at all."""
+    kinds: dict[str, Counts] = {}
+    for figures in told:
+        for kind, counts in figures.get("cache", {}).get("kinds", {}).items():
+            kinds.setdefault(kind, Counts()).add(counts)
+    return {kind: counts.shown() for kind, counts in kinds.items()}
+
+
+def summary(status: dict[str, Any]) -> list[str]:
+    """What :func:`report` says, in lines for people, but for the workers."""
+    parts = [f"{part} {status[part]}" for part in PARTS if status[part] != "none"]
+    lines = [f"chatcore {status['version']} {status['state']} on {status['url']}", ", ".join(parts)]
+    figures = [worker["figures"] for worker in status["workers"] if worker["figures"]]
+    read = [
+        f"{kind.replace('_', ' ')} {100 * counts['ratio']:.1f} % of {counts['l1'] + counts['l2'] + counts['missed']}"
+        for kind, counts in status["reads"].items()
+        if counts["l1"] + counts["l2"] + counts["missed"]
+    ]
+    if read:
+        lines.append("reads from the cache: " + ", ".join(read))
+    pools = [one["store"] for one in figures if "pool" in one.get("store", {})]
+    if pools:
+        busy, made, most = (sum(one["pool"][what] for one in pools) for what in ("busy", "connections", "max"))
+        commands = sum(sum(one["commands"].values()) for one in pools)
+        each_ms = sum(one["commands_ms"] for one in pools) / max(1, commands)
+        lines.append(
+            f"store: {busy} of {made} connections busy (at most {most}), {commands} commands of {each_ms:.1f} ms,"
+            f" {sum(one['commands_failed'] for one in pools)} failed; {sum(one['queue']['waiting'] for one in pools)}"
+            f" wait for a connection, {sum(one['queue']['given_up'] for one in pools)} gave up"
+        )
+    opened: dict[str, str] = {}
+    for one in figures:
+        for part, breaker in one.get("breakers", {}).items():
+            if breaker["state"] != "closed":
+                opened[part] = breaker["state"].replace("_", " ")
+    if opened:
+        lines.append("not asked for now: " + ", ".join(f"{part} (breaker {state})" for part, state in opened.items()))
+    return lines

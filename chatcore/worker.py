@@ -24,7 +24,7 @@ from . import protocol as p
 from ._fast.reactor import TICK_MS, Frame, Reactor, Topic
 from .accounts.service import Accounts
 from .api.routes import Api
-from .backends import make_bus, make_store, start_store
+from .backends import bus_figures, make_bus, make_store, start_store
 from .bus.base import Bus
 from .chat import events
 from .chat.delivery import Delivery
@@ -34,10 +34,11 @@ from .chat.service import Chat
 from .chat.users import Users
 from .errors import ChatError, Internal, Unavailable
 from .net.http import HttpConnection, HttpRequest, HttpResponse, encode_response, error_response
+from .panel import Panel
 from .process import WorkerContext
 from .queue.handlers import Handlers
 from .session import Session
-from .stats import Health, State
+from .stats import State
 from .store.base import Entry, Store
 
 log = logging.getLogger("chatcore.worker")
@@ -116,8 +117,11 @@ class Worker:
         self.cache = backends.cache
         self.store: Store = backends.store
         await start_store(self.settings, self.store)
-        self.bus: Bus = make_bus(self.context, self.store)
+        bus = make_bus(self.context, self.store)
+        self.bus: Bus = bus
         self._make_parts()
+        figures = {**backends.figures, "bus": lambda: bus_figures(bus)}
+        self.panel = Panel(self.stats, self.store, bus, self.cache, self.queue, figures)
         await self.bus.start(self)
         if self.cache is not None:
             await self.cache.listen(self.bus)
@@ -129,6 +133,7 @@ class Worker:
         self.reactor.listen(self.context.listener.fileno())
         self._loop.add_reader(self.reactor.fileno(), self.reactor.poll)
         self._tick()
+        self._showing = self._loop.create_task(self.panel.run(), name="panel")
         self.stats.ready()
         self.handlers.start(self.queue)
 
@@ -185,6 +190,8 @@ class Worker:
         await self._close_sessions(deadline)
         await self._wait_for(lambda: self.reactor.connections() == 0, deadline)
         await self._wait_for(lambda: not self._tasks, deadline)
+        self._showing.cancel()
+        await asyncio.gather(self._showing, return_exceptions=True)
         await self.presence.close()
         await self.users.close()
         await self.queue.close()
@@ -252,8 +259,7 @@ class Worker:
         stats.entries_appended = self.chat.appended
         stats.deliveries = self.delivery.deliveries
         stats.messages_in = self.reactor.stats()["messages_in"]
-        stats.store_health = Health.OK if self.store.healthy else Health.DOWN
-        stats.bus_health = Health.OK if self.bus.healthy else Health.DOWN
+        self.panel.beat()
         stats.beat()
         self._tick_timer = self._loop.call_later(TICK_MS / 1000, self._tick)
 
@@ -271,10 +277,6 @@ class Worker:
 
     def _on_presence(self, user: str) -> None:
         self.presence.changed(user)
-
-    def parts(self) -> dict[str, bool]:
-        """Which parts work."""
-        return {"worker": not self.draining, "store": self.store.healthy, "bus": self.bus.healthy}
 
     def now_ms(self) -> int:
         """Unix time in ms, for display."""

@@ -130,11 +130,13 @@ class Api:
         return json_response(200, {"status": "ok"})
 
     async def _readyz(self, request: HttpRequest, arg: str) -> HttpResponse:
-        parts = self._worker.parts()
-        ready = all(parts.values())
-        body = {"ready": ready, "parts": {name: "ok" if up else "down" for name, up in parts.items()}}
-        # Without a bus the other workers are heard through the store: slower, but served.
-        return json_response(200 if parts["store"] and parts["worker"] else 503, body)
+        worker = self._worker
+        parts = {"worker": "down" if worker.draining else "ok"}
+        parts |= {name: health.name.lower() for name, health in worker.panel.health().items()}
+        body = {"ready": "down" not in parts.values(), "parts": parts}
+        # Without a bus the other workers are heard through the store, without a cache it is asked more: slower,
+        # but served.
+        return json_response(503 if "down" in (parts["worker"], parts["store"]) else 200, body)
 
     # --- accounts -----------------------------------------------------------------
     async def _register(self, request: HttpRequest, arg: str) -> HttpResponse:

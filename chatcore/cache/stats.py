@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +20,11 @@ class Counts:
     def reads(self) -> int:
         """All of them."""
         return self.l1 + self.l2 + self.missed
+
+    def add(self, shown: Mapping[str, Any]) -> None:
+        """Count what another worker has shown, too."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + shown[field.name])
 
     def ratio(self) -> float:
         """The part that did not need the store (0 to 1; 1 if nothing was read)."""

@@ -133,6 +133,12 @@ class Queue(Protocol):
 
     async def start(self) -> None: ...
 
+    async def probe(self) -> None:
+        """Find out whether what it stands on is there, though nobody uses it.
+
+        :raises Unavailable: it is not.
+        """
+
     async def close(self, grace_s: float = 5.0) -> None:
         """Stop all consumers (see :meth:`Consumer.stop`)."""
 

@@ -126,6 +126,15 @@ class RedisQueue:
                 settings["maxmemory-policy"],
             )
 
+    async def probe(self) -> None:
+        """See :meth:`.base.Queue.probe`."""
+        try:
+            await self.client.call("PING")
+        except Unavailable:
+            self._healthy = False
+            raise
+        self._healthy = True
+
     async def close(self, grace_s: float = 5.0) -> None:
         """Stop all consumers."""
         await asyncio.gather(*(c.stop(grace_s) for c in list(self._consumers.values())))

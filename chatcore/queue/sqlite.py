@@ -83,6 +83,11 @@ class SQLiteQueue:
         """
         await self.write(ops.make_tables)
 
+    async def probe(self) -> None:
+        """See :meth:`.base.Queue.probe`. The store looks after itself: it is asked only if it failed."""
+        if not self._healthy:
+            await self.read(lambda connection: None)
+
     async def close(self, grace_s: float = 5.0) -> None:
         """Stop all consumers; the store must still be open."""
         await asyncio.gather(*(c.stop(grace_s) for c in list(self._consumers.values())))

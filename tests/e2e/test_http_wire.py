@@ -17,7 +17,8 @@ async def test_health_and_readiness_need_no_token(world: World) -> None:
     ready = await world.http("GET", "/readyz")
     assert ready.status == 200
     assert ready.json["ready"] is True
-    assert ready.json["parts"] == {"worker": "ok", "store": "ok", "bus": "ok"}
+    shared = "none" if world.server.backend.file is not None else "ok"
+    assert ready.json["parts"] == {"worker": "ok", "store": "ok", "bus": "ok", "cache": shared, "queue": "ok"}
     assert (await world.http("HEAD", "/healthz")).body == b""
 
 

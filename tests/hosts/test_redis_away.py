@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from ..e2e.world import until
 from .parts import CONVERGE_S, PRESENCE_S, HostTraffic, Pair, Reader, Site, crosses, run, says, settled
 
 TALKERS = 8
@@ -79,8 +80,11 @@ async def _through_an_outage(
         began = loop.time()
         go()
         noticed = await says(site.servers, bus="down", store="ok")
+        await says(site.servers, bus="down", cache="down", queue="down", store="ok")
         printed = site.servers[0].ctl("status")
-        assert "bus down" in printed.stdout, printed
+        assert "bus down, cache down, queue down" in printed.stdout, printed
+        if least_s:
+            await until(lambda: "not asked for now: " in site.servers[0].ctl("status").stdout, "an open breaker")
         await watched.change()
         # Not only until it was noticed: all the time.
         await traffic.flow(TALKERS)
@@ -91,7 +95,9 @@ async def _through_an_outage(
         # From here on nobody sends.
         await traffic.hush()
         come()
-        converged, well = await asyncio.gather(traffic.converge(), says(site.servers, CONVERGE_S, bus="ok", store="ok"))
+        converged, well = await asyncio.gather(
+            traffic.converge(), says(site.servers, CONVERGE_S, bus="ok", store="ok", cache="ok", queue="ok")
+        )
         show(
             f"redis away for {ended - began:.1f} s, noticed after {noticed:.1f} s; longest gap between acks"
             f" {gap:.2f} s, for one talker {wait:.2f} s, longest page {page:.2f} s; then all converged in"

@@ -53,7 +53,9 @@ def tiny_worker(context: WorkerContext) -> int:
     selector.register(drain, selectors.EVENT_READ)
     selector.register(context.parent_fd, selectors.EVENT_READ)
     selector.register(context.listener, selectors.EVENT_READ)
-    context.stats.store_health = context.stats.bus_health = Health.OK
+    context.stats.store_health = context.stats.bus_health = context.stats.queue_health = Health.OK
+    context.stats.cache_health = Health.NONE
+    context.stats.figures = how.get("figures", {})
     context.stats.ready()
     while True:
         events = [key.fileobj for key, _ in selector.select(BEAT_S)]

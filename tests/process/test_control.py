@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -61,9 +64,64 @@ def test_a_table_for_people(server: MakeServer) -> None:
     done = chatcore("ctl", "--data", str(one.data), "status")
     lines = done.stdout.splitlines()
     assert lines[0] == f"chatcore {__version__} serving on http://127.0.0.1:{one.port}"
-    assert lines[1] == "store ok, bus ok"
+    assert lines[1] == "store ok, bus ok, queue ok"
     assert lines[2].split()[:3] == ["SLOT", "PID", "STATE"]
     assert [line.split()[2] for line in lines[3:]] == ["ready", "ready"]
+
+
+def figures(l1: int, l2: int, missed: int, breaker: str = "closed") -> dict[str, Any]:
+    """What a worker with MongoDB and Redis tells of its parts, in part."""
+    roles = {"l1": l1, "l2": l2, "missed": missed, "refreshed": 0, "ratio": 0}
+    return {
+        "cache": {"kinds": {"roles": roles, "profiles": dict.fromkeys(roles, 0)}},
+        "store": {
+            "name": "mongodb",
+            "pool": {"max": 25, "connections": 4, "busy": 1},
+            "queue": {"waiting": 0, "waits": 3, "given_up": 2},
+            "commands": {"find": 30, "insert": 10},
+            "commands_failed": 1,
+            "commands_ms": 80.0,
+        },
+        "breakers": {"cache": {"state": breaker, "failures": 5, "refused": 7, "opened": 1}},
+    }
+
+
+def test_what_workers_tell_of_their_parts(server: MakeServer) -> None:
+    one = server(workers=2, worker={"figures": figures(6, 2, 2)}).ready()
+    status = one.call("status")
+    assert [worker["figures"] for worker in status["workers"]] == [figures(6, 2, 2)] * 2
+    assert (status["store"], status["cache"], status["queue"]) == ("ok", "none", "ok")
+    assert status["reads"]["roles"] == {"l1": 12, "l2": 4, "missed": 4, "refreshed": 0, "ratio": 0.8}
+    lines = chatcore("ctl", "status", "--data", str(one.data)).stdout.splitlines()
+    assert lines[2:4] == [
+        "reads from the cache: roles 80.0 % of 20",
+        "store: 2 of 8 connections busy (at most 50), 80 commands of 2.0 ms, 2 failed; 0 wait for a connection,"
+        " 4 gave up",
+    ]
+    assert lines[4].split()[0] == "SLOT"
+    one.behave(figures=figures(0, 0, 0, "half_open"))
+    chatcore("ctl", "reload", "--data", str(one.data))
+    assert "not asked for now: cache (breaker half open)" in chatcore("ctl", "status", "--data", str(one.data)).stdout
+
+
+def test_an_answer_longer_than_a_socket_takes_at_once(tmp_path: Path) -> None:
+    answer = {"ok": True, "figures": "x" * 3_000_000}
+    server = control.ControlServer(tmp_path, lambda request, caller: caller.answer(answer))
+    silent = socket.socket(socket.AF_UNIX)
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            silent.connect(str(control.socket_path(tmp_path)))
+            silent.sendall(b"{}\n")
+            asked = pool.submit(control.call, tmp_path, {"cmd": "status"}, 20.0)
+            while not asked.done():
+                for fd in server.filenos():
+                    if select.select([fd], [], [], 0.01)[0]:
+                        server.readable(fd)
+                server.sweep()
+            assert asked.result() == answer
+    finally:
+        silent.close()
+        server.close()
 
 
 def test_a_stuck_worker_can_be_seen(server: MakeServer) -> None:

@@ -76,6 +76,8 @@ class Listener(monitoring.CommandListener, monitoring.ConnectionPoolListener):
         self.micros = 0
         self.connections = 0
         self.checked_out = 0
+        #: Time that checking out connections took, since the start.
+        self.checkout_s = 0.0
 
     def count(self, what: str) -> None:
         """One more of these."""
@@ -120,9 +122,11 @@ class Listener(monitoring.CommandListener, monitoring.ConnectionPoolListener):
 
     def connection_check_out_failed(self, event: monitoring.ConnectionCheckOutFailedEvent) -> None:
         self.count("checkouts_failed")
+        self.checkout_s += event.duration or 0.0
 
     def connection_checked_out(self, event: monitoring.ConnectionCheckedOutEvent) -> None:
         self.checked_out += 1
+        self.checkout_s += event.duration or 0.0
 
     def connection_checked_in(self, event: monitoring.ConnectionCheckedInEvent) -> None:
         self.checked_out -= 1
@@ -165,6 +169,7 @@ class Mongo:
         #: ``$lookup`` with a pipeline: the ends of many logs in one query.
         self.lookups = False
         self._places = asyncio.Semaphore(settings.pool_max)
+        self._waiting = 0  # for a place
         self._running: set[asyncio.Task[Any]] = set()
         #: When the last operation ended, by the loop's clock.
         self.last_s = asyncio.get_running_loop().time()
@@ -280,8 +285,13 @@ class Mongo:
     async def _place(self, operation: Coroutine[Any, Any, T]) -> None:
         try:
             if self._places.locked():
-                async with asyncio.timeout(self.settings.wait_queue_ms / 1000):
-                    await self._places.acquire()
+                self.listener.count("waits")
+                self._waiting += 1
+                try:
+                    async with asyncio.timeout(self.settings.wait_queue_ms / 1000):
+                        await self._places.acquire()
+                finally:
+                    self._waiting -= 1
             else:
                 await self._places.acquire()  # at once
         except TimeoutError:
@@ -298,6 +308,30 @@ class Mongo:
         self.last_s = asyncio.get_running_loop().time()
         if not task.cancelled():
             task.exception()  # whoever waited may be gone
+
+    def stats(self) -> dict[str, Any]:
+        """The pool, the wait for it and the commands, for JSON; counters since the start."""
+        seen = self.listener
+        counts = seen.counts
+        return {
+            "pool": {
+                "max": self.settings.pool_max,
+                "connections": seen.connections,
+                "busy": seen.checked_out,
+                "checkouts": counts.get("checkouts", 0),
+                "checkouts_failed": counts.get("checkouts_failed", 0),
+                "checkout_ms": round(seen.checkout_s * 1000, 1),
+                "cleared": counts.get("pools_cleared", 0),
+            },
+            "queue": {
+                "waiting": self._waiting,
+                "waits": counts.get("waits", 0),
+                "given_up": counts.get("waits_failed", 0),
+            },
+            "commands": dict(seen.commands),
+            "commands_failed": counts.get("commands_failed", 0),
+            "commands_ms": round(seen.micros / 1000, 1),
+        }
 
     async def ping(self) -> None:
         """Ask for a sign of life of what a majority has, to find out that it is back."""

@@ -1,0 +1,47 @@
+"""What operators are shown of the parts: hit ratios, pools, breakers, the health of each."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from .world import World, until
+
+
+async def test_status_shows_what_the_cache_the_store_and_the_bus_did(world: World) -> None:
+    alice, bob = await world.user("alice"), await world.user("bob")
+    a = await world.connect(alice, on=0)
+    await world.connect(bob, on=1)
+    conv = await world.group(a, bob)
+    for _ in range(5):
+        assert (await a.request("history", c=conv))["t"] == "ok"
+    for _ in range(5):
+        assert (await world.http("GET", "/v1/me", token=alice.token)).status == 200
+
+    async def shown() -> dict[str, Any] | None:
+        status = await asyncio.to_thread(world.server.ask, "status")
+        reads = status["reads"]
+        return status if all(reads[kind]["l1"] >= 3 for kind in ("sessions", "roles", "last_entries")) else None
+
+    status = await until(shown, "the figures of what was read")
+    assert {kind: set(counts) for kind, counts in status["reads"].items()} == {
+        kind: {"l1", "l2", "missed", "refreshed", "ratio"} for kind in ("sessions", "profiles", "roles", "last_entries")
+    }
+    shared = world.server.backend.file is None
+    assert (status["store"], status["bus"], status["queue"]) == ("ok", "ok", "ok")
+    assert status["cache"] == ("ok" if shared else "none")
+    assert sum(worker["figures"]["bus"]["published"] for worker in status["workers"]) > 0
+    for worker in status["workers"]:
+        figures = worker["figures"]
+        assert figures["bus"]["peers"] == 1
+        assert figures["store"]["name"] == ("mongodb" if shared else "sqlite")
+        if shared:
+            assert figures["store"]["pool"]["connections"] > 0
+            assert figures["store"]["commands"]["find"] > 0
+            assert {name: breaker["state"] for name, breaker in figures["breakers"].items()} == {
+                "cache": "closed",
+                "queue": "closed",
+            }
+    printed = (await asyncio.to_thread(world.server.ctl, "status")).stdout
+    assert "reads from the cache: sessions " in printed
+    assert ("connections busy" in printed) is shared
