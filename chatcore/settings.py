@@ -242,6 +242,9 @@ class Cache:
     role_ttl_ms: int = _int(
         60_000, 1, 3_600_000, "A worker believes in a role for this long; one removed reads no longer than this."
     )
+    count_ttl_ms: int = _int(
+        30_000, 1, 3_600_000, "A worker believes in a number of members for this long; it decides who hears of typing."
+    )
     tail_ttl_ms: int = _int(
         60_000, 1, 3_600_000, "A worker keeps last entries for this long; a deletion it missed ends with it."
     )

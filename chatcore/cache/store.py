@@ -1,9 +1,9 @@
 """A store with a memory: the same interface over any store, and what is asked again and again kept near.
 
-Remembered are session tokens, profiles, roles and the last entries of conversations; everything else
-goes through. What is changed here is told, after it is durable and before it is answered, first to
-level 2 and then to the other workers, so that nobody who hears of it can find the old value there.
-What others change is heard on the bus; what the bus loses is seen in :meth:`CachedStore.changes`,
+Remembered are session tokens, profiles, roles, the last entries of conversations and, near enough, how many
+are in them; everything else goes through. What is changed here is told, after it is durable and before it is
+answered, first to level 2 and then to the other workers, so that nobody who hears of it can find the old value
+there. What others change is heard on the bus; what the bus loses is seen in :meth:`CachedStore.changes`,
 or ends by its time to live.
 """
 
@@ -51,6 +51,8 @@ log = logging.getLogger("chatcore.cache")
 
 T = TypeVar("T")
 
+# The kind of numbers of members, which no worker tells another.
+COUNT: Final = "n"
 # Roles that one list of conversations brings; more would push out others'.
 LEARNT: Final = 200
 
@@ -109,6 +111,10 @@ class CachedStore(Through):
             ROLE, l1(settings.role_ttl_ms), self.l2, self._load_roles, codec.pack_text, codec.unpack_text,
             clock=clock, **common,
         )  # fmt: skip
+        # Here only: joining a channel is told to nobody, so it is a number of some seconds ago in any case.
+        self.member_counts: Lookup[int] = Lookup(
+            COUNT, l1(settings.count_ttl_ms), None, self._load_counts, lambda n: b"%d" % n, int, clock=clock, **common
+        )
         self._lookups: dict[str, Lookup[Any]] = {TOKEN: self.sessions, PROFILE: self.profiles, ROLE: self.roles}
         tails = Tails(
             settings.tail_conversations,
@@ -170,6 +176,7 @@ class CachedStore(Through):
             "sessions": self.sessions.counts,
             "profiles": self.profiles.counts,
             "roles": self.roles.counts,
+            "member_counts": self.member_counts.counts,
             "last_entries": self.history.counts,
         }
         l2 = self.l2
@@ -241,6 +248,7 @@ class CachedStore(Through):
         """Something may have been said that was not heard."""
         for lookup in self._lookups.values():
             lookup.clear()
+        self.member_counts.clear()
         self.history.clear()
 
     def on_commit(self, entries: list[Entry]) -> None:
@@ -260,6 +268,7 @@ class CachedStore(Through):
             self._member_seen(e)
 
     def _member_seen(self, e: Entry) -> None:
+        self.member_counts.drop(e.conv)
         # Whoever made it tells again when the row reflects it, which may be later.
         user = codec.member_of(e)
         if user is not None:
@@ -355,6 +364,13 @@ class CachedStore(Through):
         """A member's role; None for everybody else (banned or not)."""
         return await self.roles.get(role_key(user, conv))
 
+    async def _load_counts(self, keys: Sequence[str]) -> dict[str, int]:
+        return {conv: await self.inner.member_count(conv) for conv in keys}
+
+    async def member_count(self, conv: str) -> int:
+        """How many are in a conversation, or were within the last seconds."""
+        return await self.member_counts.get(conv) or 0
+
     def append(self, entry: NewEntry) -> asyncio.Future[Appended]:
         future = self.inner.append(entry)
         if entry.t != "member" or entry.user is None:
@@ -424,10 +440,11 @@ class CachedStore(Through):
         return await self.inner.conversations(user)
 
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
-        """The store's; the roles in them are remembered."""
-        ticket = self.roles.l1.ticket()
+        """The store's; the roles and numbers of members in them are remembered."""
+        ticket, counted = self.roles.l1.ticket(), self.member_counts.l1.ticket()
         position, views = await self.inner.views(user, convs)
         for view in views[:LEARNT]:
             self.roles.learnt(role_key(user, view.conv), view.role, ticket)
+            self.member_counts.learnt(view.conv, view.members, counted)
         self.ahead.views(user, views)
         return position, views

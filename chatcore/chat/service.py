@@ -18,6 +18,7 @@ from ..bus.base import Bus
 from ..errors import BadRequest, Forbidden, NotFound, RateLimited, TooLarge
 from ..protocol import (
     MAX_SERVER_MESSAGE_BYTES,
+    MEMBER_ROLES,
     Channels,
     History,
     Member,
@@ -224,11 +225,10 @@ class Chat:
                 self._tell(req.c, user, wire)
 
     async def typing(self, user: str, req: Typing) -> None:
-        """Tell the others in a small conversation."""
-        _, views = await self._store.views(user, [req.c])
-        if not views:
+        """Tell the others in a small conversation. A signal for each key pressed: it reads what is remembered."""
+        if await self._store.role(user, req.c) not in MEMBER_ROLES:
             raise NotFound("no such conversation")
-        if views[0].members <= self._limits.small:
+        if await self._store.member_count(req.c) <= self._limits.small:
             self._tell(req.c, user, orjson.dumps({"t": "typing", "c": req.c, "user": user}))
 
     def _tell(self, conv: str, skip_user: str, wire: bytes) -> None:

@@ -123,6 +123,9 @@ class Slow(Through):
     async def role(self, user: str, conv: str) -> str | None:
         return await self._count("role", self.inner.role(user, conv))
 
+    async def member_count(self, conv: str) -> int:
+        return await self._count("member_count", self.inner.member_count(conv))
+
     async def users(self, ids: Sequence[str]) -> list[User]:
         return await self._count("users", self.inner.users(ids))
 

@@ -302,6 +302,6 @@ async def test_what_one_worker_reads_the_others_know(tmp_path: Path, redis_url: 
         assert b.calls["entries"] == b.calls["role"] == b.calls["token"] == b.calls["users"] == 0
         kinds = b.cache.stats()["kinds"]
         assert {name: counts["l2"] for name, counts in kinds.items()} == {
-            "sessions": 2, "profiles": 2, "roles": 2, "last_entries": 2,
+            "sessions": 2, "profiles": 2, "roles": 2, "member_counts": 0, "last_entries": 2,
         }  # fmt: skip
         await until(lambda: a.cache.stats()["l2"] == {"ready": True, "outages": 0, "shed": 0}, "level 2 is well")

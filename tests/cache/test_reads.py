@@ -199,3 +199,34 @@ async def test_a_session_that_seems_over_is_asked_about(tmp_path: Path) -> None:
         await other.cache.extend_token(b"t" * 32, soon + 60_000)
         clock.move(6)
         assert (await w.cache.token(b"t" * 32)).expires == soon + 60_000  # type: ignore[union-attr]
+
+
+async def test_how_many_are_in_a_conversation_is_read_once_and_after_each_change(tmp_path: Path) -> None:
+    async with workers(tmp_path, 2) as (w, other):
+        ann, bob, eve = [await w.user(name) for name in ("ann", "bob", "eve")]
+        conv = await w.conversation(ann, bob)
+        w.calls.clear()
+        for _ in range(3):
+            assert await w.cache.member_count(conv) == 2
+            assert await w.cache.role(ann.id, conv) == "owner"
+        assert w.calls == {"member_count": 1, "role": 1}
+        await other.change(conv, ann, eve, "member")
+        assert await w.cache.member_count(conv) == 3
+        await w.cache.views(ann.id)
+        w.cache.on_doubt()
+        w.calls.clear()
+        await w.cache.views(ann.id)
+        assert await w.cache.member_count(conv) == 3, "and a list of conversations tells it, too"
+        assert await w.cache.member_count("none") == 0
+        assert w.calls == {"views": 1, "member_count": 1}
+
+
+async def test_a_number_of_members_of_which_nobody_tells_ends_by_its_time(tmp_path: Path) -> None:
+    clock = Clock()
+    async with workers(tmp_path, 2, clock=clock) as (w, other):
+        ann, bob = await w.user("ann"), await w.user("bob")
+        channel = await w.conversation(ann, kind="channel")
+        assert await w.cache.member_count(channel) == 1
+        await other.change(channel, bob, bob, "member")  # no entry
+        clock.move(SETTINGS.count_ttl_ms / 1000)
+        assert await w.cache.member_count(channel) == 2

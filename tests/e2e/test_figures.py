@@ -25,7 +25,8 @@ async def test_status_shows_what_the_cache_the_store_and_the_bus_did(world: Worl
 
     status = await until(shown, "the figures of what was read")
     assert {kind: set(counts) for kind, counts in status["reads"].items()} == {
-        kind: {"l1", "l2", "missed", "refreshed", "ratio"} for kind in ("sessions", "profiles", "roles", "last_entries")
+        kind: {"l1", "l2", "missed", "refreshed", "ratio"}
+        for kind in ("sessions", "profiles", "roles", "member_counts", "last_entries")
     }
     shared = world.server.backend.file is None
     assert (status["store"], status["bus"], status["queue"]) == ("ok", "ok", "ok")

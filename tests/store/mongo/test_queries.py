@@ -9,8 +9,15 @@ from __future__ import annotations
 import asyncio
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
+import pytest
+
+from chatcore.cache.store import CachedStore
+from chatcore.chat.service import Chat
+from chatcore.errors import NotFound
+from chatcore.protocol import Typing
+from chatcore.settings import Cache, Settings
 from chatcore.store.base import Opening, Store
 from chatcore.store.mongo import schema
 from chatcore.store.mongo.ops import BLOCK_TTL_S
@@ -255,6 +262,37 @@ def test_a_send_in_the_steady_state_is_one_insert_for_each_batch_and_no_read(dat
             assert len(beside) <= 2 * (BLOCK_TTL_S + 2)
 
     run(work())
+
+
+def test_a_typing_signal_asks_nothing_and_the_first_one_for_two_fields(database: Database) -> None:
+    """Each asked for the whole view of its conversation, in five to seven commands."""
+
+    async def work() -> None:
+        async with workers(database, 1) as [a]:
+            alice, bob = await a.user("alice"), await a.user("bob")
+            conv = await a.conversation(alice, bob)
+            cache = CachedStore(a.store, Cache(refresh=False))
+            told: list[Any] = []
+            settings = Settings.default()
+            chat = Chat(settings, cache, cast(Any, Told(told)), cast(Any, Told(told)), cast(Any, None))
+            began = len(a.sent.sent)
+            for _ in range(20):
+                await chat.typing(alice.id, Typing(conv))
+            asked = [(command[name], command["projection"]) for name, command in a.sent.sent[began:] if name == "find"]
+            assert asked == [("members", {"role": 1}), ("convs", {"members": 1})]
+            assert len(told) == 40, "here and to the other workers"
+            with pytest.raises(NotFound):
+                await chat.typing((await a.user("eve")).id, Typing(conv))
+            assert len(told) == 40
+
+    run(work())
+
+
+class Told:
+    """Whoever is attached, and the bus: what each was told."""
+
+    def __init__(self, told: list[Any]) -> None:
+        self.push_state = self.publish = lambda *what: told.append(what)
 
 
 def test_a_hundred_entries_are_one_command_and_more_are_several(database: Database) -> None:
