@@ -80,6 +80,9 @@ class Server:
     registration: str = _choice(
         ("auto", "open", "closed"), "Who may make an account; auto is open on a loopback host and closed elsewhere."
     )
+    io_uring: bool = _bool(
+        True, "Send to many clients by one system call where the kernel allows it; a sixth less CPU per delivery."
+    )
 
 
 @dataclass(frozen=True, slots=True)

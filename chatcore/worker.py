@@ -98,7 +98,10 @@ class Worker:
             close_timeout_ms=timeouts.close_ms,
             # Some more than may stay: who is too many is upgraded and told so (1013).
             max_connections=limits.connections_per_worker + limits.http_connections_per_worker,
+            io_uring=settings.server.io_uring,
         )
+        if settings.server.io_uring and not self.reactor.uses_io_uring():
+            log.info("this kernel has no io_uring for us: clients are sent to one by one")
         self._hello = self._make_hello()
         self._tick_timer: asyncio.TimerHandle | None = None
         self._last_tick = time.monotonic()

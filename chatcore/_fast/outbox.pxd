@@ -3,6 +3,7 @@
 from libc.stdint cimport uint8_t, uint32_t
 
 from chatcore._fast.frames cimport FrameBuf
+from chatcore._fast.sys cimport iovec
 
 cdef enum:
     RING_FIRST = 8              # slots of a new ring: 64 bytes, most connections never need more
@@ -37,6 +38,8 @@ cdef bint outbox_push_ring(Outbox *o, FrameBuf *f) noexcept nogil
 cdef void outbox_written(Outbox *o, uint32_t n) noexcept nogil
 cdef void outbox_drop_unsent(Outbox *o) noexcept nogil
 cdef void outbox_clear(Outbox *o) noexcept nogil
+cdef uint32_t outbox_gather(Send *s, uint8_t *scratch, size_t *scratch_used, iovec *iov) noexcept nogil
+cdef void outbox_write(Send *s, iovec *iov, uint32_t n) noexcept nogil
 cdef void outbox_send(Send *s, uint8_t *scratch) noexcept nogil
 
 cdef inline bint outbox_push(Outbox *o, FrameBuf *f) noexcept nogil:

@@ -2,8 +2,8 @@
 
 A queue of references to shared frames; no payload is copied until the moment of sending, and
 then only to put small frames beside each other in one scratch buffer, so that any number of them
-is one system call. Everything here but outbox_send runs with the GIL held, because it changes
-reference counts; outbox_send only reads.
+is one system call. Everything here but gathering and writing runs with the GIL held, because it
+changes reference counts; those only read.
 """
 
 from libc.stdint cimport uint8_t, uint32_t
@@ -95,18 +95,19 @@ cdef void outbox_clear(Outbox *o) noexcept nogil:
     o.bytes = 0
 
 
-cdef void outbox_send(Send *s, uint8_t *scratch) noexcept nogil:
-    """Write what fits into one system call. Runs without the GIL: reads the outbox, changes
-    nothing but the Send. `scratch` is SCRATCH_BYTES large and used only during the call."""
-    cdef iovec iov[IOV_MAX_USED]
-    cdef msghdr msg
+cdef uint32_t outbox_gather(Send *s, uint8_t *scratch, size_t *scratch_used, iovec *iov) noexcept nogil:
+    """Put together what goes out in one system call; how many of the IOV_MAX_USED `iov` it takes.
+
+    Runs without the GIL: reads the outbox, changes nothing but the Send. Small frames are copied
+    beside each other into the rest of `scratch` (SCRATCH_BYTES large), which is in use until the
+    call was made.
+    """
     cdef const Outbox *o = s.out
     cdef FrameBuf *f
     cdef uint8_t *data
-    cdef size_t size, total = 0, used = 0
+    cdef size_t size, total = 0, used = scratch_used[0]
     cdef uint32_t i, n = 0
     cdef bint joined = False
-    cdef ssize_t r
     for i in range(o.count):
         f = (<FrameBuf **>o.frames)[(o.head + i) & (o.room - 1)] if o.room else <FrameBuf *>o.frames
         data = f.data
@@ -136,6 +137,15 @@ cdef void outbox_send(Send *s, uint8_t *scratch) noexcept nogil:
         total += size
         if total >= SEND_MAX:
             break
+    scratch_used[0] = used
+    s.tried = <uint32_t>total
+    return n
+
+
+cdef void outbox_write(Send *s, iovec *iov, uint32_t n) noexcept nogil:
+    """The system call, for what was gathered."""
+    cdef msghdr msg
+    cdef ssize_t r
     if n == 1:
         r = send(s.fd, iov[0].iov_base, iov[0].iov_len, MSG_DONTWAIT | MSG_NOSIGNAL)
     else:
@@ -143,5 +153,11 @@ cdef void outbox_send(Send *s, uint8_t *scratch) noexcept nogil:
         msg.msg_iov = iov
         msg.msg_iovlen = n
         r = sendmsg(s.fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL)
-    s.tried = <uint32_t>total
     s.result = <int>r if r >= 0 else -errno
+
+
+cdef void outbox_send(Send *s, uint8_t *scratch) noexcept nogil:
+    """Write what fits into one system call; `scratch` is in use only during it."""
+    cdef iovec iov[IOV_MAX_USED]
+    cdef size_t used = 0
+    outbox_write(s, iov, outbox_gather(s, scratch, &used, iov))

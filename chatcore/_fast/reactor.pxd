@@ -6,10 +6,11 @@ from chatcore._fast.conns cimport Conn, Core
 from chatcore._fast.frames cimport Event
 from chatcore._fast.outbox cimport Send
 from chatcore._fast.sys cimport epoll_event
+from chatcore._fast.uring cimport Ring
 
 cdef enum:
     EVENTS_MAX = 256            # of one epoll_wait
-    BATCH = 32                  # connections read, or written, in one release of the GIL
+    BATCH = 32                  # connections read in one release of the GIL
     LISTENERS_MAX = 64
 
 cdef struct Read:
@@ -31,6 +32,7 @@ cdef class Reactor(Core):
     cdef uint8_t *recv_buffer
     cdef size_t recv_size
     cdef uint8_t *scratch
+    cdef Ring ring              # fd is -1 where the kernel forbids it, or nobody wants it
     cdef epoll_event events[EVENTS_MAX]
     cdef int event_at           # events before this are dealt with
     cdef int event_count

@@ -62,6 +62,7 @@ class Reactor(Core):
         handshake_timeout_ms: int = 10000,  # from accept to upgrade, in all; also an idle keep-alive HTTP connection
         close_timeout_ms: int = 2000,  # from our close frame / SHUT_WR to the end
         max_connections: int = 15000,  # accepted and at once closed beyond (fd exhaustion safe)
+        io_uring: bool = True,  # many sends in one system call, where the kernel allows it; send() otherwise
         allow_binary: bool = False,  # for conformance suites: on_message gets str for text, bytes for binary
     ) -> None:
         """Raises ValueError for an impossible setting, OSError without descriptors."""
@@ -128,7 +129,9 @@ class Reactor(Core):
         """Upgraded and open."""
     def stats(self) -> dict[str, int]:
         """Counters since the start: accepted, refused, closed, bytes_in, bytes_out, messages_in,
-        frames_in, frames_queued, sends (system calls), too_slow, flooding, no_pong, protocol_errors."""
+        frames_in, frames_queued, sends (of any number of frames), too_slow, flooding, no_pong, protocol_errors."""
+    def uses_io_uring(self) -> bool:
+        """Whether many sends go out in one system call (asked for, and the kernel allows it)."""
     def sizes(self) -> dict[str, int]:
         """Bytes of C memory, for measurements: ``conn`` (an idle connection), ``rx`` (what is kept
         beside the payload while a message is incomplete)."""

@@ -2,8 +2,8 @@
 
 One call of poll: harvest events, then for up to BATCH ready connections at a time receive into
 the one buffer (without the GIL), then parse and dispatch (with it). One call of flush: for up to
-BATCH dirty connections at a time send (without the GIL), then account for it and tell Python what
-it has to know (with it). Python is called from poll, from flush and from upgrade (bytes that came
+RING_SENDS dirty connections at a time send (without the GIL; one system call where there is
+io_uring), then account for it and tell Python what it has to know (with it). Python is called from poll, from flush and from upgrade (bytes that came
 with the request); never from inside send, close, fan_out and the like, so a handler may call any
 of these at any point without being entered again.
 """
@@ -42,6 +42,8 @@ from chatcore._fast.sys cimport (
     epoll_wait, errno, getpeername, inet_ntop, ntohs, recv, setsockopt, sockaddr, sockaddr_in,
     sockaddr_in6, sockaddr_storage, socklen_t,
 )
+
+from chatcore._fast.uring cimport RING_SENDS, ring_close, ring_open, ring_send_batch
 
 from chatcore._fast.frames import Frame
 from chatcore._fast.topics import Topic
@@ -114,6 +116,7 @@ cdef class Reactor(Core):
 
     def __cinit__(self, *args, **kwargs):
         self.hub.epfd = -1
+        self.ring.fd = -1
         self.reserve_fd = -1
         self.stopped = True
 
@@ -132,6 +135,7 @@ cdef class Reactor(Core):
         close_timeout_ms=2000,
         uint32_t max_connections=15000,
         bint allow_binary=False,
+        bint io_uring=True,
     ):
         cdef Hub *h = &self.hub
         if not self.stopped or self.freed or self.recv_buffer != NULL:
@@ -176,6 +180,8 @@ cdef class Reactor(Core):
         h.epfd = epoll_create1(EPOLL_CLOEXEC)
         if self.reserve_fd < 0 or h.epfd < 0:
             raise OSError(errno, os.strerror(errno))
+        if io_uring:
+            ring_open(&self.ring)
         self.stopped = False
 
     def __dealloc__(self):
@@ -301,12 +307,12 @@ cdef class Reactor(Core):
 
     cdef int flush_batch(self) except -1:
         cdef Hub *h = &self.hub
-        cdef Conn *batch[BATCH]
-        cdef Conn *senders[BATCH]
-        cdef Send sends[BATCH]
+        cdef Conn *batch[RING_SENDS]
+        cdef Conn *senders[RING_SENDS]
+        cdef Send sends[RING_SENDS]
         cdef Conn *c
         cdef int n = 0, m = 0, i
-        while n < BATCH and h.dirty_first != NULL:
+        while n < RING_SENDS and h.dirty_first != NULL:
             c = h.dirty_first
             h.dirty_first = c.next
             if h.dirty_first == NULL:
@@ -322,7 +328,10 @@ cdef class Reactor(Core):
                 m += 1
         if m:
             with nogil:
-                send_batch(sends, m, self.scratch)
+                if self.ring.fd >= 0:
+                    ring_send_batch(&self.ring, sends, m, self.scratch)
+                else:
+                    send_batch(sends, m, self.scratch)
             for i in range(m):
                 self.wrote(&sends[i], senders[i])
         for i in range(n):
@@ -808,6 +817,9 @@ cdef class Reactor(Core):
     def stats(self):
         return self.hub.stats
 
+    def uses_io_uring(self):
+        return self.ring.fd >= 0
+
     def sizes(self):
         return {"conn": sizeof(Conn), "rx": sizeof(Rx)}
 
@@ -851,6 +863,7 @@ cdef class Reactor(Core):
         if self.reserve_fd >= 0:
             c_close(self.reserve_fd)
             self.reserve_fd = -1
+        ring_close(&self.ring)
         free(self.recv_buffer)
         free(self.scratch)
         self.recv_buffer = NULL
