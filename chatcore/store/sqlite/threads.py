@@ -321,11 +321,15 @@ class Writer(_Thread):
         self._wal_pages = 0
 
     def _finish(self, batch: Sequence[tuple[Any, Future, float]], outcomes: list[Any], entries: list[Entry]) -> None:
-        """On the loop: tell of what is new, then answer."""
+        """On the loop: tell of what is new, and answer.
+
+        Whoever waits for an answer goes on in the loop's next turn, after what is told here, and
+        before the clients are written to: the sender's own entry and its ``ok`` leave together.
+        """
+        _resolve(batch, outcomes)
         try:
             if entries:
                 self._on_commit(entries)
         except Exception:
             # They are durable, and found by the next look at the store: the callers are answered.
             log.exception("telling of %d new entries failed", len(entries))
-        _resolve(batch, outcomes)
