@@ -69,6 +69,7 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
                 settings.store.server_selection_ms,
                 min(settings.store.operation_ms, settings.timeouts.store_ms),
                 settings.store.history_from_secondaries,
+                settings.timeouts.store_ms,
             ),
             on_commit,
             publish_yield,

@@ -38,6 +38,8 @@ LOSSES_TO_YIELD: Final = 2
 #: always end too soon), and never longer than MAX.
 YIELD_COMMITS: Final = 2
 YIELD_MAX_S: Final = 1.0
+#: How exactly `max_wait_s` is kept: those that wait are looked at so often, in all conversations together.
+SWEEP_S: Final = 0.05
 #: When to look for entries that were answered `unavailable` after they had been submitted, in s since then.
 LATE_LOOKS_S: Final = (1, 2, 4, 8, 16, 32, 60)
 #: What an entry is counted with beside its fields: ids, counters, BSON keys.
@@ -139,7 +141,8 @@ class AppendLimits:
     #: What may wait in one conversation, and in all: some seconds of what a store takes.
     queue_entries: int = 1_000
     total_entries: int = 20_000
-    #: An entry that waits longer is answered `unavailable` at the next loss, with all behind it.
+    #: An entry that waits longer is answered `unavailable`, with all behind it, whatever is under way: an insert
+    #: and the look at what became of it may each take as long as an operation may.
     max_wait_s: float = 5.0
     #: Conversations whose head is remembered between sends: some 200 B each.
     heads: int = 10_000
@@ -232,6 +235,7 @@ class Appender:
         self._waiting = 0
         self._late: set[asyncio.Task[None]] = set()
         self._late_entries = 0
+        self._sweeping: asyncio.TimerHandle | None = None  # while anything waits
         self._closing = False
 
     # --- the interface -----------------------------------------------------
@@ -253,6 +257,8 @@ class Appender:
         item.waiters.append((future, new.digest))
         if state.task is None:
             self._active[new.conv] = state
+            if self._sweeping is None:
+                self._sweeping = self._loop.call_later(SWEEP_S, self._sweep)
             state.task = self._loop.create_task(self._run(state), name=f"append-{new.conv}")
         return future
 
@@ -284,6 +290,8 @@ class Appender:
             for task in pending:
                 task.cancel()
         await asyncio.gather(*tasks, *self._late, return_exceptions=True)
+        if self._sweeping is not None:
+            self._sweeping.cancel()
 
     # --- the loop ----------------------------------------------------------
     async def _run(self, state: _Log) -> None:
@@ -315,6 +323,10 @@ class Appender:
             await asyncio.sleep(pause)
             if state.head is not head:
                 return  # somebody got in, as was meant
+        # Those that were answered meanwhile are looked for no longer, so they must not land any more.
+        batch = [item for item in batch if state.queue.get(item.key) is item]
+        if not batch:
+            return
         rows = self._place(batch, head)
         began = self._loop.time()
         for item, row in zip(batch, rows, strict=True):
@@ -337,9 +349,6 @@ class Appender:
         self._settle(state, found, dup=True)
         if not state.queue:
             return
-        if self._loop.time() - next(iter(state.queue.values())).since > self._limits.max_wait_s:
-            self._fail(state, "the store takes too long")
-            return
         if found:
             state.losses = 0  # some of it is in: nobody starves here
             return
@@ -348,6 +357,15 @@ class Appender:
         if state.losses >= LOSSES_TO_YIELD:
             # Only now: they pause for a few commits, which the next try is to fall into.
             self._publish_yield(state.conv)
+
+    def _sweep(self) -> None:
+        """Nobody waits longer than was promised, not even while an operation is under way: what was
+        submitted goes on, and is told and found later."""
+        self._sweeping = self._loop.call_later(SWEEP_S, self._sweep) if self._active else None
+        late = self._loop.time() - self._limits.max_wait_s + SWEEP_S
+        for state in list(self._active.values()):
+            if state.queue and next(iter(state.queue.values())).since < late:
+                self._fail(state, "the store takes too long")
 
     def _peek(self, state: _Log) -> list[_Item]:
         """The entries that may go into one command, in order.

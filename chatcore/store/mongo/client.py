@@ -60,6 +60,8 @@ class MongoSettings:
     server_selection_ms: int = 3000
     timeout_ms: int = 4000
     history_from_secondaries: bool = False
+    #: From a send to its answer, however many operations that takes.
+    append_ms: int = 5000
 
 
 class Listener(monitoring.CommandListener, monitoring.ConnectionPoolListener):

@@ -16,7 +16,7 @@ from pymongo.monitoring import CommandListener
 
 from ...errors import ChatError, Conflict, Forbidden, NotFound, Unavailable
 from ...protocol import MEMBER_ROLES
-from ..append import CHANGES, Appender
+from ..append import CHANGES, Appender, AppendLimits
 from ..base import Account, Appended, Changes, Entry, Known, NewEntry, Opened, Opening, Page, Peer, Token, User, View
 from ..entries import conversation_id, derived_id, first_entries
 from ..rules import check_room_for
@@ -128,7 +128,14 @@ class MongoStore:
         self._reads = Reads(mongo)
         self._accounts = Accounts(mongo, self._members, self._reads)
         self._ops = MongoOps(mongo, self._members, self._max_conversations, now_ms)
-        self._appender = Appender(self._ops, self._committed, self._publish_yield, now_ms=now_ms, random=random.random)
+        self._appender = Appender(
+            self._ops,
+            self._committed,
+            self._publish_yield,
+            now_ms=now_ms,
+            random=random.random,
+            limits=AppendLimits(max_wait_s=self._settings.append_ms / 1000),
+        )
         self._tasks = [
             asyncio.create_task(self._every(MARKS_S, self._flush_marks), name="store-marks"),
             asyncio.create_task(self._every(1.0, self._probe), name="store-probe"),

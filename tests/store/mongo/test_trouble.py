@@ -109,6 +109,45 @@ def test_what_lands_after_its_sender_was_told_unavailable_is_told_and_found(
     run(work())
 
 
+def test_a_send_is_refused_in_time_though_the_insert_and_the_look_at_it_each_take_that_long(
+    database: Database, server: MongoServer
+) -> None:
+    """Each operation had as long as the whole: a send to a server that stands still was refused after twice that."""
+
+    async def work() -> None:
+        limits = {"timeout_ms": 1400, "server_selection_ms": 1400, "append_ms": 1500}
+        async with workers(database, 1, limits) as [a]:
+            alice = await a.user("alice")
+            conv, other = [await a.conversation(alice, title=None) for _ in range(2)]
+            await a.store.append(message(conv, alice))
+            server.pause()
+            try:
+                loop = asyncio.get_running_loop()
+                began = loop.time()
+                # The second comes while the first is under way; of the third conversation nothing is known.
+                first = a.store.append(message(conv, alice, cid="first"))
+                await asyncio.sleep(0.7)
+                second = a.store.append(message(conv, alice, cid="second"))
+                third = a.store.append(message(other, alice, cid="third"))
+                with pytest.raises(Unavailable):
+                    await first
+                assert loop.time() - began < 1.7
+                assert isinstance(second.exception(), Unavailable), "nothing overtakes what failed"
+                with pytest.raises(Unavailable):
+                    await third
+                assert loop.time() - began < 0.7 + 1.7
+            finally:
+                server.resume()
+            answers = {"first": await insist(a, message(conv, alice, cid="first"))}
+            answers["second"] = await insist(a, message(conv, alice, cid="second"))
+            assert answers["first"].dup, "it landed when the server went on"
+            assert [e.seq for e in await a.log(conv)] == [1, 2, 3, 4]
+            assert (answers["first"].seq, answers["second"].seq) == (3, 4)
+            await insist(a, message(other, alice, cid="third"))
+
+    run(work())
+
+
 def test_it_is_noticed_that_the_server_is_away_and_back_though_nobody_asks(
     database: Database, server: MongoServer
 ) -> None:
