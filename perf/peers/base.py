@@ -124,7 +124,7 @@ class Peer(ABC):
         """Limits that were raised for the artificial load, to be printed in the report."""
         return {}
 
-    def prepare(self, data: Path, world: World) -> None:
+    def prepare(self, data: Path, world: World) -> None:  # noqa: B027 (nothing to do, for most)
         """Before the start: seed what has to be there."""
 
     @contextmanager

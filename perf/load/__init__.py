@@ -1,0 +1,1 @@
+"""The load generator: WebSocket clients in C, and how Python directs them."""
