@@ -27,6 +27,7 @@ from pymongo.read_concern import ReadConcern
 from pymongo.read_preferences import SecondaryPreferred
 
 from ...errors import Unavailable
+from .outage import Outage
 
 log = logging.getLogger("chatcore.store")
 
@@ -168,6 +169,9 @@ class Mongo:
         )
         #: Whether the last operation was answered.
         self.healthy = True
+        nodes = sorted(f"{host}:{port}" for host, port in self.client.topology_description.server_descriptions())
+        self.outage = Outage(",".join(nodes))
+        self.outage.watch()
         #: ``$lookup`` with a pipeline: the ends of many logs in one query.
         self.lookups = False
         self._places = asyncio.Semaphore(settings.pool_max)
@@ -194,10 +198,9 @@ class Mongo:
         await self.do(self.client.admin.command("hello"))
         await self.do(self.db["meta"].find_one({"_id": "store"}, {"_id": 1}))
         try:
-            await self.do(self._lookup(probe))
+            await self.do(self._lookup(probe), may_refuse=True)
         except Refused as exc:
             # Not of a missing right: reading it was allowed just now.
-            self.healthy = True
             log.info("this server has no $lookup: the ends of logs are read one by one (%s)", exc)
         else:
             self.lookups = True
@@ -208,6 +211,13 @@ class Mongo:
     async def close(self, limit_s: float = CLOSE_S) -> None:
         """Let what is under way end, which it does by itself within its time, and close every connection."""
         until = asyncio.get_running_loop().time() + limit_s
+        try:
+            await self._close(until)
+        finally:
+            self.outage.close()
+
+    async def _close(self, until: float) -> None:
+        limit_s = max(0.0, until - asyncio.get_running_loop().time())
         if self._running:
             await asyncio.wait(self._running, timeout=limit_s)
         # The driver tells the server which sessions it ends, and would wait for an answer for ever.
@@ -244,7 +254,9 @@ class Mongo:
             session.advance_operation_time(moment)
             yield session
 
-    async def do(self, operation: Coroutine[Any, Any, T], limit_s: float | None = None) -> T:
+    async def do(
+        self, operation: Coroutine[Any, Any, T], limit_s: float | None = None, *, may_refuse: bool = False
+    ) -> T:
         """Wait for one operation.
 
         It is shielded: cancelling an operation closes its connection, and the others
@@ -253,6 +265,8 @@ class Mongo:
         The driver's own limits on the wait for a connection and for a primary are void
         beside ``timeoutMS``, so they are kept here: there are as many places as
         connections, and who begins while the server is away gives up sooner.
+
+        ``may_refuse``: some servers do not do this, and are well.
 
         :raises DuplicateKeyError: as the driver does: some expect it.
         :raises BulkWriteError: the same, of several documents: there are duplicates, and nothing else is wrong.
@@ -271,18 +285,30 @@ class Mongo:
         try:
             result = await asyncio.shield(task)
         except (DuplicateKeyError, BulkWriteError) as exc:
-            self.healthy = _only_duplicates(exc)
-            if self.healthy:
+            if _only_duplicates(exc):
+                self._well()
                 raise
+            self._ill(type(exc).__name__)
             raise Unavailable(f"the store does not answer: {type(exc).__name__}") from exc
         except OperationFailure as exc:
-            self.healthy = False
+            if may_refuse:
+                self._well()
+            else:
+                self._ill(f"it refused an operation, code {exc.code}")
             raise Refused(f"the store refused it: {type(exc).__name__}, code {exc.code}") from exc
         except PyMongoError as exc:
-            self.healthy = False
+            self._ill(type(exc).__name__)
             raise Unavailable(f"the store does not answer: {type(exc).__name__}") from exc
-        self.healthy = True
+        self._well()
         return result
+
+    def _well(self) -> None:
+        self.healthy = True
+        self.outage.succeeded()
+
+    def _ill(self, why: str) -> None:
+        self.healthy = False
+        self.outage.failed(why)
 
     async def _place(self, operation: Coroutine[Any, Any, T]) -> None:
         try:
@@ -330,6 +356,7 @@ class Mongo:
                 "waits": counts.get("waits", 0),
                 "given_up": counts.get("waits_failed", 0),
             },
+            "background_failed": self.outage.background,
             "commands": dict(seen.commands),
             "commands_failed": counts.get("commands_failed", 0),
             "commands_ms": round(seen.micros / 1000, 1),

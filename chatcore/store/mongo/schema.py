@@ -183,7 +183,7 @@ async def _used(mongo: Mongo, collection: str) -> dict[str, int] | None:
     """How often each index was used, on all shards together; None if the server does not tell."""
     used: dict[str, int] = {}
     try:
-        for stat in await mongo.do(_stats(mongo, collection)):
+        for stat in await mongo.do(_stats(mongo, collection), may_refuse=True):
             used[stat["name"]] = used.get(stat["name"], 0) + int(stat["accesses"]["ops"])
     except Refused:
         return None
@@ -218,7 +218,8 @@ async def migrate(mongo: Mongo, tell: Callable[[str], None], limit_s: float | No
 
 async def _make(mongo: Mongo, index: Index, options: Mapping[str, Any], limit_s: float | None) -> None:
     collection = mongo[index.collection]
-    await mongo.do(collection.create_index(list(index.keys), name=index.name, unique=index.unique, **options), limit_s)
+    making = collection.create_index(list(index.keys), name=index.name, unique=index.unique, **options)
+    await mongo.do(making, limit_s, may_refuse=bool(options))
 
 
 def shard_plan(database: str) -> list[str]:

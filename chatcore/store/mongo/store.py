@@ -180,7 +180,7 @@ class MongoStore:
             try:
                 await work()
             except ChatError as exc:
-                log.info("%s: %s", work.__name__, exc)
+                log.debug("%s: %s", work.__name__, exc)  # that the server is away is told once, elsewhere
             except Exception:
                 log.exception("%s failed", work.__name__)
 
@@ -439,14 +439,12 @@ class MongoStore:
         return await self._reads.changed_since(user, before, self._max_conversations)
 
     # --- conversations -----------------------------------------------------------
-    async def conversations(self, user: str) -> tuple[int, list[str]]:
+    async def memberships(self, user: str, since: int | None = None) -> Memberships:
         position = await self._members.position(user)
         self._revs.setdefault(user, position)
         rows = await self._reads.rows(user, None, self._max_conversations)
-        return position, [row["c"] for row in rows]
-
-    async def left_since(self, user: str, after: int) -> list[str]:
-        return await self._reads.left_since(user, after, self._max_conversations)
+        left = [] if since is None else await self._reads.left_since(user, since, self._max_conversations)
+        return Memberships(position, {row["c"]: int(row["rev"]) for row in rows}, left)
 
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
         ids = convs

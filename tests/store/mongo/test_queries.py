@@ -65,8 +65,8 @@ async def _use_everything(a: Worker, b: Worker) -> None:
     for before, after in ((None, None), (3, None), (None, 1), (5, 1)):
         await store.page(alice.id, group, before, after, 2, 10**6)
     await store.position()
-    _, mine = await store.conversations(alice.id)
-    await store.left_since(bob.id, 0)
+    mine = list((await store.memberships(alice.id)).revs)
+    await store.memberships(bob.id, 0)
     await store.views(alice.id)
     await store.views(alice.id, mine)
     await store.role(alice.id, group)

@@ -75,7 +75,7 @@ def test_reads_are_of_what_a_majority_has_and_from_the_primary(rs: Replicas) -> 
             await a.store.heads(["conv"])
             await a.store.entries("conv", 0, 10, 10**6)
             await a.store.page("alice", "conv", None, None, 2, 10**6)
-            await a.store.conversations("alice")
+            await a.store.memberships("alice")
             await a.store.account_by_id("alice")
         reads = [c for c in rs.primary.sent if next(iter(c)) in ("find", "aggregate") and "$indexStats" not in str(c)]
         assert len(reads) > 8

@@ -272,7 +272,7 @@ def test_leaving_a_channel_is_seen_by_another_worker(database: Database, how: st
             await a.store.append(change(conv, bob, bob, "member"))
             await b.store.append(message(conv, bob))
             holding = Holding(connected=[bob.id])
-            await b.store.conversations(bob.id)
+            await b.store.memberships(bob.id)
             assert (await b.store.changes(0, holding)).rows == []
             await a.store.append(change(conv, bob, bob, "none"))
             if how == "told":
@@ -328,13 +328,14 @@ def test_a_row_that_is_written_after_its_counter_moved_is_not_missed(database: D
             other = await a.conversation(alice)
             holding = Holding(connected=[alice.id])
             await b.store.changes(0, holding)
-            before, _ = await b.store.conversations(alice.id)
+            before = (await b.store.memberships(alice.id)).position
             members = Members(a.store.mongo)
             async with members.moving(alice.id) as rev:  # a change that stops here for a while
                 for _ in range(20):
                     await b.store.set_notify(alice.id, other, "none")
                     await b.store.set_notify(alice.id, other, "all")
-                position, convs = await b.store.conversations(alice.id)
+                mine = await b.store.memberships(alice.id)
+                position, convs = mine.position, list(mine.revs)
                 assert set(convs) == {conv, other}
                 assert position == before < rev
                 for _ in range(2):
@@ -344,8 +345,8 @@ def test_a_row_that_is_written_after_its_counter_moved_is_not_missed(database: D
                 )
             assert set((await b.store.changes(0, holding)).rows) == {(alice.id, conv), (alice.id, other)}
             assert (await b.store.changes(0, holding)).rows == []
-            assert await b.store.left_since(alice.id, position) == [conv]
-            after, _ = await b.store.conversations(alice.id)
+            assert (await b.store.memberships(alice.id, position)).left == [conv]
+            after = (await b.store.memberships(alice.id)).position
             assert after == rev + 40, "it is exact when nothing moves"
             _, [view] = await b.store.views(alice.id)
             assert position < view.rev <= after
@@ -358,16 +359,16 @@ def test_who_dies_while_a_row_moves_is_forgiven(database: Database) -> None:
         async with workers(database, 1) as [a]:
             alice = await a.user("alice")
             conv = await a.conversation(alice, title=None)
-            before, _ = await a.store.conversations(alice.id)
+            before = (await a.store.memberships(alice.id)).position
             moving = Members(a.store.mongo).moving(alice.id)
             await moving.__aenter__()  # and no more of it
             await a.store.set_notify(alice.id, conv, "none")
-            assert (await a.store.conversations(alice.id))[0] == before
+            assert (await a.store.memberships(alice.id)).position == before
             users = a.store.mongo["users"]
             await users.update_one({"_id": alice.id}, {"$inc": {"at": -SETTLED_MS - 1}})
-            assert (await a.store.conversations(alice.id))[0] == before + 2
+            assert (await a.store.memberships(alice.id)).position == before + 2
             await a.store.set_notify(alice.id, conv, "all")
-            assert (await a.store.conversations(alice.id))[0] == before + 3
+            assert (await a.store.memberships(alice.id)).position == before + 3
 
     run(work())
 

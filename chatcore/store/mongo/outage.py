@@ -1,0 +1,72 @@
+"""What the log is told of a MongoDB that is away: one line when it goes, one when it is back.
+
+The driver tells of connections that it loses, or cannot make, in the background: as an error with its traceback,
+for each of them and again every second. An outage is no bug, so those lines are replaced by ours. Any other
+failure in the background is left as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Final
+
+from pymongo.errors import PyMongoError
+
+log = logging.getLogger("chatcore.store")
+
+#: Where the driver tells of its background tasks.
+DRIVER_LOG: Final = "pymongo.client"
+#: The least time between two beginnings that are told: one that comes and goes would fill the log.
+PAUSE_S: Final = 30.0
+
+
+class Outage(logging.Filter):
+    """Of one client. :meth:`watch` replaces the driver's lines from then on, until :meth:`close`.
+
+    :param where: the servers, without who asks them.
+    :param clock: monotonic, in seconds.
+    """
+
+    def __init__(self, where: str, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._where = where
+        self._clock = clock
+        self._told_s = -PAUSE_S
+        self._background_s = -PAUSE_S
+        self._telling = False  # its end is to be told
+        #: Failures of the driver's background tasks for want of a server, since the start.
+        self.background = 0
+
+    def watch(self) -> None:
+        """Hear what the driver tells."""
+        logging.getLogger(DRIVER_LOG).addFilter(self)
+
+    def close(self) -> None:
+        """Let the driver speak for itself again."""
+        logging.getLogger(DRIVER_LOG).removeFilter(self)
+
+    def failed(self, why: str) -> None:
+        """An operation was not answered."""
+        if not self._telling and self._clock() - self._told_s >= PAUSE_S:
+            self._told_s = self._clock()
+            self._telling = True
+            log.warning("mongodb at %s does not answer: %s", self._where, why)
+
+    def succeeded(self) -> None:
+        """An operation was answered."""
+        if self._telling:
+            self._telling = False
+            log.info("mongodb at %s answers again", self._where)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the driver's own line is to stay."""
+        error = record.exc_info[1] if record.exc_info else None
+        if not isinstance(error, PyMongoError | OSError):
+            return True
+        self.background += 1
+        if not self._telling and self._clock() - self._background_s >= PAUSE_S:
+            self._background_s = self._clock()
+            log.info("mongodb: no connection to a server, or a lost one: %s", f"{error}".partition(" (")[0])
+        return False
