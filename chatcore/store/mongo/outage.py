@@ -35,6 +35,7 @@ class Outage(logging.Filter):
         self._clock = clock
         self._told_s = -PAUSE_S
         self._background_s = -PAUSE_S
+        self._seen = False  # it answered once; until then whoever starts tells what is wrong
         self._telling = False  # its end is to be told
         #: Failures of the driver's background tasks for want of a server, since the start.
         self.background = 0
@@ -49,13 +50,14 @@ class Outage(logging.Filter):
 
     def failed(self, why: str) -> None:
         """An operation was not answered."""
-        if not self._telling and self._clock() - self._told_s >= PAUSE_S:
+        if self._seen and not self._telling and self._clock() - self._told_s >= PAUSE_S:
             self._told_s = self._clock()
             self._telling = True
             log.warning("mongodb at %s does not answer: %s", self._where, why)
 
     def succeeded(self) -> None:
         """An operation was answered."""
+        self._seen = True
         if self._telling:
             self._telling = False
             log.info("mongodb at %s answers again", self._where)

@@ -76,6 +76,9 @@ def test_one_that_comes_and_goes_does_not_fill_the_log(caplog: pytest.LogCapture
     now = 0.0
     outage = Outage("somewhere", lambda: now)
     with caplog.at_level(logging.INFO):
+        outage.failed("it was never there: the start says so")
+        assert not caplog.records
+        outage.succeeded()
         for _ in range(100):
             outage.failed("ConnectionError")
             outage.failed("ConnectionError")
