@@ -280,15 +280,26 @@ class Session:
             worker.users.remove(self, self._user, who.token_hash)
             self._user = None
             return None
+        have = req.have or {}
+        since = self._known_sync(req.sync, who.user.id)
+        # Who comes back is attached before the memberships are read, where that is all there is to be read.
+        rooms = worker.delivery.expect(self, have) if since is not None and worker.store.global_positions else []
+        unchanged: dict[str, int] = {}
+        live: list[str] = []
         try:
-            position, convs = await worker.store.conversations(who.user.id)
+            mine = await worker.store.memberships(who.user.id, since)
+            if since is not None and since <= mine.position:
+                unchanged = {conv: rev for conv, rev in mine.revs.items() if rev <= since}
+            else:
+                since = None
         except ChatError:
             self._leave()
             raise
+        finally:
+            live = worker.delivery.resume(self, rooms, have, unchanged)
         if self._gone():
             return None
-        self._sync = position
-        since = self._known_sync(req.sync, who.user.id, position)
+        self._sync = mine.position
         worker.reactor.authenticated(self.conn, self._user.number, self._ping_ms(req.ping_ms))
         for oldest in self._user.sessions[: -limits.connections_per_user]:
             oldest.close(p.CloseCode.TOO_MANY_CONNECTIONS, "too many connections of this user")
@@ -299,7 +310,13 @@ class Session:
             worker.users.refresh(who.user.id, conv)
         self.missed = frozenset()
         worker.presence.changed(who.user.id)
-        return self._catch_up(who.user.id, convs, req.have or {}, since)
+        for conv in mine.left if since is not None else ():
+            self.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
+        rest = [conv for conv in mine.revs if conv not in live] if live else list(mine.revs)
+        if rest:
+            return self._catch_up(rest, have, since)
+        self._caught_up()
+        return None
 
     def _renew(self, who: Identity, req: p.Auth) -> None:
         assert self._user is not None
@@ -317,15 +334,14 @@ class Session:
             return timeouts.ping_ms
         return max(timeouts.ping_min_ms, min(asked, timeouts.ping_max_ms))
 
-    def _known_sync(self, sync: str | None, user: str, position: int) -> int | None:
-        """The position of a ``sync``, if this server gave it to this user."""
+    def _known_sync(self, sync: str | None, user: str) -> int | None:
+        """The position of a ``sync``, if this server may have given it to this user."""
         parts = (sync or "").rsplit(".", 2)
         if len(parts) != 3 or parts[0] != self._worker.store.store_id or parts[1] != user:
             return None
         if not (parts[2].isascii() and parts[2].isdigit()) or len(parts[2]) > 16:
             return None
-        since = int(parts[2])
-        return since if since <= position else None
+        return int(parts[2])
 
     def _sync_now(self) -> dict[str, str]:
         """The ``sync`` as of now; none while what it stands for is still being sent."""
@@ -336,7 +352,13 @@ class Session:
             self._sync = max(self._sync, self._worker.delivery.settled)
         return {"sync": f"{self._worker.store.store_id}.{self.user_id}.{self._sync}"}
 
-    async def _catch_up(self, user: str, convs: list[str], have: dict[str, int], since: int | None) -> None:
+    def _caught_up(self) -> None:
+        """All that was missed is on its way: ``ready``."""
+        sync = f"{self._worker.store.store_id}.{self.user_id}.{self._sync}"
+        self.push(orjson.dumps({"t": "ready", "sync": sync}))
+        self._live = True
+
+    async def _catch_up(self, convs: list[str], have: dict[str, int], since: int | None) -> None:
         """The ``conv`` pushes, the entries that were missed, and ``ready``."""
         if since is None:
             have = {}
@@ -350,13 +372,8 @@ class Session:
         try:
             async with self.attach_lock():
                 await self._worker.delivery.attach(self, convs, have, changed)
-                if since is not None:
-                    for conv in await self._worker.store.left_since(user, since):
-                        self.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
                 if not self.closed:
-                    sync = f"{self._worker.store.store_id}.{user}.{self._sync}"
-                    self.push(orjson.dumps({"t": "ready", "sync": sync}))
-                    self._live = True
+                    self._caught_up()
         except ChatError as exc:
             # It has been told `ok`, so it cannot be told `unavailable` any more: it resumes.
             self.close(p.CloseCode.INTERNAL, exc.message[:100])
@@ -429,7 +446,7 @@ class Session:
         if len(req.only or ()) > limits.only:
             raise TooLarge(f"only: at most {limits.only}")
         async with self.attach_lock():
-            _, convs = await self._worker.store.conversations(user)
+            convs = list((await self._worker.store.memberships(user)).revs)
             if self.closed:
                 return None
             if req.only is not None or req.have is None:

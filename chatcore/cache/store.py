@@ -26,6 +26,7 @@ from ..store.base import (
     Changes,
     Entry,
     Known,
+    Memberships,
     NewEntry,
     Opened,
     Opening,
@@ -434,10 +435,10 @@ class CachedStore(Through):
             self._bus.publish(invalidations.CHANNEL, invalidations.pack([(TAIL, e.conv)], owed=owed))
 
     # --- lists of conversations ----------------------------------------------------------------
-    async def conversations(self, user: str) -> tuple[int, list[str]]:
+    async def memberships(self, user: str, since: int | None = None) -> Memberships:
         """The store's. Who asks has just logged in: what is first in his views is loaded ahead."""
         self.ahead.arriving(user)
-        return await self.inner.conversations(user)
+        return await self.inner.memberships(user, since)
 
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
         """The store's; the roles and numbers of members in them are remembered."""

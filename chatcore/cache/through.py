@@ -12,6 +12,7 @@ from ..store.base import (
     Changes,
     Entry,
     Known,
+    Memberships,
     NewEntry,
     Opened,
     Opening,
@@ -68,8 +69,8 @@ class Through:
         return await self.inner.changes(after, known, everything)
 
     # --- conversations -----------------------------------------------------
-    async def conversations(self, user: str) -> tuple[int, list[str]]:
-        return await self.inner.conversations(user)
+    async def memberships(self, user: str, since: int | None = None) -> Memberships:
+        return await self.inner.memberships(user, since)
 
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
         return await self.inner.views(user, convs)
@@ -117,9 +118,6 @@ class Through:
 
     async def position(self) -> int:
         return await self.inner.position()
-
-    async def left_since(self, user: str, after: int) -> list[str]:
-        return await self.inner.left_since(user, after)
 
     async def member_count(self, conv: str) -> int:
         return await self.inner.member_count(conv)

@@ -337,6 +337,40 @@ class Delivery:
         finally:
             x.joining -= 1
 
+    def expect(self, x: Subscriber, convs: Iterable[str]) -> list[Room]:
+        """Begin to attach a session that comes back to rooms that are live here, before its memberships are read.
+
+        To be ended by :meth:`resume`. The rooms that it names and that are not live are left out.
+        """
+        rooms: list[Room] = []
+        for conv in convs:
+            room = self.rooms.get(conv)
+            if room is not None and room.last >= 0 and x.wants(conv):
+                room.pins += 1
+                room.attaching.add(x)
+                rooms.append(room)
+        return rooms
+
+    def resume(
+        self, x: Subscriber, rooms: Iterable[Room], have: Mapping[str, int], revs: Mapping[str, int]
+    ) -> list[str]:
+        """Attach it where it missed nothing (same tick), and end what :meth:`expect` began everywhere else.
+
+        ``revs``: its memberships, read meanwhile from a store whose rows follow their entries at once, without
+        those that changed since it was here. Returns the conversations in which it is live now.
+        """
+        live: list[str] = []
+        for room in rooms:
+            # Whoever was removed since `expect` is no longer in `attaching` (log.md, Deliver).
+            sure = x in room.attaching and x not in room.stale and room.conv in revs
+            if sure and have[room.conv] == room.last and not x.closed:
+                room.topic.add(x.conn)
+                live.append(room.conv)
+            room.attaching.discard(x)
+            room.stale.discard(x)
+        self.release(rooms)
+        return live
+
     async def attach(
         self,
         x: Subscriber,

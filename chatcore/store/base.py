@@ -111,6 +111,15 @@ class Changes(msgspec.Struct, frozen=True, gc=False):
     more: bool = False
 
 
+class Memberships(msgspec.Struct, frozen=True, gc=False):
+    """The conversations that a user is in, with the change counter of each row, as of ``position``;
+    ``left``: those that the user is no longer in, by changes after the position that was asked about."""
+
+    position: int
+    revs: dict[str, int]
+    left: list[str]
+
+
 class Known(Protocol):
     """What a worker holds, for a store that has to be asked about each: all of these may have changed."""
 
@@ -210,11 +219,8 @@ class Store(Protocol):
         all of it, or the next part of a rotation."""
 
     # --- conversations -----------------------------------------------------
-    async def conversations(self, user: str) -> tuple[int, list[str]]:
-        """The position as of which, and the ids of the conversations that the user is in."""
-
-    async def left_since(self, user: str, after: int) -> list[str]:
-        """Ids of the conversations that the user left, or was removed from, after a position."""
+    async def memberships(self, user: str, since: int | None = None) -> Memberships:
+        """What the user is in, and (if ``since`` is given) what the user left or was removed from after it."""
 
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
         """The position as of which, and the user's views, newest first (of those named, or all).

@@ -95,7 +95,7 @@ async def test_who_logs_in_finds_his_newest_conversations_loaded(tmp_path: Path)
         convs = await conversations(w, ann, 5)
         w.cache.on_doubt()
         w.calls.clear()
-        _, mine = await w.cache.conversations(ann.id)
+        mine = list((await w.cache.memberships(ann.id)).revs)
         await w.cache.views(ann.id, mine)
         await within(w.cache.ahead.idle.wait(), "the end of the prefetch")
         assert w.cache.stats()["ahead"]["prefetched"] == 2
@@ -120,7 +120,7 @@ async def test_what_is_loaded_already_is_not_loaded_at_a_log_in(tmp_path: Path) 
         await conversations(w, ann, 3)
         w.calls.clear()
         for _ in range(3):
-            _, mine = await w.cache.conversations(ann.id)
+            mine = list((await w.cache.memberships(ann.id)).revs)
             await w.cache.views(ann.id, mine)
             await within(w.cache.ahead.idle.wait(), "the end of the prefetch")
         assert w.calls["entries"] == 0
@@ -133,6 +133,6 @@ async def test_a_prefetch_that_is_switched_off_loads_nothing(tmp_path: Path) -> 
         await conversations(w, ann, 3)
         w.cache.on_doubt()
         w.calls.clear()
-        _, mine = await w.cache.conversations(ann.id)
+        mine = list((await w.cache.memberships(ann.id)).revs)
         await w.cache.views(ann.id, mine)
         assert w.calls["entries"] == 0

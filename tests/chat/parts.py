@@ -17,7 +17,7 @@ from chatcore.errors import Unavailable
 from chatcore.protocol import encode_entry
 from chatcore.session import Session
 from chatcore.settings import Settings
-from chatcore.store.base import Appended, Changes, Entry, Known, NewEntry, User, View
+from chatcore.store.base import Appended, Changes, Entry, Known, Memberships, NewEntry, User, View
 
 # Only what fails ever waits so long.
 PATIENCE_S = 10.0
@@ -100,12 +100,9 @@ class Shelf:
         rows, self.changed = self.changed, []
         return Changes(self.at, [], rows, [], [])
 
-    async def conversations(self, user: str) -> tuple[int, list[str]]:
-        await self._ask("conversations")
-        return self.at, list(self.rows)
-
-    async def left_since(self, user: str, after: int) -> list[str]:
-        return []
+    async def memberships(self, user: str, since: int | None = None) -> Memberships:
+        await self._ask("memberships")
+        return Memberships(self.at, {conv: row["rev"] for conv, row in self.rows.items()}, [])
 
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
         await self._ask("views", user)

@@ -15,7 +15,7 @@ import msgspec
 from chatcore.errors import ChatError, Conflict, Unavailable
 from chatcore.protocol import MEMBER_ROLES, encode_entry
 from chatcore.store import rules
-from chatcore.store.base import Appended, Changes, Entry, Known, NewEntry, Opened, Opening, View
+from chatcore.store.base import Appended, Changes, Entry, Known, Memberships, NewEntry, Opened, Opening, View
 from chatcore.store.entries import conversation_id, first_entries
 
 from .weather import Weather
@@ -287,18 +287,17 @@ class ModelStore:
         await self._back()
         return found
 
-    async def conversations(self, user: str) -> tuple[int, list[str]]:
+    async def memberships(self, user: str, since: int | None = None) -> Memberships:
         await self._way()
-        found = (self.db.counter, [conv for conv, u in self.db.rows if u == user and self.db.row_is_in(conv, u)])
+        found = Memberships(self.db.counter, *self._rows(user, since, lambda row: row.rev))
         await self._back()
         return found
 
-    async def left_since(self, user: str, after: int) -> list[str]:
-        await self._way()
-        rows = self.db.rows.items()
-        found = [c for (c, u), r in rows if u == user and r.rev > after and r.role not in MEMBER_ROLES]
-        await self._back()
-        return found
+    def _rows(self, user: str, since: int | None, rev: Callable[[MemberRow], int]) -> tuple[dict[str, int], list[str]]:
+        mine = {conv: row for (conv, u), row in self.db.rows.items() if u == user}
+        revs = {conv: rev(row) for conv, row in mine.items() if self.db.row_is_in(conv, user)}
+        left = [c for c, row in mine.items() if since is not None and rev(row) > since and row.role not in MEMBER_ROLES]
+        return revs, left
 
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
         await self._way()
@@ -353,18 +352,11 @@ class RotatingStore(ModelStore):
         await self._back()
         return Changes(0, heads, rows, [], [])
 
-    async def conversations(self, user: str) -> tuple[int, list[str]]:
+    async def memberships(self, user: str, since: int | None = None) -> Memberships:
         await self._way()
         rev = self.db.revs.get(user, 0)
         self._revs.setdefault(user, rev)
-        found = [conv for conv, u in self.db.rows if u == user and self.db.row_is_in(conv, u)]
-        await self._back()
-        return max(0, rev - self.SLACK), found
-
-    async def left_since(self, user: str, after: int) -> list[str]:
-        await self._way()
-        rows = self.db.rows.items()
-        found = [c for (c, u), r in rows if u == user and r.own_rev > after and r.role not in MEMBER_ROLES]
+        found = Memberships(max(0, rev - self.SLACK), *self._rows(user, since, lambda row: row.own_rev))
         await self._back()
         return found
 

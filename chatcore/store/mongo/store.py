@@ -17,7 +17,22 @@ from pymongo.monitoring import CommandListener
 from ...errors import ChatError, Conflict, Forbidden, NotFound, Unavailable
 from ...protocol import MEMBER_ROLES
 from ..append import CHANGES, Appender, AppendLimits
-from ..base import Account, Appended, Changes, Entry, Known, NewEntry, Opened, Opening, Page, Peer, Token, User, View
+from ..base import (
+    Account,
+    Appended,
+    Changes,
+    Entry,
+    Known,
+    Memberships,
+    NewEntry,
+    Opened,
+    Opening,
+    Page,
+    Peer,
+    Token,
+    User,
+    View,
+)
 from ..entries import conversation_id, derived_id, first_entries
 from ..rules import check_room_for
 from . import schema
@@ -444,7 +459,7 @@ class MongoStore:
         self._revs.setdefault(user, position)
         rows = await self._reads.rows(user, None, self._max_conversations)
         left = [] if since is None else await self._reads.left_since(user, since, self._max_conversations)
-        return Memberships(position, {row["c"]: int(row["rev"]) for row in rows}, left)
+        return Memberships(position, {row["c"]: int(row.get("rev", 0)) for row in rows}, left)
 
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
         ids = convs

@@ -10,7 +10,7 @@ import orjson
 
 from ...errors import NotFound
 from ...protocol import MEMBER_ROLES, encode_entry
-from ..base import Account, Changes, Entry, Page, Peer, Token, User, View
+from ..base import Account, Changes, Entry, Memberships, Page, Peer, Token, User, View
 from ..names import name_key
 from .ops import position
 
@@ -144,21 +144,23 @@ def changes(after: int) -> Query[Changes]:
     return query
 
 
-def conversations(user: str) -> Query[tuple[int, list[str]]]:
-    """The position as of which, and the ids of the conversations that the user is in."""
-    sql = f"SELECT conv FROM members WHERE user = ? AND role IN {_ROLES}"
+def memberships(user: str, since: int | None) -> Query[Memberships]:
+    """What the user is in, and what the user left after a position."""
+    sql = "SELECT conv, role, rev FROM members WHERE user = ?"
 
-    def query(db: apsw.Connection) -> tuple[int, list[str]]:
+    def query(db: apsw.Connection) -> Memberships:
         # The position first: what changes in between is looked at twice, not missed.
-        return position(db), [conv for (conv,) in db.execute(sql, (user,))]
+        now = position(db)
+        revs: dict[str, int] = {}
+        left: list[str] = []
+        for conv, role, rev in db.execute(sql, (user,)):
+            if role in MEMBER_ROLES:
+                revs[conv] = rev
+            elif since is not None and rev > since:
+                left.append(conv)
+        return Memberships(now, revs, left)
 
     return query
-
-
-def left_since(user: str, after: int) -> Query[list[str]]:
-    """Ids of the conversations that the user is no longer in, by changes after a position."""
-    sql = f"SELECT conv FROM members WHERE user = ? AND role NOT IN {_ROLES} AND rev > ?"
-    return lambda db: [conv for (conv,) in db.execute(sql, (user, after))]
 
 
 def views(user: str, convs: Sequence[str] | None) -> Query[tuple[int, list[View]]]:

@@ -13,6 +13,7 @@ from ..base import (
     Changes,
     Entry,
     Known,
+    Memberships,
     NewEntry,
     OnCommit,
     Opened,
@@ -156,11 +157,8 @@ class SQLiteStore:
         return await self._read(reads.changes(after))
 
     # --- conversations -------------------------------------------------------
-    async def conversations(self, user: str) -> tuple[int, list[str]]:
-        return await self._read(reads.conversations(user))
-
-    async def left_since(self, user: str, after: int) -> list[str]:
-        return await self._read(reads.left_since(user, after))
+    async def memberships(self, user: str, since: int | None = None) -> Memberships:
+        return await self._read(reads.memberships(user, since))
 
     async def views(self, user: str, convs: Sequence[str] | None = None) -> tuple[int, list[View]]:
         return await self._read(reads.views(user, convs))
