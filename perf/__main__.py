@@ -1,40 +1,50 @@
-"""``python -m perf NAME [options] [--json FILE]``."""
+"""``python -m perf NAME [options] [--json FILE] [--plot FILE.svg]``."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from . import cache, send
+from .show import show
 
-BENCHES: dict[str, Callable[[list[str]], dict[str, Any]]] = {"cache": cache.main, "send": send.main}
+#: Each is a module of this package with a `main`.
+BENCHES = ("fanout", "cache")
+
+Main = Callable[[list[str]], dict[str, Any]]
+
+
+def _take(argv: list[str], option: str) -> str | None:
+    """The value of an option, which is taken out of the list."""
+    if option not in argv:
+        return None
+    at = argv.index(option)
+    if at + 1 == len(argv):
+        sys.exit(f"{option} needs a file")
+    value = argv[at + 1]
+    del argv[at : at + 2]
+    return value
 
 
 def main(argv: list[str]) -> int:
-    """Run one benchmark, print its table, write its JSON."""
+    """Run one benchmark, print its table, write its JSON and its plot."""
     if not argv or argv[0] not in BENCHES:
-        print(f"usage: python -m perf {{{','.join(BENCHES)}}} [options] [--json FILE]", file=sys.stderr)
+        print(f"usage: python -m perf {{{','.join(BENCHES)}}} [options] [--json FILE] [--plot FILE.svg]")
         return 2
     name, rest = argv[0], argv[1:]
-    path: str | None = None
-    if "--json" in rest:
-        at = rest.index("--json")
-        path = rest[at + 1]
-        del rest[at : at + 2]
-    result = BENCHES[name](rest)
-    host = result["machine"]
-    about = f"{host['cpu']}, {host['cores']} cores, {host['memory_gib']} GiB, kernel {host['kernel']}"
-    print(f"{name}: {about}, {host['date']}")
-    for row in result["rows"]:
-        print(f"  {row['case']}")
-        for key, value in row.items():
-            if key != "case":
-                print(f"    {key:18} {value}")
-    if path is not None:
-        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+    file, plot = _take(rest, "--json"), _take(rest, "--plot")
+    run: Main = import_module(f"perf.{name}").main
+    result = run(rest)
+    show(result)
+    if file is not None:
+        Path(file).write_text(json.dumps(result, indent=2) + "\n")
+    if plot is not None:
+        from .plot import draw
+
+        draw(result, Path(plot))
     return 0
 
 

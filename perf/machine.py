@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 
@@ -24,6 +26,16 @@ def machine() -> dict[str, Any]:
         "kernel": platform.release(),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
     }
+
+
+def commit() -> str:
+    """Which state of this repository, with a mark if files were changed."""
+    command = ["git", "describe", "--always", "--dirty=, changed", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip()
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -209,8 +209,12 @@ class Generator:
         return at, max(0, -(-(end - i) // n)) - at
 
     # -- modes
+    def body(self, size: int) -> None:
+        """Messages from now on have bodies of so many bytes (48 to 65,536)."""
+        self._all(f"body {size}")
+
     def paced(self, per_s: float) -> None:
-        """So many messages per second in all, evenly, whatever becomes of them (an open loop)."""
+        """So many messages per second in all, 20 % jittered, whatever becomes of them (an open loop)."""
         self._all(f"paced {int(1e9 / per_s * len(self._parts))}")
 
     def flood(self, window: int) -> None:

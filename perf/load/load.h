@@ -22,6 +22,7 @@
 #define SENT_RING 256        /* send times by request id; more are never in flight in one connection */
 #define MARKER "~T"          /* in a body, then 16 hex digits of send time and 8 of the sender */
 #define MARKER_BYTES 26
+#define BODY_MAX (64u << 10)
 
 struct text {
     const char *at;

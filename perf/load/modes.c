@@ -125,7 +125,8 @@ static void paced(struct load *l)
             break;
         }
     }
-    l->next_due += l->interval_ns;
+    /* Jittered, as the kernel's clock ticks in step with whole milliseconds. */
+    l->next_due += l->interval_ns - l->interval_ns / 5 + random_below(l, l->interval_ns * 2 / 5);
 }
 
 static void open_waiting(struct load *l)

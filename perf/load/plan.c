@@ -97,7 +97,7 @@ static void shared_line(struct load *l, const char *key, const char *value)
     else if (!strcmp(key, "base"))
         l->base = (unsigned)atoi(value);
     else if (!strcmp(key, "body"))
-        l->body = (size_t)atoi(value);
+        l->body = (size_t)atoi(value) < BODY_MAX ? (size_t)atoi(value) : BODY_MAX;
     else if (!strcmp(key, "conns")) {
         l->conns = calloc((size_t)atoi(value) + 1, sizeof *l->conns);
         if (!l->conns)
@@ -147,8 +147,6 @@ void plan_read(struct load *l, const char *path)
     }
     free(line);
     fclose(file);
-    if (l->body < 48)
-        l->body = 48;
-    l->filler = malloc(l->body);
-    memset(l->filler, 'x', l->body);
+    l->filler = malloc(BODY_MAX);
+    memset(l->filler, 'x', BODY_MAX);
 }

@@ -89,6 +89,8 @@ class Peer(ABC):
     multi_process: bool = False
     #: Whether an acknowledged message is on disk.
     durable: bool = False
+    #: No server that anybody could use, but what the kernel asks for the same writes: never the best peer.
+    floor: bool = False
 
     # -- WebSocket
     path: str = "/"

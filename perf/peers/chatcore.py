@@ -13,15 +13,18 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import apsw
 
+from chatcore import __version__
 from chatcore.accounts.service import token_hash
 from chatcore.store.base import Opening
 from chatcore.store.entries import new_entry
 from chatcore.store.sqlite import accounts, ops
 from chatcore.store.sqlite.schema import connect, database_path, prepare
 
+from ..machine import commit
 from .base import BODY, CID, REQUEST_ID, Peer, Send, Step, Wait, World
 
 #: Limits that protect a server from a client that sends like a benchmark.
@@ -33,7 +36,8 @@ RAISED = {
     "timeouts.auth_ms": "600000",  # bare connections are measured, too
 }
 BATCH = 500
-WEEK_MS = 7 * 86_400_000
+#: As fresh tokens have: older ones are extended when they are used.
+TOKEN_MS = 30 * 86_400_000
 
 
 class Chatcore(Peer):
@@ -57,7 +61,8 @@ class Chatcore(Peer):
 
     def versions(self) -> dict[str, str]:
         return {
-            "chatcore": version("chatcore"),
+            "chatcore": __version__,
+            "commit": commit(),
             "uvloop": version("uvloop"),
             "sqlite": apsw.sqlite_lib_version(),
             "python": sys.version.split()[0],
@@ -78,10 +83,10 @@ class Chatcore(Peer):
         prepare(data)
         db = connect(database_path(data), write=True)
         try:
-            (secret,) = db.execute("SELECT value FROM meta WHERE key = 'secret'").fetchall()[0]
+            rows: list[Any] = db.execute("SELECT value FROM meta WHERE key = 'secret'").fetchall()
             db.execute("BEGIN IMMEDIATE")
-            tx = ops.Transaction(db, secret)
-            expires = int(time.time() * 1000) + WEEK_MS
+            tx = ops.Transaction(db, rows[0][0])
+            expires = int(time.time() * 1000) + TOKEN_MS
             users = [accounts.add_user(f"user-{i}", "none")(tx).id for i in range(world.users)]
             for user, token in zip(users, self._tokens, strict=True):
                 accounts.add_token(token_hash(token), user, expires, "none")(tx)
