@@ -32,6 +32,7 @@ const (
 	writeTimeout   = 30 * time.Second // 1 s unless set
 	readBufferSize = 512              // the figure of its documentation
 	channels       = 1024             // of one client; 128 unless set
+	pongTimeout    = -1               // never; 10 s unless set, and a client may miss a ping among 16 messages
 	queueCapacity  = 16               // with a write delay: a frame of its usual 16 messages without growing
 )
 
@@ -79,6 +80,7 @@ func main() {
 		WriteTimeout:       writeTimeout,
 		ReadBufferSize:     readBufferSize,
 		UseWriteBufferPool: true,
+		PingPongConfig:     centrifuge.PingPongConfig{PongTimeout: pongTimeout},
 	}))
 	go func() { log.Fatal(http.ListenAndServe(fmt.Sprintf("127.0.0.1:%d", *port), nil)) }()
 
