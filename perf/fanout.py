@@ -66,9 +66,13 @@ def main(argv: list[str]) -> dict[str, object]:
         plans += [(peer, 2, [Group(50 if opts.tiny else 1000)]) for peer in opts.peers if peer.name == "chatcore"]
     with bench.progress("fanout", opts.size.rounds * sum(len(plan[2]) for plan in plans)) as step:
         for i in range(opts.size.rounds):
+
+            def told(what: str, n: int = i) -> None:
+                step(f"round {n + 1}, {what}")
+
             for peer, workers, wanted in plans:
                 with bench.survive(results, peer):
-                    run(peer, workers, wanted, opts, results, lambda what, n=i: step(f"round {n + 1}, {what}"))
+                    run(peer, workers, wanted, opts, results, told)
     return results.json()
 
 
