@@ -12,7 +12,7 @@ from typing import Any
 from .show import show
 
 #: Each is a module of this package with a `main`.
-BENCHES = ("fanout", "users", "cache")
+BENCHES = ("fanout", "send", "idle", "storm", "users", "cache")
 
 Main = Callable[[list[str]], dict[str, Any]]
 

@@ -24,6 +24,7 @@ METRICS: tuple[tuple[str, str, int], ...] = (
     ("p99_ms", "p99 ms", 2),
     ("p999_ms", "p99.9 ms", 2),
     ("max_ms", "max ms", 1),
+    ("cut_cpu_us_per_unit", "of the cut", 2),
     ("delivery_p99_ms", "delivered p99", 2),
     ("seconds", "s", 2),
     ("cpu_cores", "cores", 2),

@@ -1,187 +1,79 @@
-"""``send``: durable messages in many small rooms; what a send and a delivery take.
+"""``send``: messages in many small rooms, until they are acknowledged.
 
-Clients are the ``websockets`` library on uvloop in this one process; each room has
-its members on all workers. Times are of the monotonic clock, from just before the
-sender's write to the receipt, so they include the client's own work.
+Rooms of 10; everybody sends, so each message is stored once and delivered 10 times. *Flood*: everybody has one
+message under way, always. *At 70 %*: paced at 70 % of what this server reached so. *Paced*: the same 200 messages per
+second for every server. In chatcore an acknowledged message is on disk; the peers relay and keep nothing, and where
+they do not acknowledge, the sender's own copy counts.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import json
-import random
 import time
-import urllib.request
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
 
-import orjson
-import uvloop
-from websockets.asyncio.client import ClientConnection, connect
+from . import bench
+from .bench import Options, window
+from .load.generator import Client, Generator
+from .peers.base import Peer, World
+from .processes import Running
+from .results import Results, sample
 
-from .machine import machine, versions
-from .server import Server, Usage
-
-SETTLE_S = 2.0
+SIZE = 10
+ROOMS = 100
+PACED_PER_S = 200.0
 
 
-def post(url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    """One HTTP request."""
-    request = urllib.request.Request(url + path, json.dumps(body).encode(), method="POST")
-    with urllib.request.urlopen(request) as response:
-        answer: dict[str, Any] = json.load(response)
-        return answer
+def main(argv: list[str]) -> dict[str, object]:
+    """Run it; what ``--json`` writes."""
+    p = bench.parser("send", __doc__)
+    p.add_argument("--rooms", type=int)
+    p.add_argument("--size", type=int, default=SIZE, help="members of each room")
+    args = p.parse_args(argv)
+    opts = bench.options("send", args)
+    results = opts.results("send")
+    rooms = args.rooms or (5 if opts.tiny else ROOMS)
+    plans = [(peer, opts.workers) for peer in opts.peers]
+    if opts.workers == 1 and not opts.tiny:
+        plans += [(peer, 2) for peer in opts.peers if peer.name == "chatcore"]
+    with bench.progress("send", opts.size.rounds * len(plans)) as step:
+        for i in range(opts.size.rounds):
+            for peer, workers in plans:
+                step(f"round {i + 1}, {peer.name}")
+                with bench.survive(results, peer):
+                    run(peer, workers, rooms, args.size, opts, results)
+    return results.json()
 
 
-class Member:
-    """One client: sends when told, records how long what took."""
-
-    def __init__(self, ws: ClientConnection, bench: Bench) -> None:
-        self.ws = ws
-        self.bench = bench
-        self.room = ""
-        self.ready = asyncio.Event()
-        self.opened: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        self.sent: dict[int, int] = {}
-        self.next_id = 10
-
-    async def read(self) -> None:
-        """Take what comes until the connection ends."""
-        async for data in self.ws:
-            now = time.perf_counter_ns()
-            message = orjson.loads(data)
-            match message["t"]:
-                case "msg":
-                    self.bench.delivered.append(now - int(message["body"].partition(" ")[0]))
-                case "ok" if (at := self.sent.pop(message["id"], None)) is not None:
-                    self.bench.acked.append(now - at)
-                case "ok" if message["id"] == 2:
-                    self.opened.set_result(message["c"])
-                case "ready":
-                    self.ready.set()
-                case "error":
-                    self.bench.errors += 1
-
-    async def send(self) -> None:
-        """One message of about 128 bytes."""
-        id = self.next_id
-        self.next_id += 1
-        now = time.perf_counter_ns()
-        self.sent[id] = now
-        body = f"{now} ".ljust(80, "x")
-        cid = f"{id}-{random.getrandbits(96):x}"
-        await self.ws.send(orjson.dumps({"t": "send", "id": id, "c": self.room, "cid": cid, "body": body}).decode())
-
-
-class Bench:
-    """What was measured, in ns."""
-
-    def __init__(self) -> None:
-        self.acked: list[int] = []
-        self.delivered: list[int] = []
-        self.errors = 0
-
-
-@asynccontextmanager
-async def members(url: str, bench: Bench, rooms: int, size: int) -> AsyncIterator[list[Member]]:
-    """``rooms`` groups of ``size`` clients each, logged in and live."""
-    loop = asyncio.get_running_loop()
-    async with AsyncExitStack() as stack:
-        tasks = await stack.enter_async_context(asyncio.TaskGroup())
-        everybody: list[Member] = []
-        readers = []
-        ws_url = url.replace("http", "ws", 1) + "/ws"
-        for room in range(rooms):
-            logins = [
-                await loop.run_in_executor(
-                    None, post, url, "/v1/users", {"name": f"user-{room}-{i}", "password": "correct horse"}
-                )
-                for i in range(size)
-            ]
-            group = []
-            for login in logins:
-                ws = await stack.enter_async_context(connect(ws_url, compression=None, ping_interval=None))
-                member = Member(ws, bench)
-                readers.append(tasks.create_task(member.read()))
-                await ws.send(json.dumps({"t": "auth", "id": 1, "token": login["token"]}))
-                await member.ready.wait()
-                group.append(member)
-            ids = [login["user"]["id"] for login in logins[1:]]
-            await group[0].ws.send(
-                json.dumps({"t": "open", "id": 2, "kind": "group", "title": f"room {room}", "members": ids, "cid": "x"})
-            )
-            conv = await group[0].opened
-            for member in group:
-                member.room = conv
-            everybody.extend(group)
-        yield everybody
-        for reader in readers:
-            reader.cancel()
-
-
-async def measure(server: Server, rooms: int, size: int, rate: float, seconds: float) -> dict[str, Any]:
-    """One run: ``rate`` messages per second in all, evenly spread over the members."""
-    bench = Bench()
-    pids = server.pids()
-    async with members(server.url, bench, rooms, size) as everybody:
-        await asyncio.sleep(SETTLE_S)
-        before = server.usage(pids)
-        start = time.perf_counter()
-        count = int(rate * seconds)
-        for i in range(count):
-            pause = start + i / rate - time.perf_counter()
-            if pause > 0:
-                await asyncio.sleep(pause)
-            await everybody[random.randrange(len(everybody))].send()
-        deadline = time.perf_counter() + 10
-        while len(bench.delivered) < count * size and time.perf_counter() < deadline:
-            await asyncio.sleep(0.05)
-        wall = time.perf_counter() - start
-        after = server.usage(pids)
-    return row(bench, before, after, count, size, wall)
-
-
-def row(bench: Bench, before: Usage, after: Usage, count: int, size: int, wall: float) -> dict[str, Any]:
-    """The figures of a run."""
-
-    def ms(values: list[int], share: float) -> float:
-        ordered = sorted(values)
-        return round(ordered[min(len(ordered) - 1, int(len(ordered) * share))] / 1e6, 2) if ordered else -1.0
-
-    return {
-        "server": "chatcore",
-        "sent": count,
-        "acked": len(bench.acked),
-        "delivered": len(bench.delivered),
-        "expected": count * size,
-        "errors": bench.errors,
-        "units_per_s": round(count / wall, 1),
-        "cpu_us_per_unit": round((after.cpu_s - before.cpu_s) / count * 1e6, 1),
-        "ok_p50_ms": ms(bench.acked, 0.5),
-        "ok_p99_ms": ms(bench.acked, 0.99),
-        "delivery_p50_ms": ms(bench.delivered, 0.5),
-        "delivery_p99_ms": ms(bench.delivered, 0.99),
-        "rss_bytes": after.rss_bytes,
-    }
-
-
-def main(argv: list[str]) -> dict[str, Any]:
-    """Run it; returns what ``--json`` writes."""
-    parser = argparse.ArgumentParser(prog="perf send", description=__doc__)
-    parser.add_argument("--rooms", type=int, default=20)
-    parser.add_argument("--size", type=int, default=10, help="members of each room")
-    parser.add_argument("--rate", type=float, default=200.0, help="messages per second, in all")
-    parser.add_argument("--seconds", type=float, default=20.0)
-    parser.add_argument("--workers", type=int, default=2)
-    args = parser.parse_args(argv)
-    with Server(workers=args.workers) as server, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        result = runner.run(measure(server, args.rooms, args.size, args.rate, args.seconds))
-    case = f"{args.rooms} rooms of {args.size}, {args.rate:g} msg/s, {args.workers} workers"
-    return {
-        "bench": "send",
-        "machine": machine(),
-        "versions": versions("chatcore", "uvloop", "websockets"),
-        "rows": [{"case": case, "unit": "message", **result}],
-    }
+def run(peer: Peer, workers: int, rooms: int, size: int, opts: Options, results: Results) -> None:
+    """One round of one server."""
+    world = World([list(range(r * size, (r + 1) * size)) for r in range(rooms)], rooms * size)
+    with Running(peer, workers, world) as server:
+        clients = [
+            Client(peer.join(user, [user // size]), (), peer.send(user, user // size), size)
+            for user in range(world.users)
+        ]
+        with Generator(peer, server.port, clients) as generator:
+            generator.connect()
+            if (live := generator.stats()).counts["live"] < world.users:
+                raise RuntimeError(f"{live.counts['live']} of {world.users} came in: {live.last_error}")
+            saturation = 0.0
+            for mode in ("flood", "at 70 %", f"paced {PACED_PER_S:.0f}/s"):
+                if mode == "flood":
+                    generator.flood(1)
+                else:
+                    generator.paced(0.7 * saturation if mode == "at 70 %" else PACED_PER_S)
+                time.sleep(opts.size.warm_s)
+                stats, used = window(server, generator, opts.size.seconds)
+                acked = stats.counts["acked"]
+                case = f"{rooms} rooms of {size}, {mode}" + (f", {workers} processes" if workers > 1 else "")
+                figures = sample(stats, used, acked, latency="ack")
+                figures["units_per_cpu_s"] = acked / max(used.cpu_ns, 1) * 1e9
+                figures["delivery_p99_ms"] = stats.delivery.ms(0.99) or 0.0
+                results.add(peer.name, case, "acknowledged message", figures)
+                results.check_generator(peer.name, case, stats)
+                saturation = saturation or max(1.0, acked / stats.seconds)
+                counts = generator.drain().counts
+                if counts["delivered"] != counts["expected"] or counts["acked"] != counts["sent"]:
+                    results.note(
+                        f"{case}, {peer.name}: of {counts['sent']} messages {counts['acked']} were acknowledged, of"
+                        f" {counts['expected']} deliveries {counts['delivered']} arrived"
+                    )

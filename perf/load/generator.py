@@ -225,6 +225,10 @@ class Generator:
         """Each sender sends one message per interval, jittered by half of it."""
         self._all(f"random {int(interval_s * 1e9)}")
 
+    def once(self) -> None:
+        """Each sender sends one message, now."""
+        self._all("once")
+
     def idle(self) -> None:
         """Send nothing."""
         self._all("idle")

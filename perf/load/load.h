@@ -169,6 +169,7 @@ void inbox_text(struct load *l, struct conn *c, const char *data, size_t n);
 
 /* modes.c */
 void mode_set(struct load *l, enum mode mode);
+void send_once(struct load *l);
 void mode_live(struct load *l, struct conn *c);
 void mode_answered(struct load *l, struct conn *c);
 void mode_due(struct load *l);

@@ -51,7 +51,9 @@ static void command(struct load *l, char *text)
     } else if (!strcmp(name, "churn")) { /* interval_ns; 0: off */
         l->churn_ns = a;
         l->next_churn = l->now;
-    } else if (!strcmp(name, "body")) { /* bytes */
+    } else if (!strcmp(name, "once"))
+        send_once(l);
+    else if (!strcmp(name, "body")) { /* bytes */
         l->body = (size_t)(a < 48 ? 48 : a > BODY_MAX ? BODY_MAX : a);
     } else if (!strcmp(name, "retry")) /* mean ns; 0: never */
         l->retry_ns = a;

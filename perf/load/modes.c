@@ -107,6 +107,14 @@ void mode_set(struct load *l, enum mode mode)
             mode_live(l, &l->conns[l->senders[i]]);
 }
 
+/* One message of each sender. */
+void send_once(struct load *l)
+{
+    for (unsigned i = 0; i < l->senders_n; i++)
+        if (l->conns[l->senders[i]].state == LIVE)
+            send_message(l, &l->conns[l->senders[i]], clock_ns(CLOCK_MONOTONIC));
+}
+
 void mode_answered(struct load *l, struct conn *c)
 {
     if (c->in_flight)

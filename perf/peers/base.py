@@ -67,6 +67,8 @@ class World:
     users: int
     #: Messages that are in each room already (in servers that keep them).
     entries: int = 0
+    #: Where that differs: of each room.
+    entries_of: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)

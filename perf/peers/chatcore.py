@@ -93,7 +93,8 @@ class Chatcore(Peer):
             self._convs, self._first = [], []
             for i, members in enumerate(world.rooms):
                 self._open(tx, i, [users[member] for member in members])
-                self._fill(tx, i, [users[member] for member in members], world.entries)
+                entries = world.entries_of[i] if world.entries_of else world.entries
+                self._fill(tx, i, [users[member] for member in members], entries)
             db.execute("COMMIT")
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         finally:
@@ -126,8 +127,9 @@ class Chatcore(Peer):
     def send(self, user: int, room: int) -> str:
         return f'{{"t":"send","id":{REQUEST_ID},"c":"{self._convs[room]}","cid":"{CID}","body":"{BODY}"}}'
 
-    def history(self, user: int, room: int) -> str | None:
-        return f'{{"t":"history","id":{REQUEST_ID},"c":"{self._convs[room]}","limit":50}}'
+    def history(self, user: int, room: int, before: int | None = None) -> str:
+        bound = "" if before is None else f'"before":{before},'
+        return f'{{"t":"history","id":{REQUEST_ID},"c":"{self._convs[room]}",{bound}"limit":50}}'
 
 
 PEERS = (Chatcore(),)
