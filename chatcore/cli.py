@@ -241,9 +241,12 @@ def _user_add(parsed: argparse.Namespace) -> int:
     if parsed.password_stdin:
         password = sys.stdin.readline().rstrip("\n")
     else:
-        password = getpass.getpass(f"Password for {parsed.name}: ")
-        if getpass.getpass("Again: ") != password:
-            return _fail("the two passwords differ", 1)
+        try:
+            password = getpass.getpass(f"Password for {parsed.name}: ")
+            if getpass.getpass("Again: ") != password:
+                return _fail("the two passwords differ", 1)
+        except EOFError:
+            return _fail("nobody gave a password; --password-stdin takes it from a pipe", 1)
     print(add_user(settings, parsed.name, password))
     return 0
 

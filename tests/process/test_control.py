@@ -239,6 +239,13 @@ def test_mistakes_in_commands_are_one_line() -> None:
     assert chatcore("serve", "--set", "history").stderr == "chatcore: --set history is not NAME=VALUE\n"
 
 
+def test_a_password_that_nobody_gives_is_no_traceback(tmp_path: Path) -> None:
+    done = chatcore("user", "add", "alice", "--data", str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].endswith("nobody gave a password; --password-stdin takes it from a pipe")
+    assert "Traceback" not in done.stderr
+
+
 def test_version_and_config() -> None:
     assert chatcore("--version").stdout == f"chatcore {__version__}\n"
     assert "port = 9\n" in chatcore("config", CHATCORE_PORT="9").stdout
