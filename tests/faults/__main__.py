@@ -1,0 +1,60 @@
+"""The campaign: ``python -m tests.faults --backend sqlite-local --seed 1 --seconds 600``."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+import uvloop
+
+from .crowd import Scale
+from .plan import BOTH, KINDS, plan
+from .report import Results
+from .run import Run
+
+RESULTS = Path(__file__).parents[2] / ".cache" / "faults"
+REPORT = Path(__file__).with_name("REPORT.md")
+#: Messages per second that are tried; FerretDB looks at every document for every read.
+PER_S = {"sqlite-local": 410.0, "mongodb-redis": 6.0}
+
+
+def main() -> int:
+    """Run what was asked for; 1 if any promise was broken."""
+    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser.add_argument("--backend", choices=BOTH, action="append", help="store and bus (both, one after the other)")
+    parser.add_argument("--seed", type=int, action="append", help="of the plan and of what clients do (1, 2 and 3)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="length of a run (600)")
+    parser.add_argument("--faults", type=int, help="at most so many (as many as there is time for)")
+    parser.add_argument("--only", action="append", choices=list(KINDS), help="these kinds, in this order")
+    parser.add_argument("--per-s", type=float, help="messages per second")
+    parser.add_argument("--senders", type=int, default=60)
+    parser.add_argument("--receivers", type=int, default=200)
+    parser.add_argument("--plan", action="store_true", help="show what would happen, and when")
+    parser.add_argument("--report", type=Path, help=f"where to write the report ({REPORT.name} here, after long runs)")
+    options = parser.parse_args()
+    broken = False
+    for seed in options.seed or [1, 2, 3]:
+        for backend in options.backend or BOTH:
+            only = None if options.only is None else tuple(options.only)
+            faults = plan(backend, seed, options.seconds, options.faults, only)
+            if options.plan:
+                print(f"{backend}, seed {seed}:", *faults, sep="\n  ")
+                continue
+            scale = Scale(
+                senders=options.senders, receivers=options.receivers, per_s=options.per_s or PER_S[backend]
+            )  # fmt: skip
+            print(f"--- {backend}, seed {seed}, {options.seconds:.0f} s, {len(faults)} faults", file=sys.stderr)
+            with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                result = runner.run(Run(backend, seed, options.seconds, scale, faults).run())
+            results = Results(RESULTS)
+            print(results.add(result))
+            broken = broken or bool(result.broken)
+            if options.report is not None or options.seconds >= 600:
+                results.write(options.report or REPORT)
+    return int(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""A host of the campaign: a chatcore server that may be killed, stopped and started again on the same port and data."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..server import BACKENDS, Backend, Server, environment
+
+#: A supervisor that died leaves workers that drain; who restarts it (systemd) tries so often, for so long.
+AGAIN_S = 0.25
+RESTART_S = 40.0
+
+
+class Host(Server):
+    """``launcher``: the module to run, with arguments before ``serve`` (the planted faults have one of their own)."""
+
+    def __init__(
+        self,
+        data: Path,
+        *,
+        workers: int,
+        settings: Mapping[str, object],
+        extra: Mapping[str, str],
+        backend: Backend = BACKENDS[0],
+        launcher: tuple[str, ...] = ("chatcore",),
+    ) -> None:
+        super().__init__(data, workers=workers, settings=settings, backend=backend)
+        self.launcher = launcher
+        self.away = False  # as clients are told: do not even try
+        self._extra = dict(extra)
+        self._once: set[int] = set()  # every process that it ever had
+
+    def start(self) -> Host:
+        """Start it; wait until it says that it is ready."""
+        options = ["--data", str(self.data), "--workers", str(self.workers), "--port", str(self.port)]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", *self.launcher, "serve", *options],
+                cwd=self.data.parent,
+                env={**environment(self.settings), **self._extra},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                process_group=0,
+            )
+        self.ended = False
+        try:
+            self.port = self._read_port()
+        except BaseException:
+            self.kill()
+            raise
+        self._once |= {self.process.pid, *self.pids().values()}
+        return self
+
+    def restart(self) -> None:
+        """Start it again, as often as it takes: the last workers of a dead supervisor still hold the data."""
+        deadline = time.monotonic() + RESTART_S
+        while True:
+            try:
+                self.start()
+                return
+            except AssertionError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(AGAIN_S)
+
+    def kill_supervisor(self) -> None:
+        """SIGKILL it alone; its workers see it, drain and end."""
+        self._once |= set(self.pids().values())
+        self.process.kill()
+        self.process.wait()
+        self._close()
+
+    def status(self) -> dict[str, Any]:
+        """What it says of itself."""
+        return self.ask("status")
+
+    def workers_now(self) -> dict[int, int]:
+        """Pids of serving workers by slot; empty if the supervisor does not answer."""
+        try:
+            pids = self.pids()
+        except (OSError, AssertionError, ValueError):
+            return {}
+        self._once |= set(pids.values())
+        return pids
+
+    def processes(self) -> list[int]:
+        """The supervisor and its workers."""
+        return [self.process.pid, *self.workers_now().values()]
+
+    def end(self) -> None:
+        """Leave nothing running, orphans included."""
+        with contextlib.suppress(Exception):
+            self.workers_now()
+        self.kill()
+        for pid in self._once:
+            with contextlib.suppress(OSError):
+                if str(self.data).encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    os.kill(pid, signal.SIGKILL)
+
+    def mishaps(self, allowed: str) -> list[str]:
+        """Errors in its log that no fault explains."""
+        bad = [line for line in self.log().splitlines() if re.search(r" (ERROR|CRITICAL) |Traceback", line)]
+        return [line for line in bad if not re.search(allowed, line)]
