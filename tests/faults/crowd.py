@@ -145,14 +145,17 @@ class Crowd:
             sender.flowing.set() if on else sender.flowing.clear()
 
     def begin(self) -> None:
-        """Everybody sends (while they flow) and moves about."""
+        """Everybody sends, while they flow."""
         loop = asyncio.get_running_loop()
         every_s = len(self.senders) / self.scale.per_s
         self._talks = [loop.create_task(sender.talk(every_s, SIZES), name=sender.name) for sender in self.senders]
+
+    def move(self) -> None:
+        """Receivers begin to move about."""
+        loop = asyncio.get_running_loop()
         for i, device in enumerate(self.receivers):
             behaviour = BEHAVIOURS[i % len(BEHAVIOURS)]
-            if behaviour != "steady":
-                self._moves.append(loop.create_task(getattr(self, f"_{behaviour}")(device), name=device.name))
+            self._moves.append(loop.create_task(getattr(self, f"_{behaviour}")(device), name=device.name))
 
     async def _pause(self, seconds: float) -> bool:
         """Wait; False if it is time to stop."""
@@ -160,6 +163,11 @@ class Crowd:
             async with asyncio.timeout(seconds):
                 await self._still.wait()
         return not self._still.is_set()
+
+    async def _steady(self, device: Device) -> None:
+        """Opens one of its conversations now and then."""
+        while await self._pause(device.chance.uniform(5, 25)):
+            await device.look(device.chance.choice(list(device.record.logs)))
 
     async def _roams(self, device: Device) -> None:
         """Drops its connection now and then, with or without a word."""

@@ -34,6 +34,7 @@ BACKOFF_MOST_S = 4.0
 #: In place of a close code: the client wanted it.
 BY_ITSELF = -1
 PAGE = 100
+LOOK = 20
 
 
 @dataclass
@@ -295,6 +296,18 @@ class Device:
         reply = await self.request({"t": "attach", "only": list(self.record.logs), "have": self.record.have()})
         if reply is not None and reply["t"] == "error" and self.wire is wire:
             wire.abort()  # its next login attaches all
+
+    async def look(self, conv: str) -> None:
+        """Open a conversation, as an app does: its newest page holds what this client was told before it asked."""
+        log, wire = self.record.logs.get(conv), self.wire
+        if log is None or wire is None or self.detached:
+            return
+        told = log.reached
+        reply = await self.request({"t": "history", "c": conv, "limit": LOOK, "raw": True})
+        if reply is not None and reply["t"] == "ok":
+            self.record.looked(conv, told, reply["entries"], reply["at"])
+        elif reply is not None and "retry_after_ms" not in reply:
+            self.broken.add("refused", f"{self.name}: history was answered with {reply}")
 
     def drop(self, *, politely: bool) -> None:
         """End the connection by itself; it comes back."""

@@ -123,6 +123,19 @@ class Record:
             log.digests.append(digest(entry))
         return True
 
+    def looked(self, conv: str, told: int, entries: list[Message], at: int) -> None:
+        """A newest page came, to who had been told of everything up to ``told``."""
+        log = self.logs[conv]
+        seqs = [entry["s"] for entry in entries]
+        if not seqs or at < told or seqs != list(range(at - len(seqs) + 1, at + 1)):
+            ends = f"{seqs[0]} to {seqs[-1]}" if seqs else "nothing"
+            self.broken.add("stale", f"{self.name}: told of {told} in {conv}, its newest page has {ends} and says {at}")
+            return
+        for entry in entries:
+            i = entry["s"] - log.start - 1
+            if 0 <= i < len(log.digests) and log.digests[i] != digest(entry):
+                self.broken.add("stale", f"{self.name}: a page of {conv} has another {entry['s']} than was pushed")
+
     def lately(self) -> str:
         """What the client did last."""
         return "; ".join(f"{time.monotonic() - at:.2f} s ago {what}" for at, what in self.events)

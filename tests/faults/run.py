@@ -27,7 +27,7 @@ CONVERGE_S = 10.0
 #: What the servers use in the end may be so much more than before the first fault.
 GROWTH = 0.05
 #: Traffic before what the servers use is measured: caches fill.
-FILL_S = 10.0
+FILL_S = 20.0
 STILL_S = 3.0
 #: A page of a cache, newest entries.
 PAGE = 50
@@ -94,6 +94,7 @@ class Run:
         began = loop.time()
         first = [len(sender.sent) for sender in crowd.senders]
         crowd.flow(True)
+        crowd.move()
         scene = Scene(site, crowd)
         for i, fault in enumerate(self.faults):
             await asyncio.sleep(began + fault.at - loop.time())
