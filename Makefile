@@ -34,7 +34,8 @@ help:
 	@echo 'make serve   build, and serve on 127.0.0.1:8080 (ARGS="--port 9000 --workers 2 --data ./data")'
 	@echo 'make test    run all tests (ARGS="-k name -x")'
 ifneq ($(wildcard perf/__main__.py),)
-	@echo 'make bench   run the benchmarks (ARGS="...")'
+	@echo 'make bench-setup   install and build what is compared with'
+	@echo 'make bench   run all benchmarks and write perf/REPORT.md (ARGS="fanout --quick": one of them)'
 endif
 	@echo 'make lint    check style and types'
 	@echo 'make build   build into .venv only'
@@ -53,7 +54,12 @@ test: $(BUILT_DEV)
 ifneq ($(wildcard perf/__main__.py),)
 .PHONY: bench
 bench: $(BUILT_DEV)
-	@$(BIN)/python -m perf $(ARGS)
+	@$(BIN)/python -m perf $(or $(ARGS),report)
+
+.PHONY: bench-setup
+bench-setup: $(BUILT_DEV)
+	@$(PIP) --no-build-isolation --editable '.[dev,perf]'
+	@$(BIN)/python -m perf.peers.setup
 endif
 
 .PHONY: lint

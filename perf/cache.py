@@ -222,8 +222,8 @@ class Run:
             person.token = token
             w = chance.choice(self.workers)  # the connection after the log-in comes anywhere
         await w.cache.token(person.token)
-        _, convs = await w.cache.conversations(person.id)
-        _, views = await w.cache.views(person.id, convs)
+        convs = (await w.cache.memberships(person.id)).revs
+        _, views = await w.cache.views(person.id, list(convs))
         await w.attach(views)
         active = person.active or person.quiet
         for _ in range(6):
@@ -352,9 +352,12 @@ def main(argv: list[str]) -> dict[str, Any]:
     parser.add_argument("--seconds", type=float, default=20.0, help="of each case")
     parser.add_argument("--rate", type=float, default=50.0, help="visits per second")
     parser.add_argument("--speed", type=float, default=30.0, help="of the clocks")
+    parser.add_argument("--tiny", action="store_true", help="once and smallest, to see that it works")
     parser.add_argument("--redis", help="URL of a Redis whose database may be emptied")
     args = parser.parse_args(argv)
     load = Load(args.people, args.active, args.quiet, args.entries, args.seconds, args.rate, args.speed)
+    if args.tiny:
+        load = Load(people=20, active=10, quiet=20, entries=5, seconds=1.0, visits_per_s=20, speed=120)
     on = Cache()
     off = replace(on, warm_conversations=0, prefetch_conversations=0)
     rows: list[dict[str, Any]] = []

@@ -67,6 +67,7 @@ class Results:
         self.peers = peers
         self.ratio_of = ratio_of
         self.notes: list[str] = []
+        self._limits: dict[tuple[str, str], list[str]] = {}
         self._samples: dict[tuple[str, str], list[Sample]] = {}
         self._units: dict[str, str] = {}
 
@@ -83,7 +84,7 @@ class Results:
     def check_generator(self, server: str, case: str, stats: Stats) -> None:
         """Note it if the load generator was the limit."""
         if (why := stats.limit()) is not None:
-            self.note(f"{case}, {server}: {why}")
+            self._limits.setdefault((server, case), []).append(why)
 
     def best(self, case: str) -> float | None:
         """The least that a peer (other than chatcore and the floor) needed."""
@@ -115,6 +116,12 @@ class Results:
         row["range"] = ranges
         return row
 
+    def _limited(self) -> list[str]:
+        return [
+            f"{case}, {server}: {whys[-1]}, in {len(whys)} of {len(self._samples.get((server, case), whys))} rounds"
+            for (server, case), whys in self._limits.items()
+        ]
+
     def json(self) -> dict[str, Any]:
         """What ``--json`` writes."""
         settings = {peer.name: peer.settings() for peer in self.peers if peer.settings()}
@@ -124,6 +131,6 @@ class Results:
             "versions": {peer.name: peer.versions() for peer in self.peers},
             "about": {peer.name: peer.about for peer in self.peers},
             "settings": settings,
-            "notes": self.notes,
+            "notes": self.notes + self._limited(),
             "rows": self.rows(),
         }

@@ -66,9 +66,10 @@ def main(argv: list[str]) -> dict[str, object]:
             for peer in opts.peers:
                 with bench.survive(results, peer):
                     climb(peer, opts, wanted, results, step)
-    for line in good_enough(results):
-        results.note(line)
-    return results.json()
+    good = good_enough(results)
+    for name, (users, beyond) in good.items():
+        results.note(f"{name}: p80 is {GOOD_P80_MS:.0f} ms at {'more than' if beyond else 'about'} {users:.0f} users")
+    return {**results.json(), "good_users": {name: users for name, (users, _) in good.items()}}
 
 
 def climb(peer: Peer, opts: Options, wanted: Plan, results: Results, step: StepTold) -> None:
@@ -142,22 +143,21 @@ def answered(generator: Generator) -> Stats:
         time.sleep(0.05)
 
 
-def good_enough(results: Results) -> list[str]:
-    """For each server: up to how many users its p80 is good, between the steps of the ladder on a straight line."""
-    lines = []
+def good_enough(results: Results) -> dict[str, tuple[float, bool]]:
+    """For each server: up to how many users its p80 is good, between the steps of the ladder on a straight line (True:
+    the ladder ended before)."""
+    found: dict[str, tuple[float, bool]] = {}
     for peer in results.peers:
-        steps = [(int(row["case"].split()[0]), row["p80_ms"]) for row in results.rows() if row["server"] == peer.name]
-        good = 0.0
-        before = (0, 0.0)
-        for users, p80 in steps:
+        users, before = 0.0, 0.0
+        beyond = True
+        for row in results.rows():
+            if row["server"] != peer.name or not beyond:
+                continue
+            step, p80 = int(row["case"].split()[0]), row["p80_ms"]
             if p80 > GOOD_P80_MS:
-                good = before[0] + (users - before[0]) * (GOOD_P80_MS - before[1]) / (p80 - before[1])
-                lines.append(f"{peer.name}: p80 is {GOOD_P80_MS:.0f} ms at about {good:.0f} users")
-                break
-            before = (users, p80)
-        else:
-            if steps:
-                lines.append(
-                    f"{peer.name}: p80 is below {GOOD_P80_MS:.0f} ms up to the last step, {steps[-1][0]} users"
-                )
-    return lines
+                users += (step - users) * (GOOD_P80_MS - before) / (p80 - before)
+                beyond = False
+            else:
+                users, before = float(step), p80
+        found[peer.name] = (users, beyond)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 SUB_BITS = 7
@@ -37,6 +38,12 @@ class Histogram:
             if left <= 0:
                 return min(middle_ns(index), self.max_ns) / 1e6
         return self.max_ns / 1e6
+
+
+def percentile_ms(took_ns: Sequence[float], share: float) -> float:
+    """The same of durations that were kept one by one."""
+    ordered = sorted(took_ns)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] / 1e6
 
 
 def middle_ns(index: int) -> float:

@@ -52,9 +52,14 @@ class Chatcore(Peer):
     error = '"t":"error"'
 
     def __init__(self) -> None:
+        self.users: list[str] = []
+        self.convs: list[str] = []
         self._tokens: list[str] = []
-        self._convs: list[str] = []
         self._first: list[int] = []  # entries of each room before its messages
+
+    def seeded_as(self, other: Chatcore) -> None:
+        """What is known of the data that another one has made."""
+        self.users, self.convs, self._tokens, self._first = other.users, other.convs, other._tokens, other._first
 
     def missing(self) -> str | None:
         return None
@@ -87,10 +92,10 @@ class Chatcore(Peer):
             db.execute("BEGIN IMMEDIATE")
             tx = ops.Transaction(db, rows[0][0])
             expires = int(time.time() * 1000) + TOKEN_MS
-            users = [accounts.add_user(f"user-{i}", "none")(tx).id for i in range(world.users)]
+            users = self.users = [accounts.add_user(f"user-{i}", "none")(tx).id for i in range(world.users)]
             for user, token in zip(users, self._tokens, strict=True):
                 accounts.add_token(token_hash(token), user, expires, "none")(tx)
-            self._convs, self._first = [], []
+            self.convs, self._first = [], []
             for i, members in enumerate(world.rooms):
                 self._open(tx, i, [users[member] for member in members])
                 entries = world.entries_of[i] if world.entries_of else world.entries
@@ -102,12 +107,12 @@ class Chatcore(Peer):
 
     def _open(self, tx: ops.Transaction, room: int, users: list[str]) -> None:
         opening = Opening(users[0], f"perf-{room}", "group", f"room {room}", tuple(users[1:]), b"perf....")
-        self._convs.append(ops.open_conversation(opening)(tx).conv)
+        self.convs.append(ops.open_conversation(opening)(tx).conv)
         self._first.append(len(users) + 1)
         tx.appended.clear()
 
     def _fill(self, tx: ops.Transaction, room: int, users: list[str], entries: int) -> None:
-        conv, body = self._convs[room], {"body": "x" * 80}
+        conv, body = self.convs[room], {"body": "x" * 80}
         for start in range(0, entries, BATCH):
             some = range(start, min(entries, start + BATCH))
             ops.append_messages(tx, [new_entry(conv, users[i % len(users)], f"seed-{i}", "msg", body) for i in some])
@@ -121,15 +126,15 @@ class Chatcore(Peer):
         return self._auth(user)
 
     def resume(self, user: int, rooms: Sequence[int], have: int) -> list[Step]:
-        held = {self._convs[room]: self._first[room] + have for room in rooms}
+        held = {self.convs[room]: self._first[room] + have for room in rooms}
         return self._auth(user, sync="@CAPTURED@", have=held)
 
     def send(self, user: int, room: int) -> str:
-        return f'{{"t":"send","id":{REQUEST_ID},"c":"{self._convs[room]}","cid":"{CID}","body":"{BODY}"}}'
+        return f'{{"t":"send","id":{REQUEST_ID},"c":"{self.convs[room]}","cid":"{CID}","body":"{BODY}"}}'
 
     def history(self, user: int, room: int, before: int | None = None) -> str:
         bound = "" if before is None else f'"before":{before},'
-        return f'{{"t":"history","id":{REQUEST_ID},"c":"{self._convs[room]}",{bound}"limit":50}}'
+        return f'{{"t":"history","id":{REQUEST_ID},"c":"{self.convs[room]}",{bound}"limit":50}}'
 
 
 PEERS = (Chatcore(),)

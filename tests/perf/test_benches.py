@@ -1,0 +1,80 @@
+"""Each bench works, and writes what its users read. What it measures here says nothing: it is over in a moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perf.__main__ import BENCHES
+
+ROOT = Path(__file__).parents[2]
+PATIENCE_S = 100
+#: What each has to say of chatcore, per row.
+FIGURES = {
+    "fanout": {"units_per_s", "cpu_us_per_unit", "cpu_user_us_per_unit", "cpu_kernel_us_per_unit", "p50_ms", "p99_ms"},
+    "send": {"units_per_s", "cpu_us_per_unit", "p50_ms", "p99_ms", "p999_ms", "units_per_cpu_s"},
+    "idle": {"rss_bytes_per_conn"},
+    "storm": {"cpu_us_per_unit", "p99_ms", "seconds"},
+    "history": {"p50_ms", "p99_ms"},
+    "users": {"p50_ms", "p80_ms", "p99_ms", "errors", "cpu_cores", "rss_mib"},
+    "echo": {"units_per_s", "cpu_us_per_unit", "p50_ms"},
+}
+
+
+def perf(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """``python -m perf`` with only chatcore."""
+    return subprocess.run(
+        [sys.executable, "-m", "perf", *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_bench(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    done = perf(name, "--tiny", "--peers", "none", "--json", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result: dict[str, Any] = json.loads(file.read_text())
+    assert result["bench"] == name
+    assert result["machine"].keys() >= {"cpu", "cores", "memory_gib", "kernel", "date"}
+    assert "chatcore" in result["versions"]
+    assert result["rows"]
+    for row in result["rows"]:
+        assert row.keys() >= {"server", "case", "unit", *FIGURES[name]}, row
+        assert row["server"].startswith("chatcore")
+        assert row["case"] in done.stdout
+        # Memory may shrink, and a short moment may cost less than what is counted in.
+        assert all(row[key] >= 0 for key in FIGURES[name] if key != "rss_bytes_per_conn"), row
+        assert row.get("errors", 0) == 0, result["notes"]
+    assert not [note for note in result["notes"] if "arrived" in note or "came back" in note]
+
+
+def test_cache(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    done = perf("cache", "--tiny", "--json", file)
+    if "redis-server is missing" in done.stderr:
+        pytest.skip("redis-server is missing")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(file.read_text())["rows"]
+
+
+def test_all_are_tested() -> None:
+    assert set(BENCHES) == {*FIGURES, "cache", "report"}
+
+
+def test_usage() -> None:
+    done = perf("nothing")
+    assert done.returncode == 2
+    assert "usage" in done.stdout
+    assert "no peer 'nobody'" in perf("fanout", "--peers", "nobody").stderr
