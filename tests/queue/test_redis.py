@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +52,24 @@ def test_redis_away_and_back_loses_and_repeats_nothing(redis_server: RedisServer
         for k in range(3):
             assert log.payloads(f"k{k}")[:4] == [b"%d" % n for n in range(k, 13, 3)][:4]
         assert not log.overlaps
+
+    run(work)
+
+
+def test_a_queue_that_nobody_uses_notices_that_redis_is_away_and_back(redis_server: RedisServer) -> None:
+    async def work() -> None:
+        async with RedisBackend(redis_server.url).worker() as queue:
+            await queue.probe()
+            assert queue.healthy
+            redis_server.kill()
+            with pytest.raises(Unavailable):
+                await queue.probe()
+            assert not queue.healthy
+            await asyncio.to_thread(redis_server.start)
+            while not queue.healthy:
+                with contextlib.suppress(Unavailable):  # the breaker waits a moment
+                    await queue.probe()
+                await asyncio.sleep(0.01)
 
     run(work)
 
@@ -217,6 +236,7 @@ def test_it_works_on_a_cluster(tmp_path: Path) -> None:
     async def work(url: str) -> None:
         log = Log(fails=lambda job: job.payload == b"bad")
         async with RedisBackend(url).worker(replace(OPTIONS, deliveries=2)) as queue:
+            await queue.probe()
             queue.consume("t", log)
             queue.consume("u", log)
             for n in range(6):
