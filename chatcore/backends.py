@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from .bus.local import LocalBus
 from .bus.redis import RedisBus
+from .cache.embedded import EmbeddedCache
 from .cache.store import CachedStore
 from .panel import Figures
 from .process import StartError, WorkerContext
@@ -24,6 +25,9 @@ from .store.mongo.store import BrokenSchema, MongoStore
 from .store.sqlite.lock import WriteLock
 from .store.sqlite.schema import BrokenStore, prepare
 from .store.sqlite.store import SQLiteStore
+
+#: Many more than workers, so that few of them hear what is of no concern to them while users are few.
+LOCAL_USER_CHANNELS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +110,7 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
         timeout_ms=settings.timeouts.store_ms,
         max_conversations=settings.limits.conversations_per_user,
     )
-    cache = CachedStore(embedded, settings.cache) if settings.cache.enabled else None
+    cache = EmbeddedCache(embedded, settings.cache) if settings.cache.enabled else None
     return Backends(
         cache or embedded,
         None,
@@ -126,6 +130,15 @@ def bus_figures(bus: RedisBus | LocalBus) -> dict[str, Any]:
     return {"name": "redis" if isinstance(bus, RedisBus) else "local", "peers": len(bus.peers)} | dataclasses.asdict(
         bus.stats
     )
+
+
+def user_channels(bus: RedisBus | LocalBus) -> int:
+    """How many channels the users of the bus share (0: each has one of its own).
+
+    On one host every worker may as well hear what is told to anybody: it happens rarely, and a channel
+    of one's own would cost half a kilobyte for each user.
+    """
+    return 0 if isinstance(bus, RedisBus) else LOCAL_USER_CHANNELS
 
 
 async def start_store(settings: Settings, store: Store) -> None:

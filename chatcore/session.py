@@ -8,9 +8,10 @@ owns its tasks, which find ``closed`` set when they come back from an await.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("chatcore.session")
 
+# An empty set of its own would be 216 bytes.
+NOTHING: Final[frozenset[str]] = frozenset()
 # Sends and the like are answered with this delay when too many requests are unanswered.
 BUSY_RETRY_MS: Final = 500
 
@@ -35,6 +38,7 @@ class Session:
     """Implements :class:`~.chat.delivery.Subscriber`."""
 
     __slots__ = (
+        "_attaches",
         "_busy",
         "_drained",
         "_live",
@@ -42,7 +46,6 @@ class Session:
         "_only",
         "_reading",
         "_sync",
-        "_token_hash",
         "_typing",
         "_user",
         "_waiting",
@@ -53,6 +56,7 @@ class Session:
         "joining",
         "missed",
         "ready",
+        "token_hash",
         "watching",
     )
 
@@ -62,7 +66,7 @@ class Session:
         self.closed = False
         self.ready = False  # live: told of changes of its user's rows
         self._user: ConnectedUser | None = None
-        self._token_hash = b""
+        self.token_hash = b""
         self._only: frozenset[str] | None = None
         self._sync = 0
         self._live = False  # `ready` was sent: from then on there is a `sync` to give
@@ -70,12 +74,13 @@ class Session:
         self._waiting: list[tuple[bytes, int]] | None = None  # came while logging in; None: not logging in
         self._drained: asyncio.Future[bool] | None = None
         self._lock: asyncio.Lock | None = None  # one attach after the other
+        self._attaches = 0  # that hold it, or wait for it
         self._typing: TypingGate | None = None
         self._reading: asyncio.Lock | None = None  # one expensive query after the other
         self.joining = 0
-        # Both are empty in nearly every session: a set of its own would be 216 bytes each.
-        self.missed: frozenset[str] = frozenset()  # conversations whose row changed while logging in
-        self.watching: frozenset[str] = frozenset()
+        # Empty in nearly every session, which then share it.
+        self.missed = NOTHING  # conversations whose row changed while logging in
+        self.watching = NOTHING
         self.expires = 0.0  # when its token ends, as far as is known here (the loop's clock)
 
     # --- Subscriber -------------------------------------------------------------
@@ -99,7 +104,7 @@ class Session:
 
     def push_view(self, view: View, after: int | None) -> None:
         """Push a ``conv``."""
-        if self._user is not None:
+        if self._user is not None and self._user.told is not None:
             # Not all of the user's sessions know the same of it any more; who tells all notes it afterwards.
             self._user.told.pop(view.conv, None)
         self.push(conv_push(view, after))
@@ -154,7 +159,7 @@ class Session:
     def _leave(self) -> None:
         if self._user is not None:
             user, self._user = self._user, None
-            self._worker.users.remove(self, user, self._token_hash)
+            self._worker.users.remove(self, user)
 
     # --- what comes in ------------------------------------------------------------
     def on_message(self, data: bytes, wait_ms: int) -> None:
@@ -272,12 +277,12 @@ class Session:
         if self._user is not None:
             self._renew(who, req)
             return None
-        self._token_hash = who.token_hash
+        self.token_hash = who.token_hash
         self.expires = asyncio.get_running_loop().time() + who.expires_ms / 1000
         self._only = None if req.only is None else frozenset(req.only)
-        self._user = await worker.users.add(self, who.user.id, who.user.name, who.token_hash)
+        self._user = await worker.users.add(self, who.user.id)
         if self._gone():
-            worker.users.remove(self, self._user, who.token_hash)
+            worker.users.remove(self, self._user)
             self._user = None
             return None
         have = req.have or {}
@@ -308,7 +313,7 @@ class Session:
         self.ready = True
         for conv in self.missed:
             worker.users.refresh(who.user.id, conv)
-        self.missed = frozenset()
+        self.missed = NOTHING
         worker.presence.changed(who.user.id)
         for conv in mine.left if since is not None else ():
             self.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
@@ -322,8 +327,7 @@ class Session:
         assert self._user is not None
         if who.user.id != self._user.id:
             raise Forbidden("this connection belongs to another user")
-        self._worker.users.retoken(self, self._token_hash, who.token_hash)
-        self._token_hash = who.token_hash
+        self.token_hash = who.token_hash
         self.expires = asyncio.get_running_loop().time() + who.expires_ms / 1000
         if req.id is not None:
             self.push(p.ok(req.id, _identity(who)))
@@ -347,7 +351,7 @@ class Session:
         """The ``sync`` as of now; none while what it stands for is still being sent."""
         if not self._live:
             return {}
-        busy = self.joining or (self._lock is not None and self._lock.locked())
+        busy = self.joining or self._attaches
         if not busy and self._worker.store.global_positions:
             self._sync = max(self._sync, self._worker.delivery.settled)
         return {"sync": f"{self._worker.store.store_id}.{self.user_id}.{self._sync}"}
@@ -378,11 +382,19 @@ class Session:
             # It has been told `ok`, so it cannot be told `unavailable` any more: it resumes.
             self.close(p.CloseCode.INTERNAL, exc.message[:100])
 
-    def attach_lock(self) -> asyncio.Lock:
-        """One attach after the other."""
+    @contextlib.asynccontextmanager
+    async def attach_lock(self) -> AsyncIterator[None]:
+        """One attach after the other. Between them there is no lock: it is larger than the rest of a session."""
         if self._lock is None:
             self._lock = asyncio.Lock()
-        return self._lock
+        self._attaches += 1
+        try:
+            async with self._lock:
+                yield
+        finally:
+            self._attaches -= 1
+            if not self._attaches:
+                self._lock = None
 
     # --- the other requests ---------------------------------------------------------------
     async def _answer(self, user: str, req: p.AnyRequest) -> dict[str, Any] | None:

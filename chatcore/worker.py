@@ -24,7 +24,7 @@ from . import protocol as p
 from ._fast.reactor import TICK_MS, Frame, Reactor, Topic
 from .accounts.service import Accounts
 from .api.routes import Api
-from .backends import bus_figures, make_bus, make_store, start_store
+from .backends import bus_figures, make_bus, make_store, start_store, user_channels
 from .bus.base import Bus
 from .chat import events
 from .chat.delivery import Delivery
@@ -122,6 +122,7 @@ class Worker:
         await start_store(self.settings, self.store)
         bus = make_bus(self.context, self.store)
         self.bus: Bus = bus
+        self._user_channels = user_channels(bus)
         self._make_parts()
         figures = {**backends.figures, "bus": lambda: bus_figures(bus)}
         self.panel = Panel(self.stats, self.store, bus, self.cache, self.queue, figures)
@@ -152,6 +153,7 @@ class Worker:
             self._on_presence,
             racing.row_changed if racing is not None else lambda conv, user: None,
             racing.blocks_changed if racing is not None else lambda: None,
+            channels=self._user_channels,
         )
         self.presence = Presence(self.store, self.bus, self.users.is_online)
         self.delivery = Delivery(
@@ -388,7 +390,7 @@ class Worker:
             if kind == "c":
                 self._on_conversation(name, payload)
             elif kind == "u":
-                self.users.on_bus(name, payload)
+                self.users.on_bus(payload)
             elif kind == "p":
                 self.presence.on_bus(name, payload)
             elif kind == "i" and self.cache is not None:

@@ -401,7 +401,7 @@ class CachedStore(Through):
 
         :raises NotFound: not a member.
         """
-        if await self.roles.get(role_key(user, conv)) is None:
+        if await self.role(user, conv) is None:
             raise NotFound("no such conversation")
         self.activity.note(conv)
         head = max(hint, self.history.tails.top(conv)) if hint else (await self.inner.heads([conv]))[conv]

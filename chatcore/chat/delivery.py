@@ -176,7 +176,7 @@ class Delivery:
         room.ring.append(e)
         room.ring_bytes += len(e.wire)
         while len(room.ring) > self._ring or room.ring_bytes > self._ring_bytes:
-            room.ring_bytes -= len(room.ring.popleft().wire)
+            room.ring_bytes -= len(room.ring.pop(0).wire)
         if len(room.topic):
             self.deliveries += room.topic.fan_out(self._make_frame(e.wire))
         if len(room.quiet):
@@ -207,7 +207,7 @@ class Delivery:
 
     def detach(self, x: Subscriber, room: Room) -> None:
         """Take a session out of a room."""
-        room.attaching.discard(x)
+        room.arrived(x)
         room.topic.discard(x.conn)
         room.quiet.discard(x.conn)
 
@@ -280,9 +280,9 @@ class Delivery:
             self._spawn(self._load(fresh), "delivery-load")
         try:
             for room in rooms:
-                if not room.ready.done():
-                    await asyncio.wait([room.ready])
-                room.ready.result()
+                if room.ready is not None:
+                    await asyncio.wait([ready := room.ready])
+                    ready.result()
         except BaseException:
             self.release(rooms)
             raise
@@ -297,8 +297,10 @@ class Delivery:
             self._bus.unsubscribe(channels)
             for room in fresh:
                 self.rooms.pop(room.conv, None)
-                room.ready.set_exception(exc if isinstance(exc, ChatError) else Unavailable("the worker is stopping"))
-                room.ready.exception()  # nobody may be waiting
+                ready = room.ready
+                assert ready is not None
+                ready.set_exception(exc if isinstance(exc, ChatError) else Unavailable("the worker is stopping"))
+                ready.exception()  # nobody may be waiting
             if not isinstance(exc, ChatError):
                 raise
             return
@@ -307,7 +309,9 @@ class Delivery:
             room.want = max(room.want, room.last)
             if room.want > room.last:
                 self._start_pump(room, 0)
+            assert room.ready is not None
             room.ready.set_result(None)
+            room.ready = None
 
     def release(self, rooms: Iterable[Room]) -> None:
         """Undo the pins of :meth:`acquire`."""
@@ -347,7 +351,7 @@ class Delivery:
             room = self.rooms.get(conv)
             if room is not None and room.last >= 0 and x.wants(conv):
                 room.pins += 1
-                room.attaching.add(x)
+                room.expect(x)
                 rooms.append(room)
         return rooms
 
@@ -366,8 +370,8 @@ class Delivery:
             if sure and have[room.conv] == room.last and not x.closed:
                 room.topic.add(x.conn)
                 live.append(room.conv)
-            room.attaching.discard(x)
-            room.stale.discard(x)
+            room.arrived(x)
+            room.forget_stale(x)
         self.release(rooms)
         return live
 
@@ -394,7 +398,7 @@ class Delivery:
                 if wanted and x.conn in room.topic and room.conv not in have:
                     continue  # live already: it missed nothing
                 self.detach(x, room)
-                room.attaching.add(x)
+                room.expect(x)
                 if not wanted:
                     room.quiet.add(x.conn)
             # Only now is membership read: whoever is removed after this read is taken out of
@@ -416,8 +420,7 @@ class Delivery:
                     await self._tell_quiet(x, room, view, tell)
                 elif x in room.attaching:
                     await self._attach_room(x, room, view, have.get(room.conv), tell)
-                    if x in room.stale:
-                        room.stale.discard(x)
+                    if room.forget_stale(x):
                         self._directory.refresh(x.user_id, room.conv)
                 if x.closed:
                     return
@@ -427,15 +430,14 @@ class Delivery:
                 self._directory.refresh(x.user_id, room.conv)
         finally:
             for room in rooms:
-                room.attaching.discard(x)
-                room.stale.discard(x)
+                room.arrived(x)
+                room.forget_stale(x)
             self.release(rooms)
 
     async def _tell_quiet(self, x: Subscriber, room: Room, view: View, tell: Callable[[View], bool]) -> None:
         """The ``conv`` of a room that is not to be attached; as it is now, if it changed while others were told."""
-        room.attaching.discard(x)
-        stale = x in room.stale
-        room.stale.discard(x)
+        room.arrived(x)
+        stale = room.forget_stale(x)
         if stale or (tell(view) and room.last > view.head):
             await self._push_views(x, [room.conv])
         elif tell(view):
@@ -458,7 +460,7 @@ class Delivery:
         cur = after
         while x in room.attaching and not x.closed:
             if cur == room.last:
-                room.attaching.discard(x)
+                room.arrived(x)
                 room.topic.add(x.conn)
                 return  # same tick: nothing can be delivered in between
             if not await x.drained():

@@ -9,6 +9,7 @@ presence), which is at most once. Channels: ``c:<conversation>``, ``u:<user>``
 from __future__ import annotations
 
 import struct
+import zlib
 from typing import Final
 
 from ..store.base import Entry
@@ -27,9 +28,9 @@ def conv_channel(conv: str) -> str:
     return "c:" + conv
 
 
-def user_channel(user: str) -> str:
-    """The channel of what concerns one user's own sessions."""
-    return "u:" + user
+def user_channel(user: str, channels: int = 0) -> str:
+    """The channel of what concerns one user's own sessions; or the one of ``channels`` that the user shares."""
+    return f"u:{zlib.crc32(user.encode()) % channels}" if channels else "u:" + user
 
 
 def presence_channel(user: str) -> str:

@@ -30,6 +30,8 @@ log = logging.getLogger("chatcore.presence")
 OFFLINE_GRACE_S: Final = 2.0
 # Changes are merged over this time, then told to the watchers.
 MERGE_S: Final = 0.2
+#: Whom a session watches that watches nobody.
+NOBODY: Final[frozenset[str]] = frozenset()
 # Until the next try when the store does not answer.
 RETRY_S: Final = 1.0
 
@@ -135,7 +137,7 @@ class Presence:
     def forget(self, x: Session) -> None:
         """A session is over."""
         self._unwatch(x, x.watching)
-        x.watching = frozenset()
+        x.watching = NOBODY
 
     def _unwatch(self, x: Session, users: frozenset[str]) -> None:
         gone: list[str] = []

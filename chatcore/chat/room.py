@@ -6,11 +6,15 @@ The protocols name exactly what is used, so that a model can stand in for each.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Set as AbstractSet
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final, Protocol
 
 from ..store.base import Changes, Entry, Known, View
+
+#: Shared by all rooms in which nobody is on the way: a room of their own would be most of what a room costs.
+NOBODY: Final[frozenset[Any]] = frozenset()
 
 
 class Subscriber(Protocol):
@@ -29,7 +33,7 @@ class Subscriber(Protocol):
     #: Attaches in tasks of their own that have not ended.
     joining: int
 
-    def attach_lock(self) -> asyncio.Lock:
+    def attach_lock(self) -> AbstractAsyncContextManager[None]:
         """One attach of a session after the other, so that none repeats what another pushed."""
 
     def wants(self, conv: str) -> bool:
@@ -119,19 +123,43 @@ class Room:
         self.quiet: TopicLike  # members that want to be told of changes only
         self.last = -1  # -1: not known yet
         self.want = 0
-        self.ring: deque[Entry] = deque()  # dense, ends with `last`; bounded by count and bytes
+        # Dense, ends with `last`; bounded by count and bytes. A list: an empty deque is 600 bytes larger.
+        self.ring: list[Entry] = []
         self.ring_bytes = 0
         self.pump: asyncio.Task[None] | None = None
         self.recheck = False  # the pump is to ask the store even if want == last
-        self.attaching: set[Subscriber] = set()  # on the way: behind `last`, or membership not read yet
+        # On the way: behind `last`, or membership not read yet. Changed by `expect` and `arrived` only.
+        self.attaching: AbstractSet[Subscriber] = NOBODY
         # Of those, who is to be told the row again: it changed after the attach had read it.
-        self.stale: set[Subscriber] = set()
+        self.stale: frozenset[Subscriber] = NOBODY
         # Who was removed by which entry: a row that reflects an earlier one is not believed.
         self.left: dict[str, int] = {}
         self.pins = 0
-        self.ready = ready
+        self.ready: asyncio.Future[None] | None = ready  # None: `last` is known
         self.idle_sweeps = 0
         self.dirty = False
+
+    def expect(self, x: Subscriber) -> None:
+        """A session begins to attach."""
+        if isinstance(self.attaching, set):
+            self.attaching.add(x)
+        else:
+            self.attaching = {x}
+
+    def arrived(self, x: Subscriber) -> None:
+        """It is through, or gives up."""
+        if isinstance(self.attaching, set):
+            self.attaching.discard(x)
+            if not self.attaching:
+                # Not kept empty: a set stays as large as it ever was.
+                self.attaching = NOBODY
+
+    def forget_stale(self, x: Subscriber) -> bool:
+        """Whether the session was to be told its row again."""
+        if x not in self.stale:
+            return False
+        self.stale = self.stale - {x} or NOBODY
+        return True
 
     def outdated(self, user: str, view: View) -> bool:
         """Whether the user's row is older than the removal that was delivered here."""

@@ -36,16 +36,15 @@ Spawn = Callable[[Coroutine[Any, Any, None], str], object]
 class ConnectedUser:
     """One user with at least one session here. ``number`` stands for the user in C."""
 
-    __slots__ = ("id", "name", "number", "sessions", "told")
+    __slots__ = ("id", "number", "sessions", "told")
 
-    def __init__(self, id: str, name: str, number: int) -> None:
+    def __init__(self, id: str, number: int) -> None:
         self.id = id
-        self.name = name
         self.number = number
         self.sessions: tuple[Session, ...] = ()  # oldest first; nearly always one, and a list has room for four
         # The change counter of rows that all sessions know already: a change is heard of at
-        # least twice, from the bus and from the look at the store.
-        self.told: dict[str, int] = {}
+        # least twice, from the bus and from the look at the store. None: of no change yet.
+        self.told: dict[str, int] | None = None
 
 
 class Users:
@@ -59,7 +58,10 @@ class Users:
         on_presence: Callable[[str], None],
         on_row: Callable[[str, str], None] = lambda conv, user: None,
         on_block: Callable[[], None] = lambda: None,
+        *,
+        channels: int = 0,
     ) -> None:
+        """``channels``: how many the users share on the bus; 0: each has one of its own."""
         self._store = store
         self._bus = bus
         self._spawn = spawn
@@ -67,7 +69,7 @@ class Users:
         self._on_row = on_row  # (conversation, user): changed by another worker
         self._on_block = on_block  # somebody with a session here was blocked by another worker
         self._by_id: dict[str, ConnectedUser] = {}
-        self._by_token: dict[bytes, tuple[Session, ...]] = {}  # a set would be 216 bytes for the one that there is
+        self._channels = channels
         self._numbers = 0
         self.delivery: Delivery  # set once both exist: each needs the other
         self.sessions = 0
@@ -93,43 +95,31 @@ class Users:
         """Every authenticated session."""
         return [x for user in self._by_id.values() for x in user.sessions]
 
-    async def add(self, x: Session, user: str, name: str, token_hash: bytes) -> ConnectedUser:
+    async def add(self, x: Session, user: str) -> ConnectedUser:
         """Register a session, and listen to what concerns its user, before anything is read for it."""
         connected = self._by_id.get(user)
         if connected is None:
             self._numbers += 1
-            connected = self._by_id[user] = ConnectedUser(user, name, self._numbers)
-        connected.name = name
+            connected = self._by_id[user] = ConnectedUser(user, self._numbers)
         connected.sessions += (x,)
         self.sessions += 1
-        self._hold(token_hash, x)
-        await self._bus.subscribe([events.user_channel(user)])
+        await self._bus.subscribe([self._channel(user)])
         return connected
 
-    def remove(self, x: Session, connected: ConnectedUser, token_hash: bytes) -> None:
+    def remove(self, x: Session, connected: ConnectedUser) -> None:
         """The session is over."""
         if x not in connected.sessions:
             return
         connected.sessions = tuple(other for other in connected.sessions if other is not x)
         self.sessions -= 1
-        self._let_go(token_hash, x)
-        self._bus.unsubscribe([events.user_channel(connected.id)])
+        self._bus.unsubscribe([self._channel(connected.id)])
         if not connected.sessions:
             self._by_id.pop(connected.id, None)
         self._on_presence(connected.id)
 
-    def retoken(self, x: Session, old: bytes, new: bytes) -> None:
-        """The session renewed its token."""
-        self._let_go(old, x)
-        self._hold(new, x)
-
-    def _hold(self, token_hash: bytes, x: Session) -> None:
-        self._by_token[token_hash] = (*self._by_token.get(token_hash, ()), x)
-
-    def _let_go(self, token_hash: bytes, x: Session) -> None:
-        left = tuple(other for other in self._by_token.pop(token_hash, ()) if other is not x)
-        if left:
-            self._by_token[token_hash] = left
+    def _channel(self, user: str) -> str:
+        """The channel on which what concerns the user is told."""
+        return events.user_channel(user, self._channels)
 
     def is_online(self, user: str) -> bool:
         """Whether a session here is not away."""
@@ -142,7 +132,7 @@ class Users:
 
     def tokens(self) -> list[bytes]:
         """The hashes of their tokens."""
-        return list(self._by_token)
+        return list({x.token_hash for x in self.all_sessions()})
 
     # --- Directory ------------------------------------------------------------
     def sessions_of(self, user: str) -> Iterable[Session]:
@@ -197,7 +187,7 @@ class Users:
 
     def _tell(self, connected: ConnectedUser, view: View, have: int | None) -> None:
         room = self.delivery.rooms.get(view.conv)
-        known = connected.told.get(view.conv) == view.rev
+        known = connected.told is not None and connected.told.get(view.conv) == view.rev
         all_told = True
         for x in connected.sessions:
             if not x.ready:
@@ -207,7 +197,7 @@ class Users:
                 self.delivery.attach_soon(x, view.conv, have)
             elif x in room.attaching:
                 # It may be pushed an older view yet: it is told when it is through.
-                room.stale.add(x)
+                room.stale |= {x}
                 all_told = False
             elif x.conn in room.topic or x.conn in room.quiet:
                 if not known:
@@ -218,7 +208,7 @@ class Users:
             self._remember(connected, view.conv, view.rev)
 
     def _tell_out(self, connected: ConnectedUser, conv: str) -> None:
-        known = connected.told.get(conv) == -1
+        known = connected.told is not None and connected.told.get(conv) == -1
         room = self.delivery.rooms.get(conv)
         for x in connected.sessions:
             if room is not None:
@@ -231,8 +221,8 @@ class Users:
 
     @staticmethod
     def _remember(connected: ConnectedUser, conv: str, rev: int) -> None:
-        if len(connected.told) >= TOLD_MAX:
-            connected.told.clear()
+        if connected.told is None or len(connected.told) >= TOLD_MAX:
+            connected.told = {}
         connected.told[conv] = rev
 
     async def _expire(self) -> None:
@@ -241,15 +231,18 @@ class Users:
         while True:
             await asyncio.sleep(EXPIRY_SWEEP_S)
             now = loop.time()
-            due = [token for token, holders in self._by_token.items() if any(x.expires <= now for x in holders)]
-            for token_hash in due:
+            due: dict[bytes, list[Session]] = {}
+            for x in self.all_sessions():
+                if x.expires <= now:
+                    due.setdefault(x.token_hash, []).append(x)
+            for token_hash, holders in due.items():
                 try:
                     found = await self._store.token(token_hash)
                 except ChatError as exc:
                     log.warning("expiry of tokens: %s", exc)
                     break
                 left_ms = 0 if found is None else found.expires - time.time_ns() // 1_000_000
-                for x in list(self._by_token.get(token_hash, ())):
+                for x in holders:
                     if left_ms > 0:
                         x.expires = loop.time() + left_ms / 1000
                     else:
@@ -257,9 +250,12 @@ class Users:
 
     def revoked(self, tokens: list[bytes], users: list[str]) -> None:
         """Close the sessions of these tokens and users."""
-        for token in tokens:
-            for x in list(self._by_token.get(token, ())):
-                x.revoke()
+        if tokens:
+            # Rare, and then for many at once: an index would cost each session more than this costs all.
+            gone = set(tokens)
+            for x in self.all_sessions():
+                if x.token_hash in gone:
+                    x.revoke()
         for user in users:
             for x in list(self.sessions_of(user)):
                 x.revoke()
@@ -267,18 +263,17 @@ class Users:
     # --- the users' own channels ------------------------------------------------
     def tell_changed(self, user: str, conv: str, have: int | None = None) -> None:
         """Tell every worker that has sessions of the user, this one too."""
-        payload = {"k": "row", "c": conv}
-        self._bus.publish(events.user_channel(user), orjson.dumps(payload | ({} if have is None else {"have": have})))
+        self._publish(user, {"k": "row", "c": conv} | ({} if have is None else {"have": have}))
         self.refresh(user, conv, have)
 
     def tell_blocked(self, user: str) -> None:
         """Who blocks a user has changed: the workers where the user writes may have remembered it."""
-        self._bus.publish(events.user_channel(user), orjson.dumps({"k": "blocks"}))
+        self._publish(user, {"k": "blocks"})
         self._on_block()
 
     def tell_all(self, user: str, wire: bytes) -> None:
         """Push something to all sessions of a user, everywhere."""
-        self._bus.publish(events.user_channel(user), orjson.dumps({"k": "push", "wire": wire.decode()}))
+        self._publish(user, {"k": "push", "wire": wire.decode()})
         self.push_all(user, wire)
 
     def push_all(self, user: str, wire: bytes) -> None:
@@ -289,12 +284,21 @@ class Users:
 
     def tell_revoked(self, user: str, token_hash: bytes) -> None:
         """A token was revoked: its sessions end at once, wherever they are (the store tells it too)."""
-        self._bus.publish(events.user_channel(user), orjson.dumps({"k": "revoked", "token": token_hash.hex()}))
-        self.revoked([token_hash], [])
+        self._publish(user, {"k": "revoked", "token": token_hash.hex()})
+        self._revoked(user, token_hash)
 
-    def on_bus(self, user: str, payload: bytes) -> None:
-        """A message on a user's own channel."""
+    def _publish(self, user: str, message: dict[str, Any]) -> None:
+        self._bus.publish(self._channel(user), orjson.dumps({"u": user, **message}))
+
+    def _revoked(self, user: str, token_hash: bytes) -> None:
+        for x in self.sessions_of(user):
+            if x.token_hash == token_hash:
+                x.revoke()
+
+    def on_bus(self, payload: bytes) -> None:
+        """A message on a user's channel, or on one that the user shares with others."""
         message = orjson.loads(payload)
+        user = message["u"]
         match message.get("k"):
             case "row":
                 self._on_row(message["c"], user)
@@ -304,6 +308,6 @@ class Users:
             case "push":
                 self.push_all(user, message["wire"].encode())
             case "revoked":
-                self.revoked([bytes.fromhex(message["token"])], [])
+                self._revoked(user, bytes.fromhex(message["token"]))
             case _:
                 log.warning("unknown message on the channel of %s", user)

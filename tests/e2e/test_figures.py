@@ -18,17 +18,19 @@ async def test_status_shows_what_the_cache_the_store_and_the_bus_did(world: Worl
     for _ in range(5):
         assert (await world.http("GET", "/v1/me", token=alice.token)).status == 200
 
+    # SQLite is in the same process: what it reads by a key is not remembered a second time.
+    shared = world.server.backend.file is None
+    kinds = {"last_entries"} | ({"sessions", "profiles", "roles", "member_counts"} if shared else set())
+
     async def shown() -> dict[str, Any] | None:
         status = await asyncio.to_thread(world.server.ask, "status")
         reads = status["reads"]
-        return status if all(reads[kind]["l1"] >= 3 for kind in ("sessions", "roles", "last_entries")) else None
+        return status if all(reads[kind]["l1"] >= 3 for kind in kinds - {"profiles", "member_counts"}) else None
 
     status = await until(shown, "the figures of what was read")
     assert {kind: set(counts) for kind, counts in status["reads"].items()} == {
-        kind: {"l1", "l2", "missed", "refreshed", "ratio"}
-        for kind in ("sessions", "profiles", "roles", "member_counts", "last_entries")
+        kind: {"l1", "l2", "missed", "refreshed", "ratio"} for kind in kinds
     }
-    shared = world.server.backend.file is None
     assert (status["store"], status["bus"], status["queue"]) == ("ok", "ok", "ok")
     assert status["cache"] == ("ok" if shared else "none")
     assert sum(worker["figures"]["bus"]["published"] for worker in status["workers"]) > 0
@@ -44,5 +46,5 @@ async def test_status_shows_what_the_cache_the_store_and_the_bus_did(world: Worl
                 "queue": "closed",
             }
     printed = (await asyncio.to_thread(world.server.ctl, "status")).stdout
-    assert "reads from the cache: sessions " in printed
+    assert f"reads from the cache: {'sessions' if shared else 'last entries'} " in printed
     assert ("connections busy" in printed) is shared

@@ -186,7 +186,7 @@ class Worker:
 
     def _on_bus(self, channel: str, payload: bytes) -> None:
         kind, _, name = channel.partition(":")
-        (self.delivery if kind == "c" else self.users).on_bus(name, payload)
+        self.delivery.on_bus(name, payload) if kind == "c" else self.users.on_bus(payload)
 
     async def identify(self, token: str) -> Identity:
         """Accounts: the token of a user is its id."""

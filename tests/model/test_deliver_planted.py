@@ -156,7 +156,7 @@ class Attaches(Delivery):
         cur = after
         while (x in room.attaching or not self.looks_whether_still_attaching) and not x.closed:
             if self.is_there(room, cur):
-                room.attaching.discard(x)
+                room.arrived(x)
                 room.topic.add(x.conn)
                 return
             if not await x.drained():
