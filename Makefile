@@ -37,6 +37,7 @@ ifneq ($(wildcard perf/__main__.py),)
 	@echo 'make bench-setup   install and build what is compared with'
 	@echo 'make bench   run all benchmarks and write perf/REPORT.md (ARGS="fanout --quick": one of them)'
 endif
+	@echo 'make faults  run the fault campaign, an hour (ARGS="--backend sqlite-local --seed 1"; --help says more)'
 	@echo 'make lint    check style and types'
 	@echo 'make build   build into .venv only'
 	@echo 'make clean   remove everything that was built (not ./data)'
@@ -61,6 +62,11 @@ bench-setup: $(BUILT_DEV)
 	@$(PIP) --no-build-isolation --editable '.[dev,perf]'
 	@$(BIN)/python -m perf.peers.setup
 endif
+
+.PHONY: faults
+faults: $(BUILT_DEV)
+	@$(BIN)/python -m tests.services.mongodb
+	@$(BIN)/python -m tests.faults $(ARGS)
 
 .PHONY: lint
 lint: $(BUILT_DEV)

@@ -85,8 +85,9 @@ def figure(
     result.ack_p50_ms, result.ack_p99_ms = 1000 * share(acks, 0.5), 1000 * share(acks, 0.99)
     result.connected = _connected(steady, [(began, ended)])
     result.connected_without_hosts = _connected(steady, list(_between(hosts_away, began, ended)))
+    late_ones = _late_deliveries(senders, steady)
     for one in happened:
-        _recover(one, senders, steady)
+        _recover(one, senders, steady, late_ones)
     for kind in dict.fromkeys(one.fault.kind.name for one in happened):
         ones = [one for one in happened if one.fault.kind.name == kind]
         recoveries = [seconds for one in ones for seconds in one.recoveries]
@@ -124,14 +125,36 @@ def _connected(devices: Sequence[Device], windows: Sequence[tuple[float, float]]
     return 1 - lost / wanted if wanted else 1.0
 
 
-def _recover(one: Happened, senders: Sequence[Sender], steady: Sequence[Device]) -> None:
-    """From when the fault (or, if that was later, the client's loss) began, until the client is served again."""
+def _late_deliveries(senders: Sequence[Sender], devices: Sequence[Device]) -> list[tuple[str, float, float]]:
+    """What came more than HIT_S after it was acknowledged: to whom, and both times."""
+    acked = {
+        (message.conv, message.seq): message.acked for sender in senders for message in sender.sent if message.acked
+    }
+    late: list[tuple[str, float, float]] = []
+    for device in devices:
+        for conv, log in device.record.logs.items():
+            for i, came in enumerate(log.times, log.start + 1):
+                since = acked.get((conv, i))
+                if since is not None and came > since + HIT_S:
+                    late.append((device.name, since, came))
+    return late
+
+
+def _recover(
+    one: Happened, senders: Sequence[Sender], steady: Sequence[Device], late: Sequence[tuple[str, float, float]]
+) -> None:
+    """From when the fault (or, if that was later, what the client missed) began, until the client is served again."""
     began, until = one.began, max(one.healed, one.began) + AFTER_S
     hit: dict[str, float] = {}
     for device in steady:
         for gone, back, code in device.life.gaps:
             if code != BY_ITSELF and began <= gone <= until:
                 hit[device.name] = max(hit.get(device.name, 0.0), back - gone)
+    here = {device.name for device in steady if device.name.endswith("(steady)") or device.name.startswith("s")}
+    for name, since, came in late:
+        # Who is away or drops its connection by itself waits for other reasons.
+        if name in here and began - HIT_S <= since <= until and came > began:
+            hit[name] = max(hit.get(name, 0.0), came - max(began, since))
     for sender in senders:
         for message in sender.sent:
             if began - DEADLINE_S <= message.due <= until and message.acked > began:

@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -50,10 +51,18 @@ class Scene:
 
 
 def strace() -> str:
-    """The program.
+    """The program; installed if it is missing and we are root, as redis-server is.
 
     :raises Skipped: it is not there.
     """
+    if shutil.which("strace") is None and os.geteuid() == 0 and shutil.which("apt-get"):
+        for arguments in (["update", "-q"], ["install", "-yq", "--no-install-recommends", "strace"]):
+            subprocess.run(
+                ["apt-get", *arguments],
+                env=os.environ | {"DEBIAN_FRONTEND": "noninteractive"},
+                check=False,
+                stdout=subprocess.DEVNULL,
+            )
     found = shutil.which("strace")
     if found is None:
         raise Skipped("strace is missing: apt-get install strace")
@@ -103,11 +112,13 @@ async def kill_in_batch(scene: Scene, fault: Fault) -> None:
 
 
 @contextlib.asynccontextmanager
-async def traced(pids: list[int], calls: str, inject: str, output: Path | None = None) -> AsyncIterator[None]:
+async def traced(pids: list[int], calls: str, inject: str | None, output: Path | None = None) -> AsyncIterator[None]:
     """strace is attached to these processes, and does ``inject`` to these calls."""
-    arguments = ["-f", "-qq", "-e", f"trace={calls}", "-e", f"inject={calls}:{inject}", "-o", str(output or os.devnull)]
+    arguments = ["-f", "-qq", "-s", "8192", "-e", f"trace={calls}", "-o", str(output or os.devnull)]
+    if inject is not None:
+        arguments += ["-e", f"inject={calls}:{inject}"]
     process = await asyncio.create_subprocess_exec(
-        strace(), *arguments, *(part for pid in pids for part in ("-p", str(pid))),
+        await asyncio.to_thread(strace), *arguments, *(part for pid in pids for part in ("-p", str(pid))),
         stdin=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -81,7 +82,13 @@ class Fault:
 
 
 def plan(
-    backend: str, seed: int, seconds: float, most: int | None = None, names: tuple[str, ...] | None = None
+    backend: str,
+    seed: int,
+    seconds: float,
+    most: int | None = None,
+    names: Sequence[str] | None = None,
+    warm_s: float = WARM_S,
+    rest_s: tuple[float, float] = REST_S,
 ) -> list[Fault]:
     """Every kind comes once (or as often as its share), in a random order, before any comes again.
 
@@ -93,7 +100,7 @@ def plan(
     kinds = [kind for kind in KINDS.values() if backend in kind.backends]
     faults: list[Fault] = []
     deck: list[Kind] = []
-    at = WARM_S
+    at = warm_s
     while names is None or len(faults) < len(names):
         if names is not None:
             kind = KINDS[names[len(faults)]]
@@ -102,7 +109,7 @@ def plan(
                 deck = [kind for kind in kinds for _ in range(kind.share)]
                 chance.shuffle(deck)
             kind = deck.pop()
-        rest = chance.uniform(*REST_S)
+        rest = chance.uniform(*rest_s)
         if at + kind.lasts_s + rest > seconds or len(faults) == most:
             break
         faults.append(Fault(kind, at, chance.randrange(hosts), chance.randrange(workers), chance.random()))

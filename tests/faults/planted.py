@@ -15,8 +15,8 @@ from chatcore.worker import Worker
 
 #: Long enough that a kill falls into it.
 EARLY_S = 0.3
-#: Of the entries, so many are told to nobody on other workers.
-DROPPED_OF = 5
+#: One of so many entries is told to other workers, so that a hole is found; the last ones are mostly not.
+TOLD_OF = 5
 #: The looks that would find what the bus lost.
 NEVER_MS = 600_000
 
@@ -62,14 +62,14 @@ class AcksEarly(Worker):
 
 # --- dropped last publish --------------------------------------------------------------
 class LossyBus(Instead):
-    """Loses entries, as a bus may."""
+    """Loses entries, as a bus may, but more."""
 
     _count = 0
 
     def publish(self, channel: str, payload: bytes) -> None:
         if payload[:1] == events.ENTRY:
             self._count += 1
-            if self._count % DROPPED_OF == 0:
+            if self._count % TOLD_OF:
                 return
         self._original.publish(channel, payload)
 

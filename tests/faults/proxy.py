@@ -75,7 +75,7 @@ class Proxy:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._carry(reader, behind, upwards=True))
                 group.create_task(self._carry(there, writer, upwards=False))
-        except* (OSError, asyncio.CancelledError):
+        except* (OSError, RuntimeError, asyncio.CancelledError):
             pass
         finally:
             for one in (writer, behind):
@@ -109,5 +109,5 @@ class Proxy:
 
     def _end(self, writer: asyncio.StreamWriter) -> None:
         self._spoilt.add(writer)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, RuntimeError):  # uvloop raises the second when it is closed
             writer.write_eof()

@@ -55,14 +55,20 @@ class Broken:
 class Log:
     """One conversation as one client holds it."""
 
-    __slots__ = ("digests", "later", "missing_to", "start")
+    __slots__ = ("digests", "later", "missing_to", "start", "times")
 
     def __init__(self, start: int) -> None:
         self.start = start  # it holds what comes after this seq
         self.digests = array("Q")
+        self.times = array("d")  # when each came (monotonic)
         # While a hole is filled with pages: up to where, and what was pushed meanwhile.
         self.missing_to = 0
         self.later: list[Message] = []
+
+    def add(self, entry: Message) -> None:
+        """The next one."""
+        self.digests.append(digest(entry))
+        self.times.append(time.monotonic())
 
     @property
     def held(self) -> int:
@@ -120,7 +126,7 @@ class Record:
         if log.missing_to:
             log.later.append(entry)
         else:
-            log.digests.append(digest(entry))
+            log.add(entry)
         return True
 
     def looked(self, conv: str, told: int, entries: list[Message], at: int) -> None:
@@ -149,7 +155,7 @@ class Record:
         log = self.logs[conv]
         for entry in entries:
             if entry["s"] == log.held + 1 and entry["s"] <= log.missing_to:
-                log.digests.append(digest(entry))
+                log.add(entry)
             elif entry["s"] > log.missing_to:
                 break
             elif entry["s"] > log.held:
@@ -159,6 +165,7 @@ class Record:
             return False
         log.missing_to = 0
         later, log.later = log.later, []
-        log.digests.extend(map(digest, later))
+        for entry in later:
+            log.add(entry)
         self.filled += 1
         return True

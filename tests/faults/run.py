@@ -6,7 +6,7 @@ import asyncio
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from . import check, stored
 from .crowd import Crowd, Scale
 from .figures import Figures, Happened, figure
 from .harm import HARM, Scene, Skipped, well
+from .host import Host
 from .plan import Fault
 from .record import Broken, Message
 from .site import Site
@@ -91,6 +92,9 @@ class Run:
         self._say(f"{len(crowd.devices)} clients are there")
         crowd.begin()
         before = await self._fill(site, crowd) if self._compare_use else None
+        # Every worker's cache has every newest page, and has to hear of all that comes.
+        async for _ in self._all_pages(site, crowd):
+            pass
         began = loop.time()
         first = [len(sender.sent) for sender in crowd.senders]
         crowd.flow(True)
@@ -184,22 +188,29 @@ class Run:
         acked, landed = check.sends_are_kept(logs, crowd.senders, broken)
         compared = check.records_are_the_log(logs, crowd.devices, broken)
         self._say(f"{acked} acknowledged, {landed} stored without; {compared} deliveries compared")
+        async for where, pages in self._all_pages(site, crowd):
+            check.pages_are_the_log(logs, where, pages, broken)
+
+    async def _all_pages(self, site: Site, crowd: Crowd) -> AsyncIterator[tuple[str, dict[str, list[Message]]]]:
+        """Of every worker: its name, and the newest page of every conversation."""
         for host in site.hosts:
             for slot in range(host.workers):
-                pages = await self._pages(site, host.address, slot, crowd)
-                check.pages_are_the_log(logs, f"worker {slot} of {host.data.name}", pages, broken)
+                where = f"worker {slot} of host {host.data.name}"
+                try:
+                    yield where, await self._pages(host, slot, crowd)
+                except TimeoutError:
+                    crowd.broken.add("unanswered", f"{where} does not tell its pages")
 
-    async def _pages(self, site: Site, address: tuple[str, int], slot: int, crowd: Crowd) -> dict[str, list[Message]]:
-        """The newest page of every conversation, as one worker tells it."""
-        host = next(host for host in site.hosts if host.address == address)
+    async def _pages(self, host: Host, slot: int, crowd: Crowd) -> dict[str, list[Message]]:
         loop = asyncio.get_running_loop()
         for _ in range(200):
             inbox: asyncio.Queue[Message] = asyncio.Queue()
-            wire = await dial(address, lambda data, inbox=inbox: inbox.put_nowait(orjson.loads(data)))  # type: ignore[misc]
+            wire = await dial(host.address, lambda data, inbox=inbox: inbox.put_nowait(orjson.loads(data)))  # type: ignore[misc]
             try:
                 if await asyncio.to_thread(host.slot_of, wire.port) != slot:
                     continue
-                wire.send(orjson.dumps({"t": "auth", "id": 1, "v": 1, "token": crowd.reader[1]}))
+                # Away: what is attached here is not loaded for the sake of this reader.
+                wire.send(orjson.dumps({"t": "auth", "id": 1, "v": 1, "token": crowd.reader[1], "only": []}))
                 pages: dict[str, list[Message]] = {}
                 for id, conv in enumerate(crowd.convs, 2):
                     wire.send(orjson.dumps({"t": "history", "id": id, "c": conv, "limit": PAGE, "raw": True}))
