@@ -123,8 +123,13 @@ class MongoServer:
         self.start()
 
     def pause(self) -> None:
-        """SIGSTOP: connections stay open, and nothing answers."""
+        """SIGSTOP: connections stay open, and nothing answers from when it returns."""
         self._running().send_signal(signal.SIGSTOP)
+        deadline = time.monotonic() + STOP_LIMIT
+        while not all(_stands_still(thread) for thread in Path(f"/proc/{self.pid}/task").iterdir()):
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self._program} runs on after SIGSTOP")
+            time.sleep(0.002)
 
     def resume(self) -> None:
         self._running().send_signal(signal.SIGCONT)
@@ -190,6 +195,14 @@ class MongoServer:
             socket.create_connection(("127.0.0.1", self.port), 1.0).close()
         except OSError:
             return False
+        return True
+
+
+def _stands_still(thread: Path) -> bool:
+    """Whether a thread was stopped; the signal reaches one after the other."""
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0] in "TtZ"
+    except (FileNotFoundError, ProcessLookupError):
         return True
 
 
