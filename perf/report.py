@@ -93,10 +93,9 @@ def write(measured: dict[str, dict[str, Any]], out: Path) -> None:
         *servers(measured),
     ]
     plots = out.parent / "plots"
-    plots.mkdir(exist_ok=True)
+    plots.mkdir(parents=True, exist_ok=True)
     for name, result in measured.items():
-        lines += ["", f"## {name}", "", (import_module(f"perf.{name}").__doc__ or "").strip().partition("\n")[0]]
-        lines += ["", *rest_of_doc(name)]
+        lines += ["", f"## {name}", "", *about(name)]
         picture = plots / f"{name}.svg"
         picture.unlink(missing_ok=True)
         draw(result, picture)
@@ -108,10 +107,17 @@ def write(measured: dict[str, dict[str, Any]], out: Path) -> None:
     out.write_text("\n".join(lines) + "\n")
 
 
-def rest_of_doc(name: str) -> list[str]:
-    """What a bench says of itself, without its first line."""
-    doc = (import_module(f"perf.{name}").__doc__ or "").strip().partition("\n")[2]
-    return doc.strip().splitlines()
+def about(name: str) -> list[str]:
+    """What a bench says of itself, as Markdown."""
+    doc = (import_module(f"perf.{name}").__doc__ or "").strip().replace("``", "`")
+    first, _, rest = doc.partition("\n")
+    title = first.partition(": ")[2]
+    return [title[:1].upper() + title[1:], *rest.splitlines()]
+
+
+def quantity(value: float) -> str:
+    """Three digits that count, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def goal_table(wanted: list[Goal]) -> list[str]:
@@ -119,9 +125,9 @@ def goal_table(wanted: list[Goal]) -> list[str]:
     lines = ["| goal | wanted | measured | |", "|---|---:|---:|---|"]
     for goal in wanted:
         sign = "≥" if goal.at_least else "≤"
-        found = "not measured" if goal.found is None else f"{goal.found:,.3g}{goal.unit}"
+        found = "not measured" if goal.found is None else f"{quantity(goal.found)}{goal.unit}"
         mark = "" if goal.found is None else "reached" if goal.reached else "missed"
-        lines.append(f"| {goal.what} | {sign} {goal.limit:,.3g}{goal.unit} | {found} | {mark} |")
+        lines.append(f"| {goal.what} | {sign} {quantity(goal.limit)}{goal.unit} | {found} | {mark} |")
     return lines
 
 
