@@ -7,6 +7,7 @@ the worker is the only global there is.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import random
 import signal
@@ -51,6 +52,10 @@ DRAIN_PAUSE_S: Final = 0.01
 # The interpreter lets a waiting thread (the store's) have its lock after this; the default of
 # 5 ms would add that much to every commit while the loop is busy.
 SWITCH_INTERVAL_S: Final = 0.0005
+# The cycle collector looks at the young objects when there are so many more, at the middle-aged every 20th
+# time, at all every 20th of those. Almost nothing here ends in cycles; at its defaults (700, 10, 10) it took
+# a sixth of the time of a reconnect storm.
+GC_THRESHOLDS: Final = (20_000, 20, 20)
 
 
 def main(context: WorkerContext) -> int:
@@ -59,6 +64,7 @@ def main(context: WorkerContext) -> int:
     :raises StartError: with one line that says why it cannot start.
     """
     sys.setswitchinterval(SWITCH_INTERVAL_S)
+    gc.set_threshold(*GC_THRESHOLDS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(_run(context))
 
