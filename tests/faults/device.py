@@ -23,7 +23,7 @@ from .wire import Broken as BrokenWire
 from .wire import Wire, dial
 
 ENTRIES = frozenset({"msg", "member", "meta", "edit", "del", "react"})
-GOOD_S = 3.0
+GOOD_S = 1.0
 PONG_S = 1.0
 #: A client that hears nothing asks whether anybody is there; sooner if it waits for an answer.
 PING_S = 5.0

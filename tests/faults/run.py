@@ -27,8 +27,9 @@ from .wire import dial
 CONVERGE_S = 10.0
 #: What the servers use in the end may be so much more than before the first fault.
 GROWTH = 0.05
-#: Traffic before what the servers use is measured: caches fill.
-FILL_S = 20.0
+#: Traffic before what the servers use is measured, as a part of a run, at least and at most: caches fill, those of
+#: SQLite's pages last.
+FILL, FILL_S = 0.1, (20.0, 60.0)
 STILL_S = 3.0
 #: A page of a cache, newest entries.
 PAGE = 50
@@ -131,7 +132,7 @@ class Run:
 
     async def _fill(self, site: Site, crowd: Crowd) -> Use:
         crowd.flow(True)
-        await asyncio.sleep(FILL_S)
+        await asyncio.sleep(min(FILL_S[1], max(FILL_S[0], FILL * self.seconds)))
         crowd.flow(False)
         await asyncio.sleep(STILL_S)
         return await measure(site)
