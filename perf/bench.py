@@ -33,7 +33,7 @@ class Size:
 
 
 SIZES = (
-    Size("full", rounds=3, seconds=1.5, warm_s=0.4),
+    Size("full", rounds=3, seconds=1.5, warm_s=0.3),
     Size("quick", rounds=1, seconds=1.5, warm_s=0.4),  # for development
     Size("tiny", rounds=1, seconds=0.2, warm_s=0.1),  # for tests: does it work at all?
 )

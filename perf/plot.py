@@ -85,7 +85,10 @@ def _ladder(pyplot: Any, rows: list[dict[str, Any]]) -> Any:
         users = [int(row["case"].split()[0]) for row in own]
         times.plot(users, [row["p80_ms"] for row in own], f"C{i}o-", label=f"{server}, p80")
         times.plot(users, [row["p99_ms"] for row in own], f"C{i}.:", label=f"{server}, p99")
-        cores.plot(users, [row["cpu_cores"] for row in own], f"C{i}o-", label=server)
+        used = [row for row in own if "cpu_cores" in row]
+        cores.plot(
+            [int(row["case"].split()[0]) for row in used], [row["cpu_cores"] for row in used], f"C{i}o-", label=server
+        )
     times.axhline(200, color="0.6", lw=0.8)
     times.set_xscale("log")
     times.set_yscale("log")

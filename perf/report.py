@@ -22,13 +22,13 @@ HERE = Path(__file__).parent
 RESULTS = BUILD / "results"
 #: All of it takes less than 25 minutes on two cores.
 ALL: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("fanout", ("--seconds", "1.0")),
-    ("send", ("--rounds", "2")),
+    ("fanout", ("--seconds", "0.8")),
+    ("send", ("--rounds", "2", "--seconds", "1.0")),
     ("idle", ("--rounds", "1")),
     ("storm", ()),
-    ("history", ("--rounds", "2")),
+    ("history", ("--rounds", "1")),
     ("echo", ()),
-    ("users", ()),
+    ("users", ("--seconds", "6")),
     ("cache", ("--seconds", "8")),
 )
 #: It measures the cache of chatcore alone, and knows neither peers nor rounds.

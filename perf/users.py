@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import bench
@@ -20,6 +21,9 @@ from .processes import Running, Usage
 from .results import Results, sample
 
 LADDER = (150, 500, 1000, 2000, 3000, 5000, 10_000, 20_000, 30_000)
+#: Up to how many users a server is started anew, with so many in its store: a database that looks through everything
+#: is not asked to look through more than the step has.
+WORLDS = (1000, 5000, 30_000)
 ROOM = 20
 INTERVAL_S = 10.0
 CHURN_PER_S = 0.10 / 60
@@ -27,6 +31,8 @@ BROKEN_P80_MS = 10_000.0
 BROKEN_ERRORS = 0.05
 #: After a step: so long is an answer waited for, before it counts as an error.
 PATIENCE_S = 12.0
+#: The users of the next step have so long to get in, and 10 ms each.
+CONNECT_S = 30.0
 #: What the people who asked for chatcore call good enough.
 GOOD_P80_MS = 200.0
 
@@ -74,7 +80,18 @@ def main(argv: list[str]) -> dict[str, object]:
 
 def climb(peer: Peer, opts: Options, wanted: Plan, results: Results, step: StepTold) -> None:
     """One server's ladder."""
-    n = max(wanted.ladder)
+    below = 0
+    for n in WORLDS:
+        steps = [users for users in wanted.ladder if below < users <= n]
+        if steps and not climb_in(peer, max(steps), steps, opts, wanted, results, step):
+            return
+        below = n
+
+
+def climb_in(
+    peer: Peer, n: int, steps: Sequence[int], opts: Options, wanted: Plan, results: Results, step: StepTold
+) -> bool:
+    """Some steps of it, with `n` users in its store; whether it can go on."""
     rooms = [list(range(first, min(n, first + ROOM))) for first in range(0, n, ROOM)]
     with Running(peer, opts.workers, World(rooms, n)) as server:
         clients = []
@@ -85,19 +102,22 @@ def climb(peer: Peer, opts: Options, wanted: Plan, results: Results, step: StepT
         with Generator(peer, server.port, clients, processes=2 if n > 5000 else 1) as generator:
             generator.retry(1.0)
             live = 0
-            for users in wanted.ladder:
+            for users in steps:
                 step(f"{peer.name}, {users} users")
                 generator.churn(0)
                 try:
-                    generator.connect(live, users - live, timeout_s=60 + users / 100)
+                    generator.connect(live, users - live, timeout_s=CONNECT_S + users / 100)
                 except TimeoutError:
-                    results.note(f"{peer.name}: {users} users did not get in")
-                    return
+                    results.note(f"{peer.name} broke: {users} users did not get in")
+                    never = dict.fromkeys(("p50_ms", "p80_ms", "p99_ms"), PATIENCE_S * 1000)
+                    results.add(peer.name, f"{users} users", "message", never | {"errors": users - live})
+                    return False
                 live = users
                 generator.churn(users * CHURN_PER_S)
                 if measure(peer, server, generator, wanted, users, results):
                     results.note(f"{peer.name} broke at {users} users")
-                    return
+                    return False
+    return True
 
 
 def measure(peer: Peer, server: Running, generator: Generator, wanted: Plan, users: int, results: Results) -> bool:
@@ -116,9 +136,10 @@ def measure(peer: Peer, server: Running, generator: Generator, wanted: Plan, use
     for key, share in (("p50_ms", 0.5), ("p80_ms", 0.8), ("p99_ms", 0.99), ("p999_ms", 0.999)):
         value = stats.ack.ms(share)
         # Who was never answered waited for longer than any other.
-        figures[key] = PATIENCE_S * 1000 if value is None or stats.ack.n < share * stats.counts["sent"] else value
+        due = stats.counts["sent"] - stats.counts["abandoned"]
+        figures[key] = PATIENCE_S * 1000 if value is None or stats.ack.n < share * due else value
     figures["delivery_p99_ms"] = stats.delivery.ms(0.99) or 0.0
-    lost = max(0, stats.counts["sent"] - stats.counts["acked"])
+    lost = max(0, stats.counts["sent"] - stats.counts["acked"] - stats.counts["abandoned"])
     figures["errors"] = lost + stats.counts["closed"] + stats.counts["failed"]
     figures |= memory(now) | {"cpu_cores": used.cpu_ns / 1e9 / wanted.seconds}
     results.add(peer.name, case, "message", figures)
@@ -138,7 +159,7 @@ def answered(generator: Generator) -> Stats:
     deadline = time.monotonic() + PATIENCE_S
     while True:
         stats = generator.stats()
-        if stats.counts["acked"] >= stats.counts["sent"] or time.monotonic() > deadline:
+        if stats.counts["acked"] + stats.counts["abandoned"] >= stats.counts["sent"] or time.monotonic() > deadline:
             return stats
         time.sleep(0.05)
 

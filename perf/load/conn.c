@@ -61,6 +61,8 @@ void conn_close(struct load *l, struct conn *c, bool meant)
     c->fd = -1;
     c->state = CLOSED;
     c->timer_epoch++;
+    if (meant) /* whoever leaves gets no answer; it is not the server's fault */
+        l->window_stats.abandoned += c->in_flight;
     c->in_flight = 0;
     c->listens = false;
     free(c->rx);

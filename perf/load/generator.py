@@ -261,8 +261,8 @@ class Generator:
         while True:
             totals = self.totals()
             counts = totals.counts
-            done = counts["acked"] >= counts["sent"] and counts["delivered"] >= counts["expected"]
-            if done or time.monotonic() > deadline:
+            answered = counts["acked"] + counts["abandoned"] >= counts["sent"]
+            if (answered and counts["delivered"] >= counts["expected"]) or time.monotonic() > deadline:
                 return totals
             time.sleep(0.05)
 

@@ -75,7 +75,7 @@ struct conn {
 struct stats {
     struct histogram ack, delivery, join, late;
     /* counters, one after the other: see stats_reset */
-    uint64_t sent, acked, delivered, expected, replayed, errors, closed, failed, joined, frames, other, bytes_in,
+    uint64_t sent, acked, abandoned, delivered, expected, replayed, errors, closed, failed, joined, frames, other, bytes_in,
         bytes_out, reads, writes, wakeups, wait_ns, cpu_ns, wall_ns;
 };
 

@@ -8,7 +8,7 @@ void report_stats(struct load *l, const char *event, const struct stats *s)
         const char *name;
         uint64_t value;
     } counts[] = {
-        {"sent", s->sent},         {"acked", s->acked},         {"delivered", s->delivered}, {"expected", s->expected},
+        {"sent", s->sent},         {"acked", s->acked},         {"abandoned", s->abandoned}, {"delivered", s->delivered}, {"expected", s->expected},
         {"replayed", s->replayed}, {"errors", s->errors},       {"closed", s->closed},       {"failed", s->failed},
         {"joined", s->joined},     {"frames", s->frames},       {"other", s->other},         {"bytes_in", s->bytes_in},
         {"reads", s->reads},       {"bytes_out", s->bytes_out}, {"writes", s->writes},       {"wakeups", s->wakeups},
