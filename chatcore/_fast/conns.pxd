@@ -13,6 +13,9 @@ cdef enum:
     TICK_NS = 100000000         # the wheel's step; deadlines are never early and one step late
     WHEEL_SLOTS = 512           # 51 s: a ping interval fits; longer deadlines go round
     CHUNK_CONNS = 256           # 32 KiB of structs at a time
+    # What a topic holds at most before it goes to the members' outboxes.
+    HELD_MAX = 256
+    HELD_BYTES = 65536
     CHUNK_SHIFT = 8
 
 cdef enum State:
@@ -48,11 +51,21 @@ cdef struct Members:
     # The connections of one topic. `conns[i]` is at `slots[i]` in its connection's Topics, and
     # that entry says i: both sides remove in O(1) by moving their last entry into the hole.
     # Embedded in a Topic object, which owns both arrays.
+    #
+    # `held`: frames for all members that are in no outbox yet, one reference each. They wait for
+    # the end of the loop's turn, or for anything whose order with them matters (members_settle),
+    # so that what comes together is one piece of memory and one entry in each outbox.
     Conn **conns
     uint32_t *slots
     uint32_t count
     uint32_t room
     PyObject *topic             # the object it is embedded in (borrowed: it is)
+    FrameBuf **held
+    uint32_t held_count
+    uint32_t held_room
+    uint32_t held_bytes
+    bint waiting                # in the list of those that hold something
+    Members *next_waiting
 
 cdef struct Conn:
     # Two cache lines; a delivery touches only the first.
@@ -100,6 +113,8 @@ cdef struct Hub:
     Conn *dirty_first           # to be written, told about or buried, first come first served
     Conn *dirty_last
     Conn *graves                # to be freed when the outermost call returns
+    Members *waiting_first      # topics that hold frames, in the order in which they began to
+    Members *waiting_last
     int epfd
     int depth                   # calls in progress that may hold a Conn *
     uint32_t open               # sockets
@@ -133,7 +148,7 @@ cdef class Core:
 
     cdef inline int schedule(self) except -1:
         """Have flush() called once in this turn of the loop, if there is something for it."""
-        if self.hub.dirty_first != NULL and not self.scheduled:
+        if (self.hub.dirty_first != NULL or self.hub.waiting_first != NULL) and not self.scheduled:
             self.call_flush()
         return 0
 
@@ -210,6 +225,15 @@ cdef bint topic_add(Members *m, Conn *c) noexcept nogil
 cdef bint topic_has(const Members *m, const Conn *c, uint32_t *at) noexcept nogil
 cdef void topic_remove(Members *m, uint32_t at) noexcept nogil
 cdef void topics_leave(Conn *c) noexcept nogil
+
+cdef bint members_hold(Hub *h, Members *m, FrameBuf *f) noexcept nogil
+cdef void members_settle(Hub *h, Members *m) noexcept nogil
+cdef void members_drop(Hub *h, Members *m) noexcept nogil
+
+cdef inline void hub_settle(Hub *h) noexcept nogil:
+    """Everything that topics hold goes to the outboxes: before anything is queued behind it."""
+    while h.waiting_first != NULL:
+        members_settle(h, h.waiting_first)
 
 cdef inline Members **topics_members(Topics *t) noexcept nogil:
     return <Members **>(t + 1)

@@ -19,7 +19,7 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memset
 
-from chatcore._fast.frames cimport CLOSE_BROKEN, FrameBuf, frame_close, frame_drop, rx_free
+from chatcore._fast.frames cimport CLOSE_BROKEN, FrameBuf, frame_close, frame_drop, frame_join, rx_free
 from chatcore._fast.outbox cimport outbox_clear, outbox_drop_unsent
 from chatcore._fast.sys cimport (
     CC_CHECK, EPOLL_CTL_MOD, EPOLLIN, EPOLLOUT, SHUT_WR, SO_LINGER, SOL_SOCKET, c_close, cc_now_ns,
@@ -398,3 +398,93 @@ cdef void topics_leave(Conn *c) noexcept nogil:
     while c.topics != NULL:
         topic_remove(topics_members(c.topics)[c.topics.count - 1],
                      topics_slots(c.topics)[c.topics.count - 1])
+
+# -- what topics hold ---------------------------------------------------------------------------
+
+cdef void members_forget(Hub *h, Members *m) noexcept nogil:
+    """Take the topic out of the list of those that wait (nearly always it is the first)."""
+    cdef Members *at = h.waiting_first
+    if not m.waiting:
+        return
+    m.waiting = False
+    if at == m:
+        h.waiting_first = m.next_waiting
+        if h.waiting_first == NULL:
+            h.waiting_last = NULL
+    else:
+        while at.next_waiting != m:
+            at = at.next_waiting
+        at.next_waiting = m.next_waiting
+        if h.waiting_last == m:
+            h.waiting_last = at
+    m.next_waiting = NULL
+
+
+cdef bint members_hold(Hub *h, Members *m, FrameBuf *f) noexcept nogil:
+    """Keep the frame for all members until the topic is settled, with a reference of its own.
+    False: no memory."""
+    cdef FrameBuf **bigger
+    cdef uint32_t room
+    if m.held_count == m.held_room:
+        room = m.held_room * 2 if m.held_room else GROW_FIRST
+        bigger = <FrameBuf **>realloc(m.held, room * sizeof(FrameBuf *))
+        if bigger == NULL:
+            return False
+        m.held = bigger
+        m.held_room = room
+    f.refs += 1
+    m.held[m.held_count] = f
+    m.held_count += 1
+    m.held_bytes += f.size
+    if not m.waiting:
+        m.waiting = True
+        m.next_waiting = NULL
+        if h.waiting_last == NULL:
+            h.waiting_first = m
+        else:
+            h.waiting_last.next_waiting = m
+        h.waiting_last = m
+    if m.held_count == HELD_MAX or m.held_bytes >= HELD_BYTES:
+        members_settle(h, m)
+    return True
+
+
+cdef void members_settle(Hub *h, Members *m) noexcept nogil:
+    """Queue what the topic holds on every member."""
+    cdef uint32_t i = m.count, k, n = m.held_count
+    cdef FrameBuf *joined = NULL
+    cdef Conn *c
+    members_forget(h, m)
+    if n == 0:
+        return
+    if n > 1 and i > 1:
+        joined = frame_join(m.held, n, m.held_bytes)
+    # From the last to the first: a member that turns out too slow is removed on the way, and the
+    # one that takes its place has been served.
+    while i:
+        i -= 1
+        c = m.conns[i]
+        CC_CHECK(c.state == OPEN)
+        if joined != NULL:
+            joined.refs += 1
+            if conn_send(h, c, joined):
+                h.stats.frames_queued += n - 1
+            continue
+        for k in range(n):
+            m.held[k].refs += 1
+            if not conn_send(h, c, m.held[k]):
+                break
+    if joined != NULL:
+        frame_drop(joined)
+    members_drop(h, m)
+
+
+cdef void members_drop(Hub *h, Members *m) noexcept nogil:
+    """Let go of what the topic holds."""
+    cdef uint32_t k
+    members_forget(h, m)
+    for k in range(m.held_count):
+        frame_drop(m.held[k])
+    free(m.held)
+    m.held = NULL
+    m.held_count = m.held_room = m.held_bytes = 0

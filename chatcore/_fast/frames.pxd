@@ -39,6 +39,7 @@ cdef struct FrameBuf:
 
 cdef FrameBuf *frame_new(int opcode, const uint8_t *payload, size_t size) noexcept nogil
 cdef FrameBuf *frame_close(uint16_t code, const uint8_t *reason, size_t size) noexcept nogil
+cdef FrameBuf *frame_join(FrameBuf **frames, uint32_t n, uint32_t size) noexcept nogil
 cdef void frame_free(FrameBuf *f) noexcept nogil
 
 cdef inline void frame_drop(FrameBuf *f) noexcept nogil:

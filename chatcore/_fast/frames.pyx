@@ -163,6 +163,22 @@ cdef FrameBuf *frame_close(uint16_t code, const uint8_t *reason, size_t size) no
     return frame_new(OP_CLOSE, body, size + 2)
 
 
+cdef FrameBuf *frame_join(FrameBuf **frames, uint32_t n, uint32_t size) noexcept nogil:
+    """The bytes of `n` frames, `size` in all, one behind the other, with one reference. NULL: no memory."""
+    cdef FrameBuf *f = <FrameBuf *>malloc(sizeof(FrameBuf) + size)
+    cdef uint8_t *to
+    cdef uint32_t i
+    if f == NULL:
+        return NULL
+    f.refs = 1
+    f.size = size
+    to = f.data
+    for i in range(n):
+        memcpy(to, frames[i].data, frames[i].size)
+        to += frames[i].size
+    return f
+
+
 cdef void frame_free(FrameBuf *f) noexcept nogil:
     free(f)
 

@@ -25,8 +25,8 @@ from chatcore._fast.conns cimport (
     ARMED_OUT, AUTHED, BLOCKED, CHUNK_CONNS, CHUNK_SHIFT, CLOSING, DEAD, DIRTY, EOF_SEEN, FREE,
     HTTP, HTTP_ASKED, HTTP_SEEN, LINGER, NO_IN, OPEN, PINGED, TICK_NS, TELL_CLOSED, TELL_WRITABLE, Conn,
     Core, Hub, conn_close, conn_ended, conn_free, conn_get, conn_handle, conn_interest, conn_kill,
-    conn_linger, conn_new, conn_queue, conn_reset, conn_send, conn_settle, conn_touch, hub_ms,
-    timer_set, timer_stop, topics_members, wheel_turn,
+    conn_linger, conn_new, conn_queue, conn_reset, conn_send, conn_settle, conn_touch, hub_ms, hub_settle,
+    members_drop, timer_set, timer_stop, topics_members, wheel_turn,
 )
 from chatcore._fast.frames cimport (
     CLOSE_BROKEN, CLOSE_NO_STATUS, EV_BINARY, EV_CLOSE, EV_FAIL, EV_NONE, EV_PING, EV_TEXT,
@@ -297,6 +297,7 @@ cdef class Reactor(Core):
         self.enter()
         try:
             until = cc_now_ns() + BUDGET_NS
+            hub_settle(&self.hub)
             while self.hub.dirty_first != NULL:
                 self.flush_batch()
                 if cc_now_ns() > until or self.stopped:
@@ -738,6 +739,9 @@ cdef class Reactor(Core):
         cdef bint sent
         if c == NULL or c.state != OPEN:
             return False
+        hub_settle(&self.hub)
+        if c.state != OPEN:
+            return False
         f = frame_new(opcode, <const uint8_t *><char *>payload, len(payload))
         if f == NULL:
             raise MemoryError
@@ -756,6 +760,9 @@ cdef class Reactor(Core):
         cdef bint sent
         if c == NULL or c.state != OPEN:
             return False
+        hub_settle(&self.hub)
+        if c.state != OPEN:
+            return False
         frame.buf.refs += 1
         sent = conn_send(&self.hub, c, frame.buf)
         self.schedule()
@@ -763,10 +770,12 @@ cdef class Reactor(Core):
 
     def queued(self, uint64_t conn):
         cdef Conn *c = conn_get(&self.hub, conn)
+        hub_settle(&self.hub)
         return 0 if c == NULL else c.out.bytes
 
     def notify_writable(self, uint64_t conn):
         cdef Conn *c = conn_get(&self.hub, conn)
+        hub_settle(&self.hub)
         if c == NULL or c.state != OPEN:
             return False
         if c.out.bytes <= self.hub.low_water:
@@ -779,6 +788,7 @@ cdef class Reactor(Core):
         cdef Conn *c = conn_get(h, conn)
         if c == NULL:
             return
+        hub_settle(h)
         if c.state == OPEN:
             conn_close(h, c, code, <const uint8_t *><char *>reason, len(reason), code)
         elif c.state == HTTP:
@@ -847,6 +857,8 @@ cdef class Reactor(Core):
                 sessions.append(<object>c.session)
                 Py_XDECREF(c.session)
                 c.session = NULL
+        while h.waiting_first != NULL:
+            members_drop(h, h.waiting_first)
         h.dirty_first = NULL
         h.dirty_last = NULL
         h.graves = NULL

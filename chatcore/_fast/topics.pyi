@@ -23,6 +23,7 @@ class Topic:
     def __contains__(self, conn: int) -> bool: ...
     def fan_out(self, frame: Frame, skip_owner: int = 0) -> int:
         """Queue the frame on every member (except those whose owner is `skip_owner`; 0: nobody);
-        returns how many. Calls no handler: a member that is too slow by now is closed with 4002,
-        and `on_closed` comes from the next flush."""
+        returns how many. Calls no handler: a member that is too slow by then is closed with 4002,
+        and `on_closed` comes from the next flush. What several calls in one turn of the loop queue is
+        joined: it comes before whatever is queued later, and after what was queued before."""
     def sessions(self) -> list[Any]: ...  # for rare administrative walks, not for delivery

@@ -5,7 +5,8 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from chatcore._fast.conns cimport (
-    OPEN, Conn, Core, Hub, Members, conn_get, conn_send, topic_add, topic_has, topic_remove,
+    OPEN, Conn, Core, Hub, Members, conn_get, conn_send, members_drop, members_hold, members_settle,
+    topic_add, topic_has, topic_remove,
 )
 from chatcore._fast.frames cimport Frame, FrameBuf
 from chatcore._fast.sys cimport CC_CHECK
@@ -30,6 +31,7 @@ cdef class Topic:
 
     def __dealloc__(self):
         # Also when the reactor is gone already: then it has emptied the topic.
+        members_drop(&self.core.hub, &self.members)
         while self.members.count:
             topic_remove(&self.members, self.members.count - 1)
         free(self.members.conns)
@@ -48,6 +50,9 @@ cdef class Topic:
         cdef uint32_t at
         if c == NULL or c.state != OPEN or topic_has(&self.members, c, &at):
             return False
+        members_settle(&self.core.hub, &self.members)   # it gets what comes from now on
+        if c.state != OPEN:
+            return False
         if not topic_add(&self.members, c):
             raise MemoryError
         return True
@@ -57,7 +62,10 @@ cdef class Topic:
         cdef uint32_t at
         if c == NULL or not topic_has(&self.members, c, &at):
             return False
-        topic_remove(&self.members, at)
+        members_settle(&self.core.hub, &self.members)   # it gets what came until now
+        # Which may have been too much for it, or have moved it.
+        if topic_has(&self.members, c, &at):
+            topic_remove(&self.members, at)
         return True
 
     def fan_out(self, Frame frame not None, int64_t skip_owner=0):
@@ -65,13 +73,20 @@ cdef class Topic:
         cdef FrameBuf *f = frame.buf
         cdef uint32_t i = self.members.count, queued = 0
         cdef Conn *c
+        if not skip_owner:
+            if i and not members_hold(h, &self.members, f):
+                raise MemoryError
+            self.core.schedule()
+            return i
+        members_settle(h, &self.members)
+        i = self.members.count
         # From the last to the first: a member that turns out too slow is removed on the way, and
         # the one that takes its place has been served.
         while i:
             i -= 1
             c = self.members.conns[i]
             CC_CHECK(c.state == OPEN)
-            if skip_owner and c.owner == skip_owner:
+            if c.owner == skip_owner:
                 continue
             f.refs += 1
             if conn_send(h, c, f):
