@@ -363,3 +363,5 @@ HARM: dict[str, Callable[[Scene, Fault], Awaitable[None]]] = {
         bus_swallows_down, bus_half_closed, clock, never_reads,
     )
 }  # fmt: skip
+#: Those that replace workers without anybody's being reset.
+REPLACING = (reload, drain_worker)

@@ -51,8 +51,8 @@ class Results:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, result: Result) -> str:
-        """Keep it; what it says, for people."""
+    def add(self, result: Result, *, keep: bool) -> str:
+        """What it says, for people; ``keep`` it for the report."""
         kept: dict[str, Any] = {
             "backend": result.backend,
             "seed": result.seed,
@@ -79,8 +79,9 @@ class Results:
             ],
             "figures": result.figures.as_json(),
         }
-        path = self.folder / f"{result.backend}-{result.seed}.json"
-        path.write_text(json.dumps(kept, indent=1))
+        if keep:
+            path = self.folder / f"{result.backend}-{result.seed}.json"
+            path.write_text(json.dumps(kept, indent=1))
         return "\n".join(_run(kept))
 
     def write(self, path: Path) -> None:

@@ -15,7 +15,7 @@ import orjson
 from . import check, stored
 from .crowd import Crowd, Scale
 from .figures import Figures, Happened, figure
-from .harm import HARM, Scene, Skipped, well
+from .harm import HARM, REPLACING, Scene, Skipped, well
 from .host import Host
 from .plan import Fault
 from .record import Broken, Message
@@ -120,8 +120,7 @@ class Run:
         self._mishaps(site, crowd.broken)
         steady = [device for device in crowd.devices if not device.slow]
         figures = figure(self.happened, crowd.senders, steady, began, hushed)
-        for text in scene.resets:
-            crowd.broken.add("reset", text)
+        self._resets(scene)
         records = [device.record for device in crowd.devices]
         return Result(
             self.backend, self.seed, ended - began, self.scale, crowd.broken, figures, self.happened,
@@ -226,6 +225,15 @@ class Run:
             finally:
                 wire.abort()
         raise AssertionError(f"no connection reached worker {slot}")
+
+    def _resets(self, scene: Scene) -> None:
+        """While workers are replaced, nobody who waits to be accepted is reset."""
+        windows = [(one.began, one.healed) for one in self.happened if HARM[one.fault.kind.name] in REPLACING]
+        for device in scene.crowd.devices:
+            if any(began <= at <= healed for at in device.life.resets for began, healed in windows):
+                scene.resets.append(f"{device.name} was reset before it was greeted")
+        for text in scene.resets:
+            scene.crowd.broken.add("reset", text)
 
     def _grown(self, before: Use | None, after: Use, broken: Broken) -> None:
         assert before is not None
