@@ -24,6 +24,8 @@ log = logging.getLogger("chatcore.users")
 
 # A user's rows that were told lately; more than change at once, few enough to forget.
 TOLD_MAX: Final = 64
+# What is remembered of a conversation that the user was told to be out of.
+OUT: Final = (-1, 0)
 # Between two tries to read what changed for a user, while the store does not answer.
 REFRESH_PAUSE_S: Final = 0.2
 REFRESH_PAUSE_MAX_S: Final = 2.0
@@ -44,7 +46,8 @@ class ConnectedUser:
         self.sessions: tuple[Session, ...] = ()  # oldest first; nearly always one, and a list has room for four
         # The change counter of rows that all sessions know already: a change is heard of at
         # least twice, from the bus and from the look at the store. None: of no change yet.
-        self.told: dict[str, int] | None = None
+        # With the number of members, which may follow the row a moment later.
+        self.told: dict[str, tuple[int, int]] | None = None
 
 
 class Users:
@@ -187,7 +190,7 @@ class Users:
 
     def _tell(self, connected: ConnectedUser, view: View, have: int | None) -> None:
         room = self.delivery.rooms.get(view.conv)
-        known = connected.told is not None and connected.told.get(view.conv) == view.rev
+        known = connected.told is not None and connected.told.get(view.conv) == (view.rev, view.members)
         all_told = True
         for x in connected.sessions:
             if not x.ready:
@@ -205,10 +208,10 @@ class Users:
             else:
                 self.delivery.attach_soon(x, view.conv, have)
         if all_told:
-            self._remember(connected, view.conv, view.rev)
+            self._remember(connected, view.conv, (view.rev, view.members))
 
     def _tell_out(self, connected: ConnectedUser, conv: str) -> None:
-        known = connected.told is not None and connected.told.get(conv) == -1
+        known = connected.told is not None and connected.told.get(conv) == OUT
         room = self.delivery.rooms.get(conv)
         for x in connected.sessions:
             if room is not None:
@@ -217,13 +220,13 @@ class Users:
                 x.missed |= {conv}
             elif not known:
                 x.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
-        self._remember(connected, conv, -1)
+        self._remember(connected, conv, OUT)
 
     @staticmethod
-    def _remember(connected: ConnectedUser, conv: str, rev: int) -> None:
+    def _remember(connected: ConnectedUser, conv: str, what: tuple[int, int]) -> None:
         if connected.told is None or len(connected.told) >= TOLD_MAX:
             connected.told = {}
-        connected.told[conv] = rev
+        connected.told[conv] = what
 
     async def _expire(self) -> None:
         """A session ends with its token. Tokens slide while used, so the store is asked before."""

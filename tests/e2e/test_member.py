@@ -132,9 +132,9 @@ async def test_somebody_removed_from_a_channel_may_come_back_and_somebody_banned
 async def test_members_invite_to_a_group(world: World) -> None:
     group = await Group.make(world)
     reply = await group.set("bob", "outsider", "member")
-    view = await group.clients["outsider"].expect(t="conv", c=group.conv)
+    # Where rows and the number of members are written one after the other, a first view may come in between.
+    view = await group.clients["outsider"].expect(t="conv", c=group.conv, members=5)
     assert view["role"] == "member"
-    assert view["members"] == 5
     await group.clients["outsider"].reach(group.conv, reply["s"])
     for name in ("owner", "admin", "bob", "carol"):
         entry = await group.told(name, "outsider", "member")

@@ -117,10 +117,10 @@ def test_whoever_comes_across_a_change_folds_it(database: Database, how: str) ->
                 await b.store.entries(conv, entry.seq - 1, 10, 10**6)
 
             async def folded() -> bool:
-                return await a.store.role(bob.id, conv) == "none"
+                # First the row, then the number.
+                return await a.store.role(bob.id, conv) == "none" and await b.store.member_count(conv) == 2
 
             await b.until(folded, 5.0)
-            assert await b.store.member_count(conv) == 2
 
     run(work())
 
