@@ -338,7 +338,9 @@ class Worker:
 
     def on_http_closed(self, conn: int) -> None:
         """A connection that was never upgraded is gone."""
-        self._http.pop(conn, None)
+        http = self._http.pop(conn, None)
+        if http is not None:
+            http.over()
 
     def on_message(self, session: Session, data: bytes, wait_ms: int) -> None:
         """One message of a client."""

@@ -144,7 +144,8 @@ class HttpConnection:
         self._conn = conn
         self._max_body_bytes = max_body_bytes
         self._deadline_ms = deadline_ms
-        self._parser = httptools.HttpRequestParser(self)
+        # The parser holds this object for its callbacks: a circle that `over` cuts.
+        self._parser: Any = httptools.HttpRequestParser(self)
         self._queue: deque[_Parsed] = deque()  # complete, not begun
         self._busy = False  # a request is being answered
         self._ended = False
@@ -217,17 +218,22 @@ class HttpConnection:
         except Refused as exc:
             self._end(exc.response)
             return
-        self._ended = True
+        self.over()
         self._app.upgraded(self._conn, response, leftover)
 
-    def _end(self, response: HttpResponse) -> None:
+    def over(self) -> None:
+        """Nothing more is wanted of the connection."""
         self._ended = True
+        self._parser = None
+
+    def _end(self, response: HttpResponse) -> None:
+        self.over()
         self._reactor.write(self._conn, encode_response(response, keep_alive=False), True)
 
     def close_idle(self) -> None:
         """Close it, unless a request is being answered or is coming in."""
         if not (self._busy or self._queue or self._pending or self._fed or self._ended):
-            self._ended = True
+            self.over()
             self._reactor.write(self._conn, b"", True)
 
     # --- callbacks of the parser ----------------------------------------------------
@@ -308,7 +314,7 @@ class HttpConnection:
         keep = self._keep_alive and not last
         data = encode_response(response, keep_alive=keep, head_only=self._head_only)
         if not keep:
-            self._ended = True
+            self.over()
             self._reactor.write(self._conn, data, True)
             return
         self._reactor.write(self._conn, data)
