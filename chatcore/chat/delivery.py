@@ -26,7 +26,7 @@ from ..errors import ChatError, Unavailable
 from ..protocol import MEMBER_ROLES
 from ..store.base import Entry, View
 from . import events
-from .room import Directory, Reads, Room, Subscriber, Subscriptions, TopicLike
+from .room import NO_TOPIC, Directory, Reads, Room, Subscriber, Subscriptions, TopicLike
 
 log = logging.getLogger("chatcore.delivery")
 
@@ -43,8 +43,6 @@ BACKOFF_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 # Conversations that nobody is attached to any more are forgotten after two sweeps:
 # reconnecting clients find them warm.
 SWEEP_S: Final = 10.0
-# Removals remembered of one room; rows are behind their entries for moments only.
-LEFT_MAX: Final = 1000
 # Changes of conversations that a session is not attached to are merged over this time.
 QUIET_MERGE_S: Final = 2.0
 
@@ -189,14 +187,12 @@ class Delivery:
         """Somebody joined or left by this entry: so do the sessions that are here."""
         change = orjson.loads(e.wire)
         user = change["user"]
-        if len(room.left) >= LEFT_MAX:
-            room.left.clear()
         if change["role"] in MEMBER_ROLES:
-            room.left.pop(user, None)
+            room.let_in(user)
             for x in self._directory.sessions_of(user):
                 self.attach_soon(x, room.conv, e.seq - 1)
             return
-        room.left[user] = e.seq
+        room.put_out(user, e.seq)
         told = True
         for x in list(self._directory.sessions_of(user)):
             told = told and x.conn in room.topic
@@ -270,7 +266,6 @@ class Delivery:
             if room is None:
                 room = self.rooms[conv] = Room(conv, self._loop.create_future())
                 room.topic = self._make_topic(room)
-                room.quiet = self._make_topic(room)
                 fresh.append(room)
             room.pins += 1
             rooms.append(room)
@@ -400,6 +395,8 @@ class Delivery:
                 self.detach(x, room)
                 room.expect(x)
                 if not wanted:
+                    if room.quiet is NO_TOPIC:
+                        room.quiet = self._make_topic(room)
                     room.quiet.add(x.conn)
             # Only now is membership read: whoever is removed after this read is taken out of
             # `attaching` by the entry that removes him (log.md, Deliver).

@@ -59,6 +59,37 @@ class TopicLike(Protocol):
     def sessions(self) -> list[Any]: ...
 
 
+class NoTopic:
+    """Nobody's topic, shared by all rooms to which nobody is attached in this way."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __contains__(self, conn: int) -> bool:
+        return False
+
+    def add(self, conn: int) -> bool:
+        """Never: it is replaced by a real one first."""
+        raise TypeError("nobody can be added to no topic")
+
+    def discard(self, conn: int) -> bool:
+        """Nobody is in it."""
+        return False
+
+    def fan_out(self, frame: Any, skip_owner: int = 0) -> int:
+        """To nobody."""
+        return 0
+
+    def sessions(self) -> list[Any]:
+        """Nobody's."""
+        return []
+
+
+NO_TOPIC: Final = NoTopic()
+# Removals remembered of one room; rows are behind their entries for moments only.
+LEFT_MAX: Final = 1000
+
+
 class Reads(Protocol):
     """The part of the store that is used here."""
 
@@ -99,12 +130,12 @@ class Room:
     """A conversation that somebody on this worker is attached to."""
 
     __slots__ = (
+        "_left",
         "attaching",
         "conv",
         "dirty",
         "idle_sweeps",
         "last",
-        "left",
         "pins",
         "pump",
         "quiet",
@@ -120,7 +151,7 @@ class Room:
     def __init__(self, conv: str, ready: asyncio.Future[None]) -> None:
         self.conv = conv
         self.topic: TopicLike  # attached and live: exactly the entries up to `last` were queued
-        self.quiet: TopicLike  # members that want to be told of changes only
+        self.quiet: TopicLike = NO_TOPIC  # members that want to be told of changes only
         self.last = -1  # -1: not known yet
         self.want = 0
         # Dense, ends with `last`; bounded by count and bytes. A list: an empty deque is 600 bytes larger.
@@ -133,7 +164,7 @@ class Room:
         # Of those, who is to be told the row again: it changed after the attach had read it.
         self.stale: frozenset[Subscriber] = NOBODY
         # Who was removed by which entry: a row that reflects an earlier one is not believed.
-        self.left: dict[str, int] = {}
+        self._left: dict[str, int] | None = None
         self.pins = 0
         self.ready: asyncio.Future[None] | None = ready  # None: `last` is known
         self.idle_sweeps = 0
@@ -163,7 +194,18 @@ class Room:
 
     def outdated(self, user: str, view: View) -> bool:
         """Whether the user's row is older than the removal that was delivered here."""
-        return view.as_of < self.left.get(user, 0)
+        return self._left is not None and view.as_of < self._left.get(user, 0)
+
+    def put_out(self, user: str, seq: int) -> None:
+        """An entry that was delivered here removed the user."""
+        if self._left is None or len(self._left) >= LEFT_MAX:
+            self._left = {}
+        self._left[user] = seq
+
+    def let_in(self, user: str) -> None:
+        """A later one brought the user in again."""
+        if self._left is not None:
+            self._left.pop(user, None)
 
     @property
     def unused(self) -> bool:
