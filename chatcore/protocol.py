@@ -28,6 +28,9 @@ MAX_SERVER_MESSAGE_BYTES: Final = 256 * 1024
 ID_PATTERN: Final = r"^[A-Za-z0-9_-]{1,64}\Z"
 
 Id = Annotated[str, msgspec.Meta(pattern=ID_PATTERN)]
+#: An :data:`Id` whose pattern :func:`decode` looks at itself: to msgspec it would cost six times what all else of
+#: a ``send`` does (1.5 µs against 0.6 µs).
+QuickId = Annotated[str, msgspec.Meta(extra={"pattern": ID_PATTERN})]
 Seq = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT)]
 RequestId = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Limit = Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)]
@@ -81,12 +84,18 @@ class Auth(Request, tag="auth", frozen=True):
 class Send(Request, tag="send", frozen=True):
     """Append a message. ``files`` are named so that they are refused, not lost."""
 
-    c: Id
-    cid: Id
+    c: QuickId
+    cid: QuickId
     body: str
     re: Annotated[int, msgspec.Meta(ge=1, le=MAX_INT)] | None = None
     data: str | None = None
     files: list[Id] | None = None
+
+
+def is_id(text: str) -> bool:
+    """Whether the text matches :data:`ID_PATTERN`."""
+    # Of ASCII, letters and digits alone are alphanumeric.
+    return 0 < len(text) <= 64 and text.isascii() and text.replace("-", "0").replace("_", "0").isalnum()
 
 
 class History(Request, tag="history", frozen=True):
@@ -268,7 +277,12 @@ def decode(data: bytes) -> AnyRequest:
     :raises Malformed: not a JSON object at all.
     """
     try:
-        return _decoder.decode(data)
+        req = _decoder.decode(data)
+        if type(req) is Send:
+            for name, id in (("c", req.c), ("cid", req.cid)):
+                if not is_id(id):
+                    raise InvalidRequest(f"Expected `str` matching regex {ID_PATTERN!r} - at `$.{name}`", req.id)
+        return req
     except msgspec.ValidationError as exc:
         why = str(exc)[:_MESSAGE_CHARS]
     except _NOT_JSON as exc:

@@ -75,7 +75,7 @@ class Server:
         5_000,
         0,
         600_000,
-        "Clients told to leave come back at random within this, so that they do not all come at once.",
+        "Clients told to leave come back at random within 10 ms for each, and this at most: not all at once.",
     )
     registration: str = _choice(
         ("auto", "open", "closed"), "Who may make an account; auto is open on a loopback host and closed elsewhere."

@@ -49,6 +49,9 @@ STALL_S: Final = 2.0
 # Draining: sessions closed at a time, with a pause, so that others come to their turn.
 DRAIN_BATCH: Final = 200
 DRAIN_PAUSE_S: Final = 0.01
+# Time for each of the clients that are told to come back: a log-in costs others less than half of it. Who waits
+# cannot be reached, so few clients are not spread over as long as thousands.
+RECONNECT_MS: Final = 10
 # The interpreter lets a waiting thread (the store's) have its lock after this; the default of
 # 5 ms would add that much to every commit while the loop is busy.
 SWITCH_INTERVAL_S: Final = 0.0005
@@ -87,6 +90,7 @@ class Worker:
         self.data = Path(settings.server.data)
         self.stopping = asyncio.Event()
         self.draining = False
+        self._spread_ms = settings.server.reconnect_spread_ms  # of those who are told to come back
         self.sessions: set[Session] = set()  # every WebSocket connection, logged in or not
         self._http: dict[int, HttpConnection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -220,21 +224,25 @@ class Worker:
         self._loop.remove_reader(self.reactor.fileno())
         self.reactor.shutdown()
 
+    def _restart(self, x: Session) -> None:
+        """Tell a client to come back, at random within a time that is enough for all of them."""
+        x.close(p.CloseCode.RESTART, f"restart {random.randint(0, self._spread_ms)}")
+
     async def _close_sessions(self, deadline: float) -> None:
-        spread = self.settings.server.reconnect_spread_ms
+        self._spread_ms = min(self.settings.server.reconnect_spread_ms, len(self.sessions) * RECONNECT_MS)
         while self.sessions and self._loop.time() < deadline:
             # Those with nothing outstanding first; the others get until the deadline to be answered.
             for i, x in enumerate(list(self.sessions)):
                 if x.busy:
                     continue
-                x.close(p.CloseCode.RESTART, f"restart {random.randint(0, spread)}")
+                self._restart(x)
                 self.sessions.discard(x)
                 if i % DRAIN_BATCH == DRAIN_BATCH - 1:
                     await asyncio.sleep(DRAIN_PAUSE_S)
             if self.sessions:
                 await asyncio.sleep(DRAIN_PAUSE_S)
         for x in self.sessions:
-            x.close(p.CloseCode.RESTART, f"restart {random.randint(0, spread)}")
+            self._restart(x)
 
     async def _wait_for(self, done: Any, deadline: float) -> None:
         while not done() and self._loop.time() < deadline:
@@ -385,8 +393,7 @@ class Worker:
         if not self.reactor.upgrade(conn, session, response, leftover, auth_ms):
             self.sessions.discard(session)  # the client is gone already
         elif self.draining:
-            spread = self.settings.server.reconnect_spread_ms
-            session.close(p.CloseCode.RESTART, f"restart {random.randint(0, spread)}")
+            self._restart(session)
         elif full:
             session.close(p.CloseCode.OVER_CAPACITY, "over capacity")
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..protocol import MEMBER_ROLES
-from ..store.base import Appended, Memberships, NewEntry, Opened, Opening, Token, User, View
+from ..store.base import Appended, Entry, Memberships, NewEntry, Opened, Opening, Token, User, View
 from .invalidations import Key
 from .store import CachedStore
 
@@ -30,6 +30,13 @@ class EmbeddedCache(CachedStore):
             "l2": None,
             "ahead": {"warmed": shown["ahead"]["warmed"]},
         }
+
+    def on_commit(self, entries: list[Entry]) -> None:
+        for e in entries:
+            self.history.committed(e)
+
+    def heard(self, e: Entry) -> None:
+        self.history.committed(e)
 
     async def _changed(self, keys: Sequence[Key]) -> None:
         """Nobody remembers any of these."""

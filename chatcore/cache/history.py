@@ -217,7 +217,7 @@ class History:
     # --- what others know ----------------------------------------------------------------
     def committed(self, e: Entry) -> None:
         """An entry was committed, here or elsewhere."""
-        self.tails.add(e, self._most_s())
+        self.tails.add(e, self._most_s)
 
     def overwrite(self, e: Entry) -> None:
         """An entry has another body."""
