@@ -49,8 +49,8 @@ STALL_S: Final = 2.0
 # Draining: sessions closed at a time, with a pause, so that others come to their turn.
 DRAIN_BATCH: Final = 200
 DRAIN_PAUSE_S: Final = 0.01
-# Time for each of the clients that are told to come back: a log-in costs others less than half of it. Who waits
-# cannot be reached, so few clients are not spread over as long as thousands.
+# Time for each of the clients that are told to come back, more than a log-in takes. Who waits can neither be reached
+# nor send, so a few clients are not spread over as long as thousands.
 RECONNECT_MS: Final = 10
 # The interpreter lets a waiting thread (the store's) have its lock after this; the default of
 # 5 ms would add that much to every commit while the loop is busy.

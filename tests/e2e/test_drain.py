@@ -100,7 +100,9 @@ async def test_ctl_drain_stops_the_server_and_its_clients_are_told(serve: Serve)
         for client in clients:
             code, reason = await client.end()
             assert code == 1012
-            assert _wait_ms(reason) <= 5000
+            # The faults found it: whoever was one of a few on a worker had to be away for up to 5 s all the same,
+            # and what was to be sent waited. There is one client on each worker here.
+            assert _wait_ms(reason) <= 50
         assert await asyncio.to_thread(server.wait) == 0
     finally:
         await world.aclose()
