@@ -86,8 +86,11 @@ def figure(
     result.connected = _connected(steady, [(began, ended)])
     result.connected_without_hosts = _connected(steady, list(_between(hosts_away, began, ended)))
     late_ones = _late_deliveries(senders, steady)
-    for one in happened:
-        _recover(one, senders, steady, late_ones)
+    for one, following in zip(happened, [*happened[1:], None], strict=True):
+        until = max(one.healed, one.began) + AFTER_S
+        if following is not None:
+            until = min(until, following.began)
+        _recover(one, until, senders, steady, late_ones)
     for kind in dict.fromkeys(one.fault.kind.name for one in happened):
         ones = [one for one in happened if one.fault.kind.name == kind]
         recoveries = [seconds for one in ones for seconds in one.recoveries]
@@ -141,10 +144,17 @@ def _late_deliveries(senders: Sequence[Sender], devices: Sequence[Device]) -> li
 
 
 def _recover(
-    one: Happened, senders: Sequence[Sender], steady: Sequence[Device], late: Sequence[tuple[str, float, float]]
+    one: Happened,
+    until: float,
+    senders: Sequence[Sender],
+    steady: Sequence[Device],
+    late: Sequence[tuple[str, float, float]],
 ) -> None:
-    """From when the fault (or, if that was later, what the client missed) began, until the client is served again."""
-    began, until = one.began, max(one.healed, one.began) + AFTER_S
+    """From when the fault (or, if that was later, what the client missed) began, until the client is served again.
+
+    What begins after ``until`` is not its doing.
+    """
+    began = one.began
     hit: dict[str, float] = {}
     for device in steady:
         for gone, back, code in device.life.gaps:

@@ -47,7 +47,7 @@ KINDS: Final = {
         Kind("store_stalls", "the store answers nothing for 6 s (SQLite: another process has the write lock)", 6.0,
              takes_host=True),
         Kind("store_killed", "SIGKILL of the store, which is restarted after 2 s", 2.0, (MONGODB,), takes_host=True),
-        Kind("disk_full", "the disk of the store is full for 6 s", 6.0, takes_host=True),
+        Kind("disk_full", "the disk is full for 6 s", 6.0, (SQLITE,), takes_host=True),
         Kind("sync_fails", "fdatasync fails with EIO for 4 s, in every worker", 4.0, (SQLITE,), takes_host=True),
         Kind("redis_killed", "SIGKILL of Redis, back after 2 s with its data", 2.0, (MONGODB,)),
         Kind("redis_emptied", "SIGKILL of Redis, back after 2 s without its data", 2.0, (MONGODB,)),

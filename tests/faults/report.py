@@ -30,7 +30,8 @@ It is of the clients that were hit: lost their connection, or waited for more th
 Clients come back as PROTOCOL.md says, but wait at most 4 s between attempts and take 1 s without an answer to a
 ping for the end. The two hosts of mongodb-redis are two servers with folders of their own on one machine; a data
 folder of sqlite-local belongs to one server, so there it is one host of four workers. MongoDB is FerretDB here, which
-reads every document for every query: it sets the number of messages, and says nothing about MongoDB's.
+reads every document for every query: it sets the numbers of clients and messages, and says nothing about MongoDB's.
+Full disks and failing syncs of MongoDB are its own affair; chatcore sees its errors, as when it is killed or stalled.
 """
 
 

@@ -121,11 +121,7 @@ class Site:
         self._stack.callback(host.end)
 
     async def _services(self) -> None:
-        default, tempfile.tempdir = tempfile.tempdir, str(self.disk.folder)  # where it keeps its data
-        try:
-            self.mongo = MongoServer()
-        finally:
-            tempfile.tempdir = default
+        self.mongo = MongoServer()
         self._stack.callback(self.mongo.close)
         await asyncio.to_thread(self.mongo.__enter__)
         self.database = self._stack.enter_context(self.mongo.fresh_database())
