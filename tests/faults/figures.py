@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +87,7 @@ def figure(
     result.connected = _connected(steady, [(began, ended)])
     result.connected_without_hosts = _connected(steady, list(_between(hosts_away, began, ended)))
     late_ones = _late_deliveries(senders, steady)
-    for one, following in zip(happened, [*happened[1:], None], strict=True):
+    for one, following in itertools.zip_longest(happened, happened[1:]):
         until = max(one.healed, one.began) + AFTER_S
         if following is not None:
             until = min(until, following.began)
