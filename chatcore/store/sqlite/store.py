@@ -48,7 +48,7 @@ class SQLiteStore:
         *,
         queue: int = 10_000,
         batch: int = 500,
-        checkpoint_pages: int = 1000,
+        checkpoint_pages: int = 16_000,
         timeout_ms: int = 5000,
         max_conversations: int = 1000,
     ) -> None:

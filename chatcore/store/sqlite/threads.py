@@ -30,7 +30,7 @@ log = logging.getLogger("chatcore.store")
 # Queries waiting at most: beyond it the reader is seconds behind, and more would only wait longer.
 READ_QUEUE: Final = 10_000
 # Try to start the log file over when it has grown to this many times the checkpoint size.
-RESTART_FACTOR: Final = 16
+RESTART_FACTOR: Final = 4
 # A transaction takes no further operation after this: the other workers wait for the lock.
 BATCH_S: Final = 0.05
 # How long a checkpoint waits for a reader that is on an old snapshot.
