@@ -192,7 +192,10 @@ class Store:
     check_interval_ms: int = _int(1_000, 10, 60_000, "How often new entries are looked for; bounds what the bus loses.")
     batch_entries: int = _int(500, 1, 10_000, "Entries in one commit; a larger batch gains little and delays the rest.")
     checkpoint_pages: int = _int(
-        16_000, 1, 1_000_000, "Pages in the write-ahead log before a checkpoint: 64 MiB; pages written often are moved once."
+        16_000,
+        1,
+        1_000_000,
+        "Pages in the write-ahead log before a checkpoint, 64 MiB; what is written often is moved once.",
     )
 
 
