@@ -34,19 +34,28 @@ NOTHING: Final[frozenset[str]] = frozenset()
 BUSY_RETRY_MS: Final = 500
 
 
+class Rare:
+    """What few sessions need, and those not for long: it would double what an idle one costs."""
+
+    __slots__ = ("attaches", "lock", "reading", "typing")
+
+    def __init__(self) -> None:
+        self.lock: asyncio.Lock | None = None  # one attach after the other
+        self.attaches = 0  # that hold it, or wait for it
+        self.typing: TypingGate | None = None
+        self.reading: asyncio.Lock | None = None  # one expensive query after the other
+
+
 class Session:
     """Implements :class:`~.chat.delivery.Subscriber`."""
 
     __slots__ = (
-        "_attaches",
         "_busy",
         "_drained",
         "_live",
-        "_lock",
         "_only",
-        "_reading",
+        "_rare",
         "_sync",
-        "_typing",
         "_user",
         "_waiting",
         "_worker",
@@ -73,10 +82,7 @@ class Session:
         self._busy = 0  # requests not yet answered
         self._waiting: list[tuple[bytes, int]] | None = None  # came while logging in; None: not logging in
         self._drained: asyncio.Future[bool] | None = None
-        self._lock: asyncio.Lock | None = None  # one attach after the other
-        self._attaches = 0  # that hold it, or wait for it
-        self._typing: TypingGate | None = None
-        self._reading: asyncio.Lock | None = None  # one expensive query after the other
+        self._rare: Rare | None = None
         self.joining = 0
         # Empty in nearly every session, which then share it.
         self.missed = NOTHING  # conversations whose row changed while logging in
@@ -278,7 +284,7 @@ class Session:
             self._renew(who, req)
             return None
         self.token_hash = who.token_hash
-        self.expires = asyncio.get_running_loop().time() + who.expires_ms / 1000
+        self.expires = worker.users.expiry(who.expires_ms)
         self._only = None if req.only is None else frozenset(req.only)
         self._user = await worker.users.add(self, who.user.id)
         if self._gone():
@@ -328,7 +334,7 @@ class Session:
         if who.user.id != self._user.id:
             raise Forbidden("this connection belongs to another user")
         self.token_hash = who.token_hash
-        self.expires = asyncio.get_running_loop().time() + who.expires_ms / 1000
+        self.expires = self._worker.users.expiry(who.expires_ms)
         if req.id is not None:
             self.push(p.ok(req.id, _identity(who)))
 
@@ -351,7 +357,7 @@ class Session:
         """The ``sync`` as of now; none while what it stands for is still being sent."""
         if not self._live:
             return {}
-        busy = self.joining or self._attaches
+        busy = self.joining or (self._rare is not None and self._rare.attaches)
         if not busy and self._worker.store.global_positions:
             self._sync = max(self._sync, self._worker.delivery.settled)
         return {"sync": f"{self._worker.store.store_id}.{self.user_id}.{self._sync}"}
@@ -385,16 +391,22 @@ class Session:
     @contextlib.asynccontextmanager
     async def attach_lock(self) -> AsyncIterator[None]:
         """One attach after the other. Between them there is no lock: it is larger than the rest of a session."""
-        if self._lock is None:
-            self._lock = asyncio.Lock()
-        self._attaches += 1
+        rare = self._need()
+        rare.lock = rare.lock or asyncio.Lock()
+        rare.attaches += 1
         try:
-            async with self._lock:
+            async with rare.lock:
                 yield
         finally:
-            self._attaches -= 1
-            if not self._attaches:
-                self._lock = None
+            rare.attaches -= 1
+            if not rare.attaches:
+                rare.lock = None
+                if rare.typing is None and rare.reading is None:
+                    self._rare = None
+
+    def _need(self) -> Rare:
+        self._rare = self._rare or Rare()
+        return self._rare
 
     # --- the other requests ---------------------------------------------------------------
     async def _answer(self, user: str, req: p.AnyRequest) -> dict[str, Any] | None:
@@ -410,9 +422,9 @@ class Session:
             case p.Read():
                 await chat.read(user, req)
             case p.Typing():
-                if self._typing is None:
-                    self._typing = TypingGate(self._worker.settings.rates.typing_interval_ms)
-                self._typing.check(req.c, asyncio.get_running_loop().time())
+                rare = self._need()
+                rare.typing = rare.typing or TypingGate(self._worker.settings.rates.typing_interval_ms)
+                rare.typing.check(req.c, asyncio.get_running_loop().time())
                 await chat.typing(user, req)
             case p.Open():
                 return await self._open(user, req)
@@ -425,9 +437,9 @@ class Session:
             case p.Notify():
                 await chat.notify(user, req.c, req.level)
             case p.Members() | p.Users() | p.Channels() | p.Watch():
-                if self._reading is None:
-                    self._reading = asyncio.Lock()
-                async with self._reading:
+                rare = self._need()
+                rare.reading = rare.reading or asyncio.Lock()
+                async with rare.reading:
                     return await self._look_up(user, req)
             case p.Block():
                 await chat.block(user, req.user, req.on)

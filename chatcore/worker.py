@@ -91,7 +91,7 @@ class Worker:
         self.stopping = asyncio.Event()
         self.draining = False
         self._spread_ms = settings.server.reconnect_spread_ms  # of those who are told to come back
-        self.sessions: set[Session] = set()  # every WebSocket connection, logged in or not
+        self._to_close: set[Session] = set()  # while draining: those that were not told yet
         self._http: dict[int, HttpConnection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
@@ -229,19 +229,20 @@ class Worker:
         x.close(p.CloseCode.RESTART, f"restart {random.randint(0, self._spread_ms)}")
 
     async def _close_sessions(self, deadline: float) -> None:
-        self._spread_ms = min(self.settings.server.reconnect_spread_ms, len(self.sessions) * RECONNECT_MS)
-        while self.sessions and self._loop.time() < deadline:
+        self._to_close.update(self.reactor.sessions())
+        self._spread_ms = min(self.settings.server.reconnect_spread_ms, len(self._to_close) * RECONNECT_MS)
+        while self._to_close and self._loop.time() < deadline:
             # Those with nothing outstanding first; the others get until the deadline to be answered.
-            for i, x in enumerate(list(self.sessions)):
+            for i, x in enumerate(list(self._to_close)):
                 if x.busy:
                     continue
                 self._restart(x)
-                self.sessions.discard(x)
+                self._to_close.discard(x)
                 if i % DRAIN_BATCH == DRAIN_BATCH - 1:
                     await asyncio.sleep(DRAIN_PAUSE_S)
-            if self.sessions:
+            if self._to_close:
                 await asyncio.sleep(DRAIN_PAUSE_S)
-        for x in self.sessions:
+        for x in self._to_close:
             self._restart(x)
 
     async def _wait_for(self, done: Any, deadline: float) -> None:
@@ -360,7 +361,7 @@ class Worker:
 
     def on_closed(self, session: Session, code: int) -> None:
         """A client is gone."""
-        self.sessions.discard(session)
+        self._to_close.discard(session)
         session.on_closed()
 
     # --- HTTP -----------------------------------------------------------------------
@@ -383,7 +384,6 @@ class Worker:
         """Make a session of a connection. Refusals come after the upgrade, where browsers can see them."""
         self._http.pop(conn, None)
         session = Session(self, conn)
-        self.sessions.add(session)
         auth_ms = self.settings.timeouts.auth_ms
         full = self.reactor.websockets() >= self.settings.limits.connections_per_worker
         if not (self.draining or full):
@@ -391,8 +391,8 @@ class Worker:
         else:
             leftover = b""
         if not self.reactor.upgrade(conn, session, response, leftover, auth_ms):
-            self.sessions.discard(session)  # the client is gone already
-        elif self.draining:
+            return  # the client is gone already
+        if self.draining:
             self._restart(session)
         elif full:
             session.close(p.CloseCode.OVER_CAPACITY, "over capacity")

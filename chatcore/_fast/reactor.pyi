@@ -127,6 +127,8 @@ class Reactor(Core):
         """Sockets held, lingering ones included."""
     def websockets(self) -> int:
         """Upgraded and open."""
+    def sessions(self) -> list[Any]:
+        """Of all open WebSockets: for rare administrative walks."""
     def stats(self) -> dict[str, int]:
         """Counters since the start: accepted, refused, closed, bytes_in, bytes_out, messages_in,
         frames_in, frames_queued, sends (of any number of frames), too_slow, flooding, no_pong, protocol_errors."""

@@ -821,6 +821,19 @@ cdef class Reactor(Core):
     def connections(self):
         return self.hub.open
 
+    def sessions(self):
+        cdef Hub *h = &self.hub
+        cdef list found = []
+        cdef Conn *c
+        cdef uint32_t i = 0
+        # Appending may run the garbage collector and with it anything: look at the count each time.
+        while i < h.slot_count:
+            c = &h.chunks[i >> CHUNK_SHIFT][i & (CHUNK_CONNS - 1)]
+            if c.state == OPEN and c.session != NULL:
+                found.append(<object>c.session)
+            i += 1
+        return found
+
     def websockets(self):
         return self.hub.websockets
 
