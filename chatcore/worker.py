@@ -91,7 +91,7 @@ class Worker:
         self.stopping = asyncio.Event()
         self.draining = False
         self._spread_ms = settings.server.reconnect_spread_ms  # of those who are told to come back
-        self._to_close: set[Session] = set()  # while draining: those that were not told yet
+        self.to_close: set[Session] = set()  # while draining: those that were not told yet
         self._http: dict[int, HttpConnection] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
@@ -229,20 +229,20 @@ class Worker:
         x.close(p.CloseCode.RESTART, f"restart {random.randint(0, self._spread_ms)}")
 
     async def _close_sessions(self, deadline: float) -> None:
-        self._to_close.update(self.reactor.sessions())
-        self._spread_ms = min(self.settings.server.reconnect_spread_ms, len(self._to_close) * RECONNECT_MS)
-        while self._to_close and self._loop.time() < deadline:
+        self.to_close.update(self.reactor.sessions())
+        self._spread_ms = min(self.settings.server.reconnect_spread_ms, len(self.to_close) * RECONNECT_MS)
+        while self.to_close and self._loop.time() < deadline:
             # Those with nothing outstanding first; the others get until the deadline to be answered.
-            for i, x in enumerate(list(self._to_close)):
+            for i, x in enumerate(list(self.to_close)):
                 if x.busy:
                     continue
                 self._restart(x)
-                self._to_close.discard(x)
+                self.to_close.discard(x)
                 if i % DRAIN_BATCH == DRAIN_BATCH - 1:
                     await asyncio.sleep(DRAIN_PAUSE_S)
-            if self._to_close:
+            if self.to_close:
                 await asyncio.sleep(DRAIN_PAUSE_S)
-        for x in self._to_close:
+        for x in self.to_close:
             self._restart(x)
 
     async def _wait_for(self, done: Any, deadline: float) -> None:
@@ -361,7 +361,7 @@ class Worker:
 
     def on_closed(self, session: Session, code: int) -> None:
         """A client is gone."""
-        self._to_close.discard(session)
+        self.to_close.discard(session)
         session.on_closed()
 
     # --- HTTP -----------------------------------------------------------------------

@@ -72,7 +72,7 @@ async def test_an_upgrade_whose_client_is_gone_leaves_no_session_behind(tmp_path
             answers = await asyncio.gather(*(hang_up() for _ in range(20)))
         assert not any(b" 101 " in answer for answer in answers)
         await until(lambda: worker.reactor.connections() == 0, "the end of all connections")
-        assert not worker.sessions
+        assert not worker.reactor.sessions()
         assert worker.reactor.websockets() == 0
 
 
@@ -115,7 +115,7 @@ async def test_a_drain_closes_nobody_who_asked_for_something_after_it_began(tmp_
             client.busy = False
 
         clients = [Client(first_is_told) for _ in range(3 * DRAIN_BATCH)]
-        running.worker.sessions.update(clients)  # type: ignore[arg-type]
+        running.worker.to_close.update(clients)  # type: ignore[arg-type]
         async with asyncio.timeout(PATIENCE_S):
             await running.worker.drain()
         assert all(client.closed for client in clients)
