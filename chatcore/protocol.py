@@ -98,6 +98,14 @@ def is_id(text: str) -> bool:
     return 0 < len(text) <= 64 and text.isascii() and text.replace("-", "0").replace("_", "0").isalnum()
 
 
+def bad_ids(req: Send) -> str | None:
+    """What is wrong with the ids of a ``send`` (to be asked by whoever makes one): None, if nothing is."""
+    for name, id in (("c", req.c), ("cid", req.cid)):
+        if not is_id(id):
+            return f"Expected `str` matching regex {ID_PATTERN!r} - at `$.{name}`"
+    return None
+
+
 class History(Request, tag="history", frozen=True):
     """One page of entries, ascending; the newest page without a bound."""
 
@@ -279,9 +287,9 @@ def decode(data: bytes) -> AnyRequest:
     try:
         req = _decoder.decode(data)
         if type(req) is Send:
-            for name, id in (("c", req.c), ("cid", req.cid)):
-                if not is_id(id):
-                    raise InvalidRequest(f"Expected `str` matching regex {ID_PATTERN!r} - at `$.{name}`", req.id)
+            why = bad_ids(req)
+            if why is not None:
+                raise InvalidRequest(why, req.id)
         return req
     except msgspec.ValidationError as exc:
         why = str(exc)[:_MESSAGE_CHARS]

@@ -228,6 +228,8 @@ class Api:
             send = msgspec.convert(fields, p.Send)
         except msgspec.ValidationError as exc:
             raise BadRequest(str(exc)) from None
+        if (why := p.bad_ids(send)) is not None:
+            raise BadRequest(why)
         done = await self._worker.chat.send(who.user.id, send)
         return json_response(200 if done.dup else 201, {"s": done.seq, "ts": done.ts, "cid": cid, "dup": done.dup})
 

@@ -75,9 +75,12 @@ class Chat:
     def on_commit(self, entries: list[Entry]) -> None:
         """New entries are durable: tell those attached here, and the other workers."""
         self.appended += len(entries)
+        # The bus first: what is queued first is sent first, so that other workers know, or are about to,
+        # when the sender is answered and asks them.
+        for e in entries:
+            self._bus.publish(events.conv_channel(e.conv), events.pack_entry(e))
         for e in entries:
             self._delivery.on_entry(e)
-            self._bus.publish(events.conv_channel(e.conv), events.pack_entry(e))
 
     def send(self, user: str, req: Send) -> asyncio.Future[Appended]:
         """Append a message. Hot: no await, so that a connection's sends keep their order.
