@@ -123,6 +123,16 @@ class OnTerminal(Chat):
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
+    async def leave(self) -> int:
+        """Ctrl-D, and wait for the end; its exit code. Pressed again if it did not take, as people do: while a
+        line is printed above the prompt the terminal is in its own mode for a moment, in which the key is lost."""
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                self.type("\x04")
+                done, _ = await asyncio.wait([asyncio.ensure_future(self._process.wait())], timeout=1.0)
+                if done:
+                    return done.pop().result()
+
     async def wait(self) -> int:
         """Wait for its end; its exit code."""
         async with asyncio.timeout(PATIENCE_S):

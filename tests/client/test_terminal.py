@@ -182,8 +182,7 @@ async def test_on_a_terminal(url: str, tmp_path: Path) -> None:
             other.typing(conv)
             await chat.shows(f"{bob} is typing…")
         await chat.says(rf"\* {bob} is offline")
-        chat.type("\x04")
-        assert await chat.wait() == 0
+        assert await chat.leave() == 0
 
 
 async def test_a_terminal_over_a_restart(own_server: Server, tmp_path: Path) -> None:
