@@ -1,5 +1,6 @@
 """Fan-out: one frame by reference to every member of a topic, without touching Python."""
 
+cimport cython
 from cpython.ref cimport PyObject
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free
@@ -12,6 +13,9 @@ from chatcore._fast.frames cimport Frame, FrameBuf
 from chatcore._fast.sys cimport CC_CHECK
 
 
+# (The collector must not take `core` away before __dealloc__, which needs it: what breaks a circle
+# through `key` is the other side.)
+@cython.no_gc_clear
 cdef class Topic:
     """A set of connections to fan out to.
 
@@ -30,8 +34,10 @@ cdef class Topic:
         pass
 
     def __dealloc__(self):
-        # Also when the reactor is gone already: then it has emptied the topic.
-        members_drop(&self.core.hub, &self.members)
+        # Also when the reactor was shut down already: then it has emptied the topic. (No core: the
+        # arguments were refused.)
+        if self.core is not None:
+            members_drop(&self.core.hub, &self.members)
         while self.members.count:
             topic_remove(&self.members, self.members.count - 1)
         free(self.members.conns)

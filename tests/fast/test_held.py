@@ -167,6 +167,26 @@ async def test_a_topic_or_a_member_that_goes_takes_what_is_held_with_it() -> Non
 
 
 @on_loop
+async def test_a_topic_in_a_circle_leaves_nothing_of_itself_in_the_list_of_those_that_hold_something() -> None:
+    """The collector cleared the topic, its reactor with it, before the topic took itself out of the list."""
+    async with Server() as server:
+        a, b, x, y = await pair(server)
+        first, second = Topic(server.reactor, None), Topic(server.reactor, 1)
+        first.key = [first]  # younger than the topic, which is therefore cleared first
+        for topic in (first, second):
+            topic.add(x.conn)
+            topic.add(y.conn)
+        first.fan_out(Frame(b"lost"))
+        del first, topic
+        gc.collect()
+        second.fan_out(Frame(b"1"))
+        assert await texts(a, 1) == [b"1"]
+        assert await texts(b, 1) == [b"1"]
+        await a.close()
+        await b.close()
+
+
+@on_loop
 async def test_the_end_of_everything_with_something_held() -> None:
     async with Server() as server:
         a, b, x, _ = await pair(server)
