@@ -323,7 +323,8 @@ class Session:
         worker.presence.changed(who.user.id)
         for conv in mine.left if since is not None else ():
             self.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
-        rest = [conv for conv in mine.revs if conv not in live] if live else list(mine.revs)
+        done = set(live)
+        rest = [conv for conv in mine.revs if conv not in done]
         if rest:
             return self._catch_up(rest, have, since)
         self._caught_up()

@@ -208,6 +208,7 @@ class Users:
         for x in connected.sessions:
             if not x.ready:
                 x.missed |= {view.conv}  # its own list may be older, or younger
+                all_told = False
                 continue
             if room is None:
                 self.delivery.attach_soon(x, view.conv, have)
@@ -220,23 +221,29 @@ class Users:
                     x.push_view(view, None)
             else:
                 self.delivery.attach_soon(x, view.conv, have)
-        if all_told:
-            self._remember(connected, view.conv, (view.rev, view.members))
+        self._remember(connected, view.conv, (view.rev, view.members) if all_told else None)
 
     def _tell_out(self, connected: ConnectedUser, conv: str) -> None:
         known = connected.told is not None and connected.told.get(conv) == OUT
         room = self.delivery.rooms.get(conv)
+        all_told = True
         for x in connected.sessions:
             if room is not None:
                 self.delivery.detach(x, room)
             if not x.ready:
                 x.missed |= {conv}
+                all_told = False
             elif not known:
                 x.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
-        self._remember(connected, conv, OUT)
+        self._remember(connected, conv, OUT if all_told else None)
 
     @staticmethod
-    def _remember(connected: ConnectedUser, conv: str, what: tuple[int, int]) -> None:
+    def _remember(connected: ConnectedUser, conv: str, what: tuple[int, int] | None) -> None:
+        """What all sessions know of it now; None: not all know the same."""
+        if what is None:
+            if connected.told is not None:
+                connected.told.pop(conv, None)
+            return
         if connected.told is None or len(connected.told) >= TOLD_MAX:
             connected.told = {}
         connected.told[conv] = what

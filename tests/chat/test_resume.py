@@ -104,3 +104,40 @@ async def test_a_store_that_does_not_answer_leaves_nothing_behind() -> None:
         assert not room.pins
         desk.delivery.on_entry(message("a", 4))
         assert not desk.got(x, t="msg")
+
+
+async def test_a_row_that_changed_while_the_memberships_were_read_is_told() -> None:
+    """It was noted as told to all of the user's sessions, when this one had only been promised it."""
+    shelf = Slow()
+    shelf.conversation("a", 3)
+    async with Desk(shelf) as desk:
+        await desk.log_in("alice")
+        shelf.reading.clear()
+        shelf.answers.clear()
+        x = desk.connect()
+        desk.begin(x, "auth", v=1, token="alice", sync=_sync(desk), have={"a": 3})
+        await shelf.reading.wait()
+        shelf.change("a", read=2)
+        desk.users.refresh("alice", "a")
+        await until(lambda: x.missed, "the reading of the row")
+        shelf.answers.set()
+        await until(lambda: desk.got(x, t="conv", c="a", read=2), "the new mark")
+
+
+async def test_a_removal_heard_while_the_memberships_were_read_is_told() -> None:
+    """The same where the answer about the row overtakes that about the memberships."""
+    shelf = Slow()
+    shelf.conversation("a", 3)
+    async with Desk(shelf) as desk:
+        await desk.log_in("alice")
+        shelf.reading.clear()
+        shelf.answers.clear()
+        x = desk.connect()
+        desk.begin(x, "auth", v=1, token="alice", sync=_sync(desk), have={"a": 3})
+        await shelf.reading.wait()
+        shelf.logs["a"].append(_removal("a", 4, "alice"))
+        del shelf.rows["a"]
+        desk.delivery.on_entry(shelf.logs["a"][-1])
+        await until(lambda: x.missed, "the reading of the row")
+        shelf.answers.set()
+        await until(lambda: desk.got(x, t="conv", c="a", role="none"), "being told so")
