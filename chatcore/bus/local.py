@@ -55,6 +55,9 @@ BACKLOG: Final = 128
 #: Without a byte for so many heartbeats a peer counts as silent.
 SILENT_AFTER_BEATS: Final = 3
 
+#: Shared tuples of peers that no route uses any more are let go when there are so many more of them than routes.
+SPARE_GROUPS: Final = 1000
+
 _SOCKET: Final = re.compile(rf"bus-({NAME_PATTERN.pattern})\.sock")
 
 
@@ -416,13 +419,19 @@ class LocalBus:
     def peer_forgets(self, peer: Peer) -> None:
         """The peer takes back all its subscriptions (rare: looks through those of everybody)."""
         self.peer_unsubscribes(peer, [channel for channel, route in self._routes.items() if peer in route])
-        self._groups = {route: route for route in self._routes.values()}
+        self._let_go_of_groups()
 
     def _route(self, channel: str, route: tuple[Peer, ...]) -> None:
         if route:
             self._routes[channel] = self._groups.setdefault(route, route)
+            if len(self._groups) > 2 * len(self._routes) + SPARE_GROUPS:
+                self._let_go_of_groups()
         else:
             self._routes.pop(channel, None)
+
+    def _let_go_of_groups(self) -> None:
+        """Keep only those that are in use: with many peers nearly every order of them comes up once."""
+        self._groups = {route: route for route in self._routes.values()}
 
     # --- heartbeats --------------------------------------------------------
     async def _beat_forever(self) -> None:

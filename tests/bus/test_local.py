@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import uvloop
 
-from chatcore.bus.local import LocalBus
+from chatcore.bus.local import SPARE_GROUPS, LocalBus
 from chatcore.bus.local_link import (
     ASK,
     CONFIRM,
@@ -22,6 +23,7 @@ from chatcore.bus.local_link import (
     RESET,
     SUBSCRIBE,
     Inbound,
+    Peer,
     channel_frames,
     frame,
     hello_frame,
@@ -362,3 +364,25 @@ class Stub:
 
     def is_closing(self) -> bool:
         return False
+
+
+def test_orders_of_peers_that_no_channel_has_any_more_are_let_go(tmp_path: Path, run: Run) -> None:
+    """With many workers nearly every channel has an order of its own, which was kept until a worker went."""
+
+    async def main() -> None:
+        bus = LocalBus(tmp_path, "a", queue_bytes=1 << 20, confirm_timeout_ms=2000, heartbeat_ms=50)
+        bus.loop = asyncio.get_running_loop()
+        bus._listener = Recorder()
+        peers = [Peer(bus, f"p{i}") for i in range(8)]
+        bus.peer_subscribes(peers[0], ["kept"])
+        kept = bus._routes["kept"]
+        orders = itertools.islice(itertools.permutations(peers), 2000)
+        for order in orders:
+            for peer in order:
+                bus.peer_subscribes(peer, ["x"])
+            for peer in order:
+                bus.peer_unsubscribes(peer, ["x"])
+        assert len(bus._groups) <= 2 * len(bus._routes) + SPARE_GROUPS
+        assert bus._routes == {"kept": kept}
+
+    run(main())
