@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from pathlib import Path
 
+import msgspec
 import orjson
 import pytest
 
@@ -69,6 +71,22 @@ def test_a_cid_for_something_else_is_a_conflict(place: Place) -> None:
         assert not (await o.store.append(message(conv, bob, "b", "same"))).dup
 
     run(place, work)
+
+
+def test_a_message_that_version_0_1_stored_may_be_repeated(tmp_path: Path) -> None:
+    """Its digest was another: who had not heard the `ok` before the upgrade was told `conflict` after it."""
+
+    async def work(o: Opened) -> None:
+        alice = await o.user("alice")
+        conv = await o.conversation(alice)
+        now = message(conv, alice, "a", "same")
+        old = hashlib.blake2b(now.fields, digest_size=8).digest()
+        first = await o.store.append(msgspec.structs.replace(now, digest=old))
+        assert await o.store.append(now) == Appended(first.seq, first.ts, dup=True)
+        with pytest.raises(Conflict):
+            await o.store.append(message(conv, alice, "b", "same"))
+
+    run(tmp_path, work)
 
 
 def test_after_a_restart_a_cid_is_still_known(place: Place) -> None:
