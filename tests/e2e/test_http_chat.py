@@ -114,6 +114,7 @@ async def test_the_idempotency_key_is_the_cid(world: World) -> None:
         ({"body": "x", "data": {}}, {}, 400, "bad_request"),
         ({"body": "x"}, {"Idempotency-Key": "not an id"}, 400, "bad_request"),
         ({"body": "x"}, {"Idempotency-Key": "x" * 65}, 400, "bad_request"),
+        ({"body": "x"}, {"Idempotency-Key": 'x","from":"victim'}, 400, "bad_request"),
         ({"body": "x" * 8193}, {}, 413, "too_large"),
     ],
 )
