@@ -330,6 +330,11 @@ def ok(id: int, fields: dict[str, Any] | None = None) -> bytes:
     return orjson.dumps({"t": "ok", "id": id, **fields})
 
 
+def conv_left(conv: str) -> bytes:
+    """The push to whoever is no longer in a conversation."""
+    return b'{"t":"conv","c":"%b","role":"none"}' % conv.encode()
+
+
 def ok_sent(id: int, seq: int, ts: int, dup: bool) -> bytes:
     """The reply to ``send`` (hot: no dict)."""
     if dup:

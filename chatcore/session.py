@@ -8,10 +8,10 @@ owns its tasks, which find ``closed`` set when they come back from an await.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING, Any, Final
 
 import orjson
@@ -34,18 +34,6 @@ NOTHING: Final[frozenset[str]] = frozenset()
 BUSY_RETRY_MS: Final = 500
 
 
-class Rare:
-    """What few sessions need, and those not for long: it would double what an idle one costs."""
-
-    __slots__ = ("attaches", "lock", "reading", "typing")
-
-    def __init__(self) -> None:
-        self.lock: asyncio.Lock | None = None  # one attach after the other
-        self.attaches = 0  # that hold it, or wait for it
-        self.typing: TypingGate | None = None
-        self.reading: asyncio.Lock | None = None  # one expensive query after the other
-
-
 class Session:
     """Implements :class:`~.chat.delivery.Subscriber`."""
 
@@ -54,8 +42,8 @@ class Session:
         "_drained",
         "_live",
         "_only",
-        "_rare",
         "_sync",
+        "_typing",
         "_user",
         "_waiting",
         "_worker",
@@ -82,7 +70,7 @@ class Session:
         self._busy = 0  # requests not yet answered
         self._waiting: list[tuple[bytes, int]] | None = None  # came while logging in; None: not logging in
         self._drained: asyncio.Future[bool] | None = None
-        self._rare: Rare | None = None
+        self._typing: TypingGate | None = None
         self.joining = 0
         # Empty in nearly every session, which then share it.
         self.missed = NOTHING  # conversations whose row changed while logging in
@@ -322,7 +310,7 @@ class Session:
         self.missed = NOTHING
         worker.presence.changed(who.user.id)
         for conv in mine.left if since is not None else ():
-            self.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
+            self.push(p.conv_left(conv))
         done = set(live)
         rest = [conv for conv in mine.revs if conv not in done]
         if rest:
@@ -358,15 +346,17 @@ class Session:
         """The ``sync`` as of now; none while what it stands for is still being sent."""
         if not self._live:
             return {}
-        busy = self.joining or (self._rare is not None and self._rare.attaches)
+        busy = self.joining or self in self._worker.users.attaching
         if not busy and self._worker.store.global_positions:
             self._sync = max(self._sync, self._worker.delivery.settled)
-        return {"sync": f"{self._worker.store.store_id}.{self.user_id}.{self._sync}"}
+        return {"sync": self._sync_text()}
+
+    def _sync_text(self) -> str:
+        return f"{self._worker.store.store_id}.{self.user_id}.{self._sync}"
 
     def _caught_up(self) -> None:
         """All that was missed is on its way: ``ready``."""
-        sync = f"{self._worker.store.store_id}.{self.user_id}.{self._sync}"
-        self.push(orjson.dumps({"t": "ready", "sync": sync}))
+        self.push(orjson.dumps({"t": "ready", "sync": self._sync_text()}))
         self._live = True
 
     async def _catch_up(self, convs: list[str], have: dict[str, int], since: int | None) -> None:
@@ -389,25 +379,9 @@ class Session:
             # It has been told `ok`, so it cannot be told `unavailable` any more: it resumes.
             self.close(p.CloseCode.INTERNAL, exc.message[:100])
 
-    @contextlib.asynccontextmanager
-    async def attach_lock(self) -> AsyncIterator[None]:
-        """One attach after the other. Between them there is no lock: it is larger than the rest of a session."""
-        rare = self._need()
-        rare.lock = rare.lock or asyncio.Lock()
-        rare.attaches += 1
-        try:
-            async with rare.lock:
-                yield
-        finally:
-            rare.attaches -= 1
-            if not rare.attaches:
-                rare.lock = None
-                if rare.typing is None and rare.reading is None:
-                    self._rare = None
-
-    def _need(self) -> Rare:
-        self._rare = self._rare or Rare()
-        return self._rare
+    def attach_lock(self) -> AbstractAsyncContextManager[None]:
+        """One attach after the other."""
+        return self._worker.users.attaching.hold(self)
 
     # --- the other requests ---------------------------------------------------------------
     async def _answer(self, user: str, req: p.AnyRequest) -> dict[str, Any] | None:
@@ -423,9 +397,8 @@ class Session:
             case p.Read():
                 await chat.read(user, req)
             case p.Typing():
-                rare = self._need()
-                rare.typing = rare.typing or TypingGate(self._worker.settings.rates.typing_interval_ms)
-                rare.typing.check(req.c, asyncio.get_running_loop().time())
+                self._typing = self._typing or TypingGate(self._worker.settings.rates.typing_interval_ms)
+                self._typing.check(req.c, asyncio.get_running_loop().time())
                 await chat.typing(user, req)
             case p.Open():
                 return await self._open(user, req)
@@ -438,9 +411,7 @@ class Session:
             case p.Notify():
                 await chat.notify(user, req.c, req.level)
             case p.Members() | p.Users() | p.Channels() | p.Watch():
-                rare = self._need()
-                rare.reading = rare.reading or asyncio.Lock()
-                async with rare.reading:
+                async with self._worker.users.reading.hold(self):
                     return await self._look_up(user, req)
             case p.Block():
                 await chat.block(user, req.user, req.on)

@@ -171,14 +171,19 @@ class Server:
         port: int = 0,
         quick: bool = True,
         errors: str | None = None,
+        launcher: tuple[str, ...] = ("chatcore",),
+        extra: Mapping[str, str] | None = None,
     ) -> None:
-        """``errors``: which errors in its log are what the test is about (a pattern)."""
+        """``errors``: which errors in its log are what the test is about (a pattern). ``launcher``: the module to
+        run, with arguments before ``serve``. ``extra``: more of its environment."""
         self.data = data
         self.backend = backend
         self.settings = {**(QUICK if quick else {}), **backend.prepare(data), **(settings or {})}
         self.config = config
         self.workers = workers
         self.errors = errors
+        self.launcher = launcher
+        self.extra = dict(extra or {})
         self.port = port
         self.log_path = data.with_name(data.name + ".log")
         self.process: subprocess.Popen[bytes]
@@ -192,9 +197,9 @@ class Server:
             options += ["--config", str(self.config)]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "chatcore", "serve", *options],
+                [sys.executable, "-m", *self.launcher, "serve", *options],
                 cwd=self.data.parent,
-                env=environment(self.settings),
+                env={**environment(self.settings), **self.extra},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -13,10 +13,10 @@ cdef enum:
     TICK_NS = 100000000         # the wheel's step; deadlines are never early and one step late
     WHEEL_SLOTS = 512           # 51 s: a ping interval fits; longer deadlines go round
     CHUNK_CONNS = 256           # 32 KiB of structs at a time
+    CHUNK_SHIFT = 8
     # What a topic holds at most before it goes to the members' outboxes.
     HELD_MAX = 256
     HELD_BYTES = 65536
-    CHUNK_SHIFT = 8
 
 cdef enum State:
     FREE                        # in the free list (zeroed memory)
@@ -234,6 +234,11 @@ cdef inline void hub_settle(Hub *h) noexcept nogil:
     """Everything that topics hold goes to the outboxes: before anything is queued behind it."""
     while h.waiting_first != NULL:
         members_settle(h, h.waiting_first)
+
+cdef inline Conn *conn_current(Hub *h, uint64_t handle) noexcept nogil:
+    """conn_get, after hub_settle: what is queued on it from now on comes behind what topics hold."""
+    hub_settle(h)
+    return conn_get(h, handle)
 
 cdef inline Members **topics_members(Topics *t) noexcept nogil:
     return <Members **>(t + 1)

@@ -25,15 +25,15 @@ from chatcore._fast.conns cimport (
     ARMED_OUT, AUTHED, BLOCKED, CHUNK_CONNS, CHUNK_SHIFT, CLOSING, DEAD, DIRTY, EOF_SEEN, FREE,
     HTTP, HTTP_ASKED, HTTP_SEEN, LINGER, NO_IN, OPEN, PINGED, TICK_NS, TELL_CLOSED, TELL_WRITABLE, Conn,
     Core, Hub, conn_close, conn_ended, conn_free, conn_get, conn_handle, conn_interest, conn_kill,
-    conn_linger, conn_new, conn_queue, conn_reset, conn_send, conn_settle, conn_touch, hub_ms, hub_settle,
-    members_drop, timer_set, timer_stop, topics_members, wheel_turn,
+    conn_linger, conn_new, conn_queue, conn_reset, conn_send, conn_settle, conn_current,
+    conn_touch, hub_ms, hub_settle, members_drop, timer_set, timer_stop, topics_members, wheel_turn,
 )
 from chatcore._fast.frames cimport (
     CLOSE_BROKEN, CLOSE_NO_STATUS, EV_BINARY, EV_CLOSE, EV_FAIL, EV_NONE, EV_PING, EV_TEXT,
     OP_BINARY, OP_PING, OP_PONG, OP_TEXT, RAW, Event, Frame as CFrame, FrameBuf, Rx, frame_drop,
     frame_new, rx_done, rx_parse,
 )
-from chatcore._fast.outbox cimport SCRATCH_BYTES, Send, outbox_send, outbox_written
+from chatcore._fast.outbox cimport SCRATCH_BYTES, Send, outbox_written
 from chatcore._fast.sys cimport (
     AF_INET, AF_INET6, EAGAIN, ECONNABORTED, EINTR, EMFILE, ENFILE, ENOBUFS, ENOMEM, EBADF, EINVAL,
     ENOTSOCK, EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLL_CTL_DEL, EPOLL_CTL_MOD, EPOLLERR, EPOLLHUP,
@@ -89,12 +89,6 @@ cdef int receive_batch(Read *reads, int n, uint8_t *buffer, size_t size) noexcep
             if used > size:
                 used = size
     return n
-
-
-cdef void send_batch(Send *sends, int n, uint8_t *scratch) noexcept nogil:
-    cdef int i
-    for i in range(n):
-        outbox_send(&sends[i], scratch)
 
 
 cdef uint32_t milliseconds(name, value) except? 0xFFFFFFFF:
@@ -329,10 +323,7 @@ cdef class Reactor(Core):
                 m += 1
         if m:
             with nogil:
-                if self.ring.fd >= 0:
-                    ring_send_batch(&self.ring, sends, m, self.scratch)
-                else:
-                    send_batch(sends, m, self.scratch)
+                ring_send_batch(&self.ring, sends, m, self.scratch)
             for i in range(m):
                 self.wrote(&sends[i], senders[i])
         for i in range(n):
@@ -734,13 +725,10 @@ cdef class Reactor(Core):
             timer_stop(c)
 
     cdef bint send_payload(self, uint64_t conn, bytes payload, int opcode) except -1:
-        cdef Conn *c = conn_get(&self.hub, conn)
+        cdef Conn *c = conn_current(&self.hub, conn)
         cdef FrameBuf *f
         cdef bint sent
         if c == NULL or c.state != OPEN:
-            return False
-        hub_settle(&self.hub)
-        if c.state != OPEN:
             return False
         f = frame_new(opcode, <const uint8_t *><char *>payload, len(payload))
         if f == NULL:
@@ -756,12 +744,9 @@ cdef class Reactor(Core):
         return self.send_payload(conn, payload, OP_BINARY)
 
     def send_frame(self, uint64_t conn, CFrame frame not None):
-        cdef Conn *c = conn_get(&self.hub, conn)
+        cdef Conn *c = conn_current(&self.hub, conn)
         cdef bint sent
         if c == NULL or c.state != OPEN:
-            return False
-        hub_settle(&self.hub)
-        if c.state != OPEN:
             return False
         frame.buf.refs += 1
         sent = conn_send(&self.hub, c, frame.buf)
@@ -769,13 +754,11 @@ cdef class Reactor(Core):
         return sent
 
     def queued(self, uint64_t conn):
-        cdef Conn *c = conn_get(&self.hub, conn)
-        hub_settle(&self.hub)
+        cdef Conn *c = conn_current(&self.hub, conn)
         return 0 if c == NULL else c.out.bytes
 
     def notify_writable(self, uint64_t conn):
-        cdef Conn *c = conn_get(&self.hub, conn)
-        hub_settle(&self.hub)
+        cdef Conn *c = conn_current(&self.hub, conn)
         if c == NULL or c.state != OPEN:
             return False
         if c.out.bytes <= self.hub.low_water:
@@ -785,10 +768,9 @@ cdef class Reactor(Core):
 
     def close(self, uint64_t conn, uint16_t code, bytes reason not None=b""):
         cdef Hub *h = &self.hub
-        cdef Conn *c = conn_get(h, conn)
+        cdef Conn *c = conn_current(h, conn)
         if c == NULL:
             return
-        hub_settle(h)
         if c.state == OPEN:
             conn_close(h, c, code, <const uint8_t *><char *>reason, len(reason), code)
         elif c.state == HTTP:

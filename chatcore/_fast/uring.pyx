@@ -170,12 +170,13 @@ cdef void run(Ring *r, Send *sends) noexcept nogil:
 
 
 cdef void ring_send_batch(Ring *r, Send *sends, int n, uint8_t *scratch) noexcept nogil:
-    """outbox_send for each of `n` <= RING_SENDS, together. Results are in the Sends."""
+    """outbox_send for each of `n` <= RING_SENDS; together if they are several and there is a ring. Results are in
+    the Sends."""
     cdef iovec parts[IOV_MAX_USED]
     cdef size_t used = 0
     cdef uint32_t count
     cdef int i
-    if n < RING_MIN:
+    if r.fd < 0 or n < RING_MIN:
         for i in range(n):
             outbox_send(&sends[i], scratch)
         return

@@ -121,22 +121,10 @@ class Tails:
         return self._generations.ticket()
 
     def add(self, e: Entry, most_s: Callable[[], float] = lambda: math.inf) -> None:
-        """An entry that was just committed, here or elsewhere: nobody can have overwritten it yet. Hot."""
-        tail = self._get(e.conv) or self._make(e.conv, most_s())
-        if e.seq == tail.top + 1:
-            entries = tail.entries
-            entries[e.seq] = e
-            size = cost(e)
-            old = entries.pop(e.seq - self.keep, None)
-            if old is not None:
-                size -= cost(old)
-            tail.top = e.seq
-            tail.size += size
-            self.bytes += size
-        else:
-            self._insert(tail, e)
-        if self.bytes > self._max_bytes:
-            self._trim()
+        """An entry that was just committed, here or elsewhere: nobody can have overwritten it yet. (``most_s``
+        is asked only for a new tail: this is once for each entry, and it costs more than the rest.)"""
+        self._insert(self._get(e.conv) or self._make(e.conv, most_s()), e)
+        self._trim()
 
     def merge(self, conv: str, entries: Iterable[Entry], ticket: int, most_s: float = math.inf) -> bool:
         """Entries that were read. False, and none is kept: the tail was dropped after the ticket was taken."""

@@ -3,7 +3,8 @@
 Two kinds: an entry of a log (already encoded as it goes to clients, so that a
 worker which receives it decodes no JSON), and a state (typing, read marks,
 presence), which is at most once. Channels: ``c:<conversation>``, ``u:<user>``
-(what concerns one user's own sessions), ``p:<user>`` (presence, for watchers).
+(what concerns one user's own sessions; on the local bus users share ``u:<number>``),
+``p:<user>`` (presence, for watchers).
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ import orjson
 
 from ..bus.base import Bus
 from ..errors import ChatError
-from ..protocol import CloseCode
+from ..locks import Locks
+from ..protocol import CloseCode, conv_left
 from ..store.base import Store, View
 from . import events
 
@@ -82,6 +83,9 @@ class Users:
         self._again: dict[tuple[str, str], int | None] = {}  # changed once more meanwhile
         self._expiry: asyncio.Task[None] | None = None
         self._expiry_at = 0.0
+        #: One attach of a session after the other, and one expensive query.
+        self.attaching: Locks[Session] = Locks()
+        self.reading: Locks[Session] = Locks()
 
     def start(self) -> None:
         """Start the task that ends sessions with their tokens."""
@@ -234,7 +238,7 @@ class Users:
                 x.missed |= {conv}
                 all_told = False
             elif not known:
-                x.push(b'{"t":"conv","c":"%b","role":"none"}' % conv.encode())
+                x.push(conv_left(conv))
         self._remember(connected, conv, OUT if all_told else None)
 
     @staticmethod

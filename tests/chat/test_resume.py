@@ -7,6 +7,7 @@ import asyncio
 import orjson
 
 from chatcore.protocol import encode_entry
+from chatcore.session import Session
 from chatcore.store.base import Entry, Memberships
 
 from .parts import Desk, Shelf, message, until
@@ -37,6 +38,16 @@ def _sync(desk: Desk) -> str:
     return f"shelf.alice.{desk.store.at}"
 
 
+async def _reading(desk: Desk, shelf: Slow, have: int) -> Session:
+    """A session that comes back, whose memberships were read and are not answered yet."""
+    shelf.reading.clear()
+    shelf.answers.clear()
+    x = desk.connect()
+    desk.begin(x, "auth", v=1, token="alice", sync=_sync(desk), have={"a": have})
+    await shelf.reading.wait()
+    return x
+
+
 async def test_who_missed_nothing_is_live_without_views() -> None:
     shelf = Shelf()
     shelf.conversation("a", 3)
@@ -55,11 +66,7 @@ async def test_what_is_delivered_while_the_memberships_are_read_comes_once_and_i
     shelf.conversation("a", 3)
     async with Desk(shelf) as desk:
         await desk.log_in("alice")
-        shelf.reading.clear()
-        shelf.answers.clear()
-        x = desk.connect()
-        desk.begin(x, "auth", v=1, token="alice", sync=_sync(desk), have={"a": 3})
-        await shelf.reading.wait()
+        x = await _reading(desk, shelf, have=3)
         shelf.logs["a"].append(message("a", 4))
         desk.delivery.on_entry(message("a", 4))
         shelf.answers.set()
@@ -74,12 +81,8 @@ async def test_who_is_removed_while_the_memberships_are_read_is_not_attached() -
     shelf.conversation("a", 3)
     async with Desk(shelf) as desk:
         await desk.log_in("alice")
-        shelf.reading.clear()
-        shelf.answers.clear()
-        x = desk.connect()
         # One that says it has the removal already, which others may have told it.
-        desk.begin(x, "auth", v=1, token="alice", sync=_sync(desk), have={"a": 4})
-        await shelf.reading.wait()
+        x = await _reading(desk, shelf, have=4)
         shelf.logs["a"].append(_removal("a", 4, "alice"))
         del shelf.rows["a"]
         desk.delivery.on_entry(shelf.logs["a"][-1])
@@ -112,11 +115,7 @@ async def test_a_row_that_changed_while_the_memberships_were_read_is_told() -> N
     shelf.conversation("a", 3)
     async with Desk(shelf) as desk:
         await desk.log_in("alice")
-        shelf.reading.clear()
-        shelf.answers.clear()
-        x = desk.connect()
-        desk.begin(x, "auth", v=1, token="alice", sync=_sync(desk), have={"a": 3})
-        await shelf.reading.wait()
+        x = await _reading(desk, shelf, have=3)
         shelf.change("a", read=2)
         desk.users.refresh("alice", "a")
         await until(lambda: x.missed, "the reading of the row")
@@ -130,11 +129,7 @@ async def test_a_removal_heard_while_the_memberships_were_read_is_told() -> None
     shelf.conversation("a", 3)
     async with Desk(shelf) as desk:
         await desk.log_in("alice")
-        shelf.reading.clear()
-        shelf.answers.clear()
-        x = desk.connect()
-        desk.begin(x, "auth", v=1, token="alice", sync=_sync(desk), have={"a": 3})
-        await shelf.reading.wait()
+        x = await _reading(desk, shelf, have=3)
         shelf.logs["a"].append(_removal("a", 4, "alice"))
         del shelf.rows["a"]
         desk.delivery.on_entry(shelf.logs["a"][-1])

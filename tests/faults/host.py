@@ -6,14 +6,12 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..server import BACKENDS, Backend, Server, environment
+from ..server import BACKENDS, Backend, Server
 
 #: A supervisor that died leaves workers that drain; who restarts it (systemd) tries so often, for so long.
 AGAIN_S = 0.25
@@ -33,31 +31,13 @@ class Host(Server):
         backend: Backend = BACKENDS[0],
         launcher: tuple[str, ...] = ("chatcore",),
     ) -> None:
-        super().__init__(data, workers=workers, settings=settings, backend=backend)
-        self.launcher = launcher
+        super().__init__(data, workers=workers, settings=settings, backend=backend, launcher=launcher, extra=extra)
         self.away = False  # as clients are told: do not even try
-        self._extra = dict(extra)
         self._once: set[int] = set()  # every process that it ever had
 
     def start(self) -> Host:
         """Start it; wait until it says that it is ready."""
-        options = ["--data", str(self.data), "--workers", str(self.workers), "--port", str(self.port)]
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", *self.launcher, "serve", *options],
-                cwd=self.data.parent,
-                env={**environment(self.settings), **self._extra},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                process_group=0,
-            )
-        self.ended = False
-        try:
-            self.port = self._read_port()
-        except BaseException:
-            self.kill()
-            raise
+        super().start()
         self._once |= {self.process.pid, *self.pids().values()}
         return self
 

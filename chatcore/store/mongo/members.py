@@ -19,6 +19,7 @@ from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
 from ...errors import ChatError
+from ...locks import Locks
 from ...protocol import MEMBER_ROLES
 from ..append import Head
 from ..base import NewEntry
@@ -111,7 +112,9 @@ class Members:
         self._held = 0
         self._folded: OrderedDict[str, int] = OrderedDict()
         self._recounts: dict[str, float] = {}
-        self._folding: dict[str, tuple[asyncio.Lock, int]] = {}  # and how many hold it or wait for it
+        # One fold of a conversation at a time in this worker: a second one would do the same once more (and a
+        # server whose updates are not atomic, FerretDB, would let an older change overwrite a later).
+        self._folding: Locks[str] = Locks()
 
     # --- rows ------------------------------------------------------------------
     @contextlib.asynccontextmanager
@@ -280,24 +283,10 @@ class Members:
 
         :param late: whose it was to do has had the time: if they are behind, he may be dead.
         """
-        async with self._alone(conv):
+        async with self._folding.hold(conv):
             doc = await self._mongo.do(self._mongo["convs"].find_one({"_id": conv}, {"folded": 1}))
             if doc is not None:
                 await self._repair(conv, int(doc.get("folded", 0)), late)
-
-    @contextlib.asynccontextmanager
-    async def _alone(self, conv: str) -> AsyncIterator[None]:
-        """One fold of a conversation at a time in this worker: a second one would do the same once more
-        (and a server whose updates are not atomic, FerretDB, would let an older change overwrite a later)."""
-        lock, users = self._folding.get(conv) or (asyncio.Lock(), 0)
-        self._folding[conv] = lock, users + 1
-        try:
-            async with lock:
-                yield
-        finally:
-            lock, users = self._folding.pop(conv)
-            if users > 1:
-                self._folding[conv] = lock, users - 1
 
     def folded(self, conv: str) -> int:
         """A change up to which the rows are known to reflect all (0: not known)."""
@@ -353,7 +342,7 @@ class Members:
         if doc is None:
             return None
         known = Roles(doc["kind"], doc.get("a"), doc.get("b"))
-        async with self._alone(conv):
+        async with self._folding.hold(conv):
             known.valid = await self._repair(conv, int(doc.get("folded", 0)), late=True)
         return known
 
