@@ -72,6 +72,8 @@ async def piped(url: str, home: Path, *arguments: str, password: str | None = PA
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        # What runs in the background of a script ignores it, and so would its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
     async def collect(name: str, stream: asyncio.StreamReader | None) -> None:
