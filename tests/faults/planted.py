@@ -13,8 +13,8 @@ from chatcore.process import WorkerContext
 from chatcore.store.base import Appended, Entry, NewEntry, Page
 from chatcore.worker import Worker
 
-#: Long enough that a kill falls into it.
-EARLY_S = 0.3
+#: Long enough that a kill falls into it, and that the log is looked at before it is over.
+EARLY_S = 1.0
 #: One of so many entries is told to other workers, so that a hole is found; the last ones are mostly not.
 TOLD_OF = 5
 #: The looks that would find what the bus lost.

@@ -98,7 +98,9 @@ class Site:
         self.clock = Clock(folder)
         self._stack.callback(self.clock.close)
         if self.backend == "sqlite-local":
-            self._host("a", 4, {})
+            # A write-ahead log keeps the blocks that it has: with the default of 64 MiB a full disk would be felt by
+            # nobody in the seconds for which it lasts here, as the log goes round in them.
+            self._host("a", 4, {"CHATCORE_STORE_CHECKPOINT_PAGES": "1000"})
         else:
             await self._services()
             for name, proxy in zip("ab", self.proxies, strict=True):
