@@ -51,6 +51,31 @@ def test_a_cid_repeated_gets_the_first_result_and_stores_nothing(place: Place) -
     run(place, work)
 
 
+def test_one_batch_of_many_conversations_repeats_and_refusals(place: Place) -> None:
+    """However a batch is cut into statements: each gets its own outcome, and every log is dense."""
+
+    async def work(o: Opened) -> None:
+        alice, bob, eve = await o.user("alice"), await o.user("bob"), await o.user("eve")
+        convs = [await o.conversation(alice, bob) for _ in range(7)]
+        before = await o.store.heads(convs)
+        sent = [message(convs[i % 7], (alice, bob)[i % 2], str(i), f"n{i}") for i in range(120)]
+        batch = [*sent, *sent[40:70], *(message(conv, eve) for conv in convs), sent[0]]
+        done = await asyncio.gather(*map(o.store.append, batch), return_exceptions=True)
+        for i in range(120):
+            assert isinstance(first := done[i], Appended)
+            assert (first.seq, first.dup) == (before[convs[i % 7]] + i // 7 + 1, False)
+        assert done[120:150] == [Appended(d.seq, d.ts, dup=True) for d in done[40:70] if isinstance(d, Appended)]
+        assert all(isinstance(refused, NotFound) for refused in done[150:157])
+        assert isinstance(done[157], Appended)
+        assert done[157].dup
+        for at, conv in enumerate(convs):
+            log = await o.log(conv)
+            assert [e.seq for e in log] == list(range(1, len(log) + 1))
+            assert [orjson.loads(e.wire)["body"] for e in log[before[conv] :]] == [str(i) for i in range(at, 120, 7)]
+
+    run(place, work)
+
+
 def test_a_cid_for_something_else_is_a_conflict(place: Place) -> None:
     async def work(o: Opened) -> None:
         alice, bob = await o.user("alice"), await o.user("bob")

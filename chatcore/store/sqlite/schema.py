@@ -79,7 +79,8 @@ def connect(path: Path, *, write: bool) -> apsw.Connection:
     db = apsw.Connection(os.fspath(path), flags=flags)
     db.set_busy_timeout(BUSY_TIMEOUT_MS)
     db.wal_autocheckpoint(0)
-    db.execute("PRAGMA synchronous = FULL; PRAGMA foreign_keys = OFF")
+    # A statement that changes many pages keeps what they were, to undo it: in memory, not in a file in /var/tmp.
+    db.execute("PRAGMA synchronous = FULL; PRAGMA foreign_keys = OFF; PRAGMA temp_store = MEMORY")
     if not write:
         db.execute("PRAGMA query_only = ON")
     return db

@@ -193,7 +193,6 @@ class Writer(_Thread):
         self._batch = batch
         self._checkpoint_pages = checkpoint_pages
         self._max_conversations = max_conversations
-        self._wal_pages = 0
         self.commits = 0
 
     def _run(self) -> None:
@@ -253,13 +252,7 @@ class Writer(_Thread):
     def _connect(self) -> apsw.Connection:
         if not self._path.exists():
             raise OSError(f"{self._path} is gone")
-        db = connect(self._path, write=True)
-        db.set_wal_hook(self._on_wal)
-        return db
-
-    def _on_wal(self, db: apsw.Connection, name: str, pages: int) -> int:
-        self._wal_pages = pages
-        return apsw.SQLITE_OK
+        return connect(self._path, write=True)
 
     def _commit(self, db: apsw.Connection, batch: list[Work]) -> tuple[list[Any], list[Entry]]:
         """Do what there is time for, from the front, in one transaction; an outcome for each that was done."""
@@ -304,13 +297,14 @@ class Writer(_Thread):
 
     def _checkpoint(self, db: apsw.Connection) -> None:
         """Move committed pages into the database file, under the write lock, so that it races no commit."""
-        if self._wal_pages < self._checkpoint_pages:
-            return
-        restart = self._wal_pages >= self._checkpoint_pages * RESTART_FACTOR
-        mode = apsw.SQLITE_CHECKPOINT_RESTART if restart else apsw.SQLITE_CHECKPOINT_PASSIVE
         try:
+            # Asked, not told by a hook: a callback in the middle of a commit waits for the interpreter.
+            pages, moved = db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+            if max(pages - moved, pages / RESTART_FACTOR) < self._checkpoint_pages:
+                return
+            restart = pages >= self._checkpoint_pages * RESTART_FACTOR
             db.set_busy_timeout(CHECKPOINT_BUSY_MS)
-            db.wal_checkpoint(mode=mode)
+            db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_RESTART if restart else apsw.SQLITE_CHECKPOINT_PASSIVE)
         except apsw.BusyError:
             pass  # a reader is on an old snapshot: next time
         except apsw.Error as exc:
@@ -318,7 +312,6 @@ class Writer(_Thread):
             log.error("checkpoint failed: %s", exc)
         finally:
             db.set_busy_timeout(BUSY_TIMEOUT_MS)
-        self._wal_pages = 0
 
     def _finish(self, batch: Sequence[tuple[Any, Future, float]], outcomes: list[Any], entries: list[Entry]) -> None:
         """On the loop: tell of what is new, and answer.
