@@ -87,6 +87,7 @@ class LocalBus:
         self._visible = False
         self._closing = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._beating: asyncio.Task[None] | None = None
         self._peers: dict[str, Peer] = {}
         self._links: set[Peer | Inbound] = set()  # those with a transport
         self._links_gone = asyncio.Event()
@@ -154,7 +155,7 @@ class LocalBus:
             os.close(self._dir_fd)
             raise
         self._look()
-        self._own_task(self._beat_forever())
+        self._beating = self._own_task(self._beat_forever())
         wait = Wait(self.loop)
         self._waits.begin(wait, {peer: peer.asked for peer in self._peers.values()})
         await wait.done
@@ -166,10 +167,11 @@ class LocalBus:
         self._closing = True
         self._visible = False
         self._path(self._name).unlink(missing_ok=True)
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        # Links that are being opened are open in a turn or two. They are not cancelled: uvloop would close such a
+        # transport without a word to its protocol, which then writes to it.
+        if self._beating is not None:
+            self._beating.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._server.close()
         self._flush()
         # The links that are written here end, flushed. Their readers then end theirs, behind what they had sent.
@@ -343,7 +345,7 @@ class LocalBus:
         try:
             await self.loop.create_unix_connection(lambda: peer, sock=sock)
         except BaseException as exc:
-            sock.close()
+            sock.detach()  # closed with the transport, by the loop
             self._end(peer)
             if not isinstance(exc, OSError):
                 raise
@@ -479,10 +481,11 @@ class LocalBus:
         except Exception:
             log.exception("%s failed", getattr(method, "__name__", method))
 
-    def _own_task(self, coro: Coroutine[Any, Any, None]) -> None:
+    def _own_task(self, coro: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self.loop.create_task(coro)
         self._tasks.add(task)
         task.add_done_callback(self._task_done)
+        return task
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -257,6 +257,29 @@ def test_a_failing_listener_ends_no_link(tmp_path: Path, run: Run) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("turns", range(4))
+def test_a_worker_that_closes_while_a_new_link_comes_up(tmp_path: Path, run: Run, turns: int) -> None:
+    """As in a reload, where the old worker goes when its successor has come; the fault campaign found it."""
+
+    async def main() -> None:
+        mishaps: list[dict[str, object]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: mishaps.append(context))
+        async with buses(tmp_path, "a") as [(a, _)]:
+            b = LocalBus(tmp_path, "b", queue_bytes=1 << 20, confirm_timeout_ms=2000, heartbeat_ms=50)
+            starting = asyncio.create_task(b.start(Recorder()))
+            while (peer := a._peers.get("b")) is None or peer.transport is None:
+                await asyncio.sleep(0)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            a.send_to("b", "x", b"1")
+            await a.close()
+            await starting
+            await b.close()
+        assert not mishaps
+
+    run(main())
+
+
 MALFORMED = {
     "garbage": b"GET / HTTP/1.1\r\n\r\n" * 4,
     "wrong magic": frame(HELLO, b"chatcore-bus/9 x"),

@@ -16,6 +16,8 @@ from ..server import BACKENDS, Backend, Server
 #: A supervisor that died leaves workers that drain; who restarts it (systemd) tries so often, for so long.
 AGAIN_S = 0.25
 RESTART_S = 40.0
+#: A line of the log that begins one, and is no part of a traceback.
+LOG_LINE = re.compile(r"\d{4}-\d\d-\d\dT")
 
 
 class Host(Server):
@@ -88,6 +90,17 @@ class Host(Server):
                     os.kill(pid, signal.SIGKILL)
 
     def mishaps(self, allowed: str) -> list[str]:
-        """Errors in its log that no fault explains."""
-        bad = [line for line in self.log().splitlines() if re.search(r" (ERROR|CRITICAL) |Traceback", line)]
-        return [line for line in bad if not re.search(allowed, line)]
+        """Errors in its log that no fault explains, each with its traceback."""
+        bad: list[str] = []
+        inside = False
+        for line in self.log().splitlines():
+            if LOG_LINE.match(line):
+                inside = re.search(r" (ERROR|CRITICAL) ", line) is not None
+                if inside:
+                    bad.append(line)
+            elif inside:
+                bad[-1] += "\n" + line
+            elif line.startswith("Traceback"):
+                inside = True
+                bad.append(line)
+        return [text for text in bad if not re.search(allowed, text.splitlines()[0])]
