@@ -291,7 +291,7 @@ class Session:
                 unchanged = {conv: rev for conv, rev in mine.revs.items() if rev <= since}
             else:
                 since = None
-        except ChatError:
+        except BaseException:  # also a mistake of ours: half logged in is worse than not
             self._leave()
             raise
         finally:

@@ -35,6 +35,7 @@ cdef extern from "errno.h" nogil:
         EINVAL
         ENOTSOCK
         EINTR
+        EIO
         EMFILE
         ENFILE
         ENOBUFS

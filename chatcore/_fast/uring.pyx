@@ -16,7 +16,7 @@ from libc.string cimport memset
 from chatcore._fast.outbox cimport (
     IOV_MAX_USED, SCRATCH_BYTES, Send, outbox_gather, outbox_send, outbox_write,
 )
-from chatcore._fast.sys cimport EAGAIN, EINTR, c_close, errno, iovec
+from chatcore._fast.sys cimport EAGAIN, EINTR, EIO, c_close, errno, iovec
 
 cdef extern from * nogil:
     """
@@ -88,6 +88,11 @@ cdef extern from * nogil:
     void cc_store(uint32_t *p, uint32_t v)
 
 
+#: The result of a send whose completion has not come; no errno is so large.
+cdef enum:
+    PENDING = -(1 << 30)
+
+
 cdef bint ring_open(Ring *r) noexcept nogil:
     """Set a ring up. False: this kernel has none, or forbids it."""
     cdef io_uring_params p
@@ -139,21 +144,21 @@ cdef void ring_close(Ring *r) noexcept nogil:
 
 cdef void add(Ring *r, Send *sends, int i, iovec *part) noexcept nogil:
     cdef uint32_t tail = r.sq_tail[0]           # only we write it
-    sends[i].result = -EAGAIN                   # until its completion says otherwise
+    sends[i].result = PENDING
     cc_uring_prepare(&r.sqes[tail & r.sq_mask], sends[i].fd, part.iov_base, <uint32_t>part.iov_len, i)
     r.sq_array[tail & r.sq_mask] = tail & r.sq_mask
     cc_store(r.sq_tail, tail + 1)
     r.added += 1
 
 
-cdef void run(Ring *r, Send *sends) noexcept nogil:
-    """Submit what was added, and take the results."""
+cdef void run(Ring *r, Send *sends, int n) noexcept nogil:
+    """Submit what was added, all of it among the first `n`, and take the results."""
     cdef uint32_t head, tail, done = 0, submitted = 0
-    cdef int n
+    cdef int i, entered
     while done < r.added:
-        n = cc_uring_enter(r.fd, r.added - submitted, r.added - done)
-        if n > 0:
-            submitted += n
+        entered = cc_uring_enter(r.fd, r.added - submitted, r.added - done)
+        if entered > 0:
+            submitted += entered
         head = r.cq_head[0]
         tail = cc_load(r.cq_tail)
         while head != tail:
@@ -161,10 +166,13 @@ cdef void run(Ring *r, Send *sends) noexcept nogil:
             head += 1
             done += 1
         cc_store(r.cq_head, head)
-        if n < 0 and errno != EINTR and errno != EAGAIN:
-            # Not known to happen. What was not submitted is taken back; those sockets will be found
-            # writable, and are tried again.
-            cc_store(r.sq_tail, r.sq_tail[0] - (r.added - submitted))
+        if entered < 0 and errno != EINTR and errno != EAGAIN:
+            # Not known to happen. There is no ring from now on; and what may have been sent, or not, cannot be
+            # repeated, so those connections end (what was certainly not submitted is found writable later).
+            ring_close(r)
+            for i in range(n):
+                if sends[i].result == PENDING:
+                    sends[i].result = -EIO if submitted else -EAGAIN
             break
     r.added = 0
 
@@ -182,11 +190,14 @@ cdef void ring_send_batch(Ring *r, Send *sends, int n, uint8_t *scratch) noexcep
         return
     for i in range(n):
         if sends[i].out.count > 1 and used and SCRATCH_BYTES - used < sends[i].out.bytes:
-            run(r, sends)                       # what is in the scratch buffer is gone now
+            run(r, sends, i)                    # what is in the scratch buffer is gone now
             used = 0
+        if r.fd < 0:
+            outbox_send(&sends[i], scratch)
+            continue
         count = outbox_gather(&sends[i], scratch, &used, parts)
         if count == 1:
             add(r, sends, i, &parts[0])
         else:
             outbox_write(&sends[i], parts, count)
-    run(r, sends)
+    run(r, sends, n)

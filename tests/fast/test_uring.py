@@ -7,6 +7,8 @@ the middle of a batch.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import socket
 import struct
 
@@ -112,3 +114,33 @@ async def test_one_that_is_full_and_one_that_is_gone_among_many(io_uring: bool) 
         for raw in raws:
             if raw is not gone:
                 await raw.close()
+
+
+def rings() -> set[int]:
+    """The descriptors of rings in this process (the loop has one, too)."""
+    found: set[int] = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            if "io_uring" in os.readlink(f"/proc/self/fd/{fd}"):
+                found.add(int(fd))
+    return found
+
+
+@on_loop
+async def test_a_ring_that_fails_is_done_without() -> None:
+    """Whatever the kernel says to a submission: the ring is closed, and everybody gets everything by send()."""
+    others = rings()
+    async with Server(io_uring=True) as server:
+        must_work(server, True)
+        raws, topic = await audience(server, MANY)
+        (ring,) = rings() - others
+        null = os.open("/dev/null", os.O_RDONLY)
+        os.dup2(null, ring)  # what is entered from now on is no ring
+        os.close(null)
+        for body in (b"first", b"second"):
+            assert topic.fan_out(Frame(body)) == MANY
+            for raw in raws:
+                assert await raw.frame() == (TEXT, body)
+        assert not server.reactor.uses_io_uring()
+        for raw in raws:
+            await raw.close()
