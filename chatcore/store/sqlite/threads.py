@@ -193,7 +193,6 @@ class Writer(_Thread):
         self._batch = batch
         self._checkpoint_pages = checkpoint_pages
         self._max_conversations = max_conversations
-        self.commits = 0
 
     def _run(self) -> None:
         lock: WriteLock | None = None
@@ -278,7 +277,6 @@ class Writer(_Thread):
             if db.in_transaction:
                 db.execute("ROLLBACK")
             raise
-        self.commits += 1
         return outcomes, tx.appended
 
     def _one(self, tx: ops.Transaction, op: ops.Op) -> Any:
