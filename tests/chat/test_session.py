@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from chatcore.errors import Forbidden
+from chatcore.store.base import Memberships
 
 from .parts import Desk, Shelf, until
 
@@ -72,3 +73,30 @@ async def test_what_waits_behind_a_failing_log_in_is_answered() -> None:
         assert (await desk.answer(x, ping))["code"] == "unauthenticated"
         shelf.down = False
         assert (await desk.answer(x, desk.begin(x, "auth", v=1, token="alice")))["t"] == "ok"
+
+
+async def test_a_log_in_that_fails_by_a_mistake_leaves_nobody_half_logged_in() -> None:
+    """Only refusals were undone: after any other exception the session counted as its user's, and was told nothing."""
+
+    class Mistaken(Shelf):
+        mistaken = True
+
+        async def memberships(self, user: str, since: int | None = None) -> Memberships:
+            if self.mistaken:
+                raise RuntimeError("a mistake")
+            return await super().memberships(user, since)
+
+    shelf = Mistaken()
+    shelf.conversation("a")
+    async with Desk(shelf) as desk:
+        x = desk.connect()
+        reply = await desk.answer(x, desk.begin(x, "auth", v=1, token="alice"))
+        assert (reply["t"], reply["code"]) == ("error", "internal")
+        assert not desk.users.is_online("alice")
+        reply = await desk.answer(x, desk.begin(x, "history", c="a"))
+        assert reply["code"] == "unauthenticated"
+        shelf.mistaken = False
+        reply = await desk.answer(x, desk.begin(x, "auth", v=1, token="alice"))
+        assert reply["t"] == "ok"
+        await until(lambda: desk.got(x, t="ready"), "ready")
+        assert desk.got(x, t="conv", c="a")
