@@ -10,6 +10,7 @@ import ctypes
 import logging
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Final
 
 from .process import StartError
@@ -73,30 +74,31 @@ class Listeners:
         return listener
 
 
-def steer(listener: socket.socket, first: int) -> None:
-    """Let the kernel give new connections only to the `first` listeners of the group (in the order of opening).
+def steer(listener: socket.socket, chosen: Sequence[int]) -> None:
+    """Let the kernel give new connections only to these listeners of the group (numbered in the order of opening),
+    at random. None: to all again.
 
     A listener that is closed resets what waits in its queue, unless net.ipv4.tcp_migrate_req=1 is set on the
-    machine (then the kernel moves it to the others). So a slot that is to go first gets nothing new: a classic
-    BPF program, which needs no privilege, picks one of the rest at random. `first` = 0 takes it away again.
+    machine (then the kernel moves it to the others). So a slot that is to go first gets nothing new. It is a classic
+    BPF program, which needs no privilege.
     """
     try:
-        if first == 0:
+        if not chosen:
             listener.setsockopt(socket.SOL_SOCKET, SO_DETACH_REUSEPORT_BPF, 0)
             return
-        program = b"".join(
-            struct.pack("=HBBI", code, 0, 0, k)
-            for code, k in (
-                (0x20, 0xFFFFF000 + 56),  # A = random (SKF_AD_OFF + SKF_AD_RANDOM)
-                (0x94, first),  # A %= first
-                (0x16, 0),  # return A
-            )
-        )
+        steps = [
+            (0x20, 0, 0, 0xFFFFF000 + 56),  # A = random (SKF_AD_OFF + SKF_AD_RANDOM)
+            (0x94, 0, 0, len(chosen)),  # A %= how many
+        ]
+        for i, number in enumerate(chosen):
+            steps += [(0x15, 0, 1, i), (0x06, 0, 0, number)]  # if A == i: return number
+        steps.append((0x06, 0, 0, chosen[0]))  # a program must end with a return
+        program = b"".join(struct.pack("=HBBI", *step) for step in steps)
         buffer = ctypes.create_string_buffer(program, len(program))
-        fprog = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))  # struct sock_fprog
+        fprog = struct.pack("@HP", len(steps), ctypes.addressof(buffer))  # struct sock_fprog
         listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, fprog)
     except OSError as error:
-        # Worth no more than a line: the connections that wait at the end are reset and come again.
+        # Worth no more than a line: those connections wait, or are reset, and come again.
         log.info("new connections cannot be steered away from a slot: %s", error)
 
 

@@ -8,7 +8,7 @@ from typing import Final
 from .control import Caller
 from .listeners import Listeners, steer
 from .process import StartError
-from .settings import MAX_WORKERS
+from .settings import MAX_WORKERS, Timeouts
 from .slot import MS, Slot
 
 log = logging.getLogger("chatcore.scale")
@@ -30,6 +30,7 @@ class Scale:
         self.slots = [Slot(index, listeners.open()) for index in range(workers)]
         self._listeners = listeners
         self._callers: list[Caller] = []
+        self._chosen: tuple[int, ...] = ()  # slots that alone get new connections; none: all do
 
     def to(self, workers: int, caller: Caller | None = None) -> None:
         """Want so many from now on; `caller` is answered when they serve. Within 1..MAX_WORKERS it is."""
@@ -42,18 +43,18 @@ class Scale:
         """Whether there are as many as wanted, and all serve."""
         return len(self.slots) == self.target and all(slot.is_ready() and not slot.retire_ns for slot in self.slots)
 
-    def step(self, now: int, kill_ns: int, *, reloading: bool) -> None:
+    def step(self, now: int, kill_ns: int, timeouts: Timeouts, *, reloading: bool) -> None:
         """Do what can be done now; workers that have to go are killed at `kill_ns`."""
         if not reloading:
             self._retire(now)
+        self._steer(now, timeouts)
         for slot in self.slots:
             if slot.retire_ns and now >= slot.retire_ns:
                 for worker in slot.workers():
                     worker.drain(kill_ns)
         while self.slots[-1].retire_ns and now >= self.slots[-1].retire_ns and not any(self.slots[-1].workers()):
             self.slots.pop().listener.close()
-            if not self._retiring():
-                steer(self.slots[0].listener, 0)
+            self._steer(now, timeouts)
         if not reloading and not self._retiring() and len(self.slots) < self.target:
             self._grow()
         if self._callers and self.reached():
@@ -74,9 +75,25 @@ class Scale:
         leaving = [slot for slot in self.slots[self.target :] if not slot.retire_ns]
         if leaving:
             # First nothing new comes to their listeners, then they drain, last the listeners are closed.
-            steer(self.slots[0].listener, self.target)
             for slot in leaving:
                 slot.retire_ns = now + RETIRE_SETTLE_NS
+
+    def _steer(self, now: int, timeouts: Timeouts) -> None:
+        """New connections are for slots that stay and whose workers tick."""
+        staying = [slot for slot in self.slots if not slot.retire_ns]
+        ticking = [slot for slot in staying if not slot.stands_still(now, timeouts)] or staying
+        chosen = () if len(ticking) == len(self.slots) else tuple(slot.index for slot in ticking)
+        if chosen == self._chosen:
+            return
+        for slot in self.slots:
+            if self._gets_new(slot, self._chosen) and not self._gets_new(slot, chosen) and not slot.retire_ns:
+                log.warning("worker %d stands still: new connections go to the others", slot.index)
+        steer(self.slots[0].listener, chosen)
+        self._chosen = chosen
+
+    @staticmethod
+    def _gets_new(slot: Slot, chosen: tuple[int, ...]) -> bool:
+        return not chosen or slot.index in chosen
 
     def _grow(self) -> None:
         try:

@@ -155,6 +155,9 @@ class Timeouts:
     ping_max_ms: int = _int(600_000, 1_000, 3_600_000, "Longest ping interval a client may ask for; for battery life.")
     replay_stall_ms: int = _int(30_000, 100, 600_000, "A replay whose client reads nothing for this long is given up.")
     store_ms: int = _int(5_000, 10, 600_000, "Longest wait for the store; then the answer is `unavailable`.")
+    still_worker_ms: int = _int(
+        1_000, 200, 3_600_000, "A worker whose loop has not ticked for this long gets no new connections until it does."
+    )
     stuck_worker_ms: int = _int(
         15_000, 200, 3_600_000, "A worker whose loop has not ticked for this long is killed; well above any hiccup."
     )

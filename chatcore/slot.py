@@ -129,6 +129,15 @@ class Slot:
         taken = {worker.which for worker in self.workers()}
         return next((which for which in range(CELLS_PER_SLOT) if which not in taken), None)
 
+    def stands_still(self, now: int, timeouts: Timeouts) -> bool:
+        """Whether its worker, which got ready, does not tick: who is given to it waits for nothing."""
+        worker = self.current
+        return (
+            worker is not None
+            and worker.ready_ns != 0
+            and now - worker.heard_ns() > min(timeouts.still_worker_ms, timeouts.stuck_worker_ms) * MS
+        )
+
     def is_ready(self) -> bool:
         return self.current is not None and self.current.ready_ns != 0
 

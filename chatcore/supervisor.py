@@ -194,7 +194,7 @@ class Supervisor:
         if self._halted:
             return
         if not self._stopping:
-            self._scale.step(now, self._kill_at(now), reloading=self._reload is not None)
+            self._scale.step(now, self._kill_at(now), self.settings.timeouts, reloading=self._reload is not None)
             self._fork_missing(now)
             if self._reload and self._reload.step(now, self._spawn, self._kill_at(now)):
                 self._reloaded(self._reload)

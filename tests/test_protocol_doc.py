@@ -491,6 +491,7 @@ INTERNAL: Final = {
     "limits.append_queue",
     "limits.ring",
     "limits.ring_bytes",
+    "timeouts.still_worker_ms",
     "timeouts.stuck_worker_ms",
     "timeouts.worker_start_ms",
     "accounts.password_hash_memory_kib",

@@ -299,8 +299,9 @@ class Device:
 
     async def look(self, conv: str) -> None:
         """Open a conversation, as an app does: its newest page holds what this client was told before it asked."""
-        log, wire = self.record.logs.get(conv), self.wire
-        if log is None or wire is None or self.detached:
+        log = self.record.logs.get(conv)
+        # Until it is logged in, what it asks may be answered with `unauthenticated`: behind an `auth` that failed.
+        if log is None or not self.ready.is_set() or self.detached:
             return
         told = log.reached
         reply = await self.request({"t": "history", "c": conv, "limit": LOOK, "raw": True})

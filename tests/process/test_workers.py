@@ -66,6 +66,38 @@ def test_a_stuck_worker_is_killed_and_replaced_while_the_others_serve(server: Ma
     one.logged(rf"worker {fresh['slot']} \(process {pids[fresh['slot']]}\) is killed: its loop has not ticked for 500")
 
 
+def test_new_connections_go_past_a_worker_that_stands_still(server: MakeServer) -> None:
+    """Whoever came back from it was given to it again, one time in as many as there are workers."""
+    one = server("--set", "timeouts.still_worker_ms=300", workers=3).ready()
+    pid = one.worker(1)["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        one.logged("worker 1 stands still: new connections go to the others")
+        assert {one.ask().slot for _ in range(40)} == {0, 2}
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    eventually(lambda: one.ask().slot == 1)
+    assert one.worker(1)["pid"] == pid
+
+
+def test_the_last_worker_that_stands_still_keeps_its_connections(server: MakeServer) -> None:
+    """There is nobody else: they wait in its queue until it goes on."""
+    one = server("--set", "timeouts.still_worker_ms=300", workers=2).ready()
+    pids = [one.worker(slot)["pid"] for slot in (0, 1)]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        eventually(lambda: all(worker["heartbeat_age_ms"] > 600 for worker in one.workers()))
+        connections = [one.connect() for _ in range(8)]
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    for connection in connections:
+        with connection:
+            connection.sendall(b"hello\n")
+            assert one.read(connection).line == "hello"
+
+
 def test_a_worker_that_somebody_stopped_is_stuck(server: MakeServer) -> None:
     one = server("--set", "timeouts.stuck_worker_ms=500", workers=1).ready()
     pid = one.worker(0)["pid"]
