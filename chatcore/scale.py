@@ -47,14 +47,13 @@ class Scale:
         """Do what can be done now; workers that have to go are killed at `kill_ns`."""
         if not reloading:
             self._retire(now)
-        self._steer(now, timeouts)
         for slot in self.slots:
             if slot.retire_ns and now >= slot.retire_ns:
                 for worker in slot.workers():
                     worker.drain(kill_ns)
         while self.slots[-1].retire_ns and now >= self.slots[-1].retire_ns and not any(self.slots[-1].workers()):
             self.slots.pop().listener.close()
-            self._steer(now, timeouts)
+        self._steer(now, timeouts)
         if not reloading and not self._retiring() and len(self.slots) < self.target:
             self._grow()
         if self._callers and self.reached():
@@ -85,15 +84,11 @@ class Scale:
         chosen = () if len(ticking) == len(self.slots) else tuple(slot.index for slot in ticking)
         if chosen == self._chosen:
             return
-        for slot in self.slots:
-            if self._gets_new(slot, self._chosen) and not self._gets_new(slot, chosen) and not slot.retire_ns:
+        for slot in staying:
+            if slot not in ticking and (not self._chosen or slot.index in self._chosen):
                 log.warning("worker %d stands still: new connections go to the others", slot.index)
         steer(self.slots[0].listener, chosen)
         self._chosen = chosen
-
-    @staticmethod
-    def _gets_new(slot: Slot, chosen: tuple[int, ...]) -> bool:
-        return not chosen or slot.index in chosen
 
     def _grow(self) -> None:
         try:

@@ -132,11 +132,7 @@ class Slot:
     def stands_still(self, now: int, timeouts: Timeouts) -> bool:
         """Whether its worker, which got ready, does not tick: who is given to it waits for nothing."""
         worker = self.current
-        return (
-            worker is not None
-            and worker.ready_ns != 0
-            and now - worker.heard_ns() > min(timeouts.still_worker_ms, timeouts.stuck_worker_ms) * MS
-        )
+        return worker is not None and worker.ready_ns != 0 and now - worker.heard_ns() > timeouts.still_worker_ms * MS
 
     def is_ready(self) -> bool:
         return self.current is not None and self.current.ready_ns != 0
