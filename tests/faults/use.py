@@ -48,14 +48,13 @@ async def _tasks(folder: Path, pid: int) -> int:
     """How many asyncio tasks a worker has, as it writes on request (`launch.py`): the least of some looks, since what
     is on its way at the moment of one look (a round of queries each second, slow here) has tasks that end."""
     path = folder / TASKS_FILE.format(pid)
-    least = 0
-    for look in range(LOOKS):
-        await asyncio.sleep(LOOK_S if look else 0.0)
+    counts: list[int] = []
+    for _ in range(LOOKS):
         path.unlink(missing_ok=True)
         os.kill(pid, signal.SIGUSR2)
         async with asyncio.timeout(TOLD_S):
             while not path.exists() or not path.read_text():
                 await asyncio.sleep(0.01)
-        count = int(path.read_text())
-        least = count if look == 0 else min(least, count)
-    return least
+        counts.append(int(path.read_text()))
+        await asyncio.sleep(LOOK_S)
+    return min(counts)
