@@ -281,9 +281,12 @@ class Device:
     async def go_away(self) -> None:
         """Attach nothing."""
         self.away = True
-        if self.wire is not None:
+        wire = self.wire
+        if wire is not None:
             self.detached = True
-            await self.request({"t": "attach", "only": []})
+            reply = await self.request({"t": "attach", "only": []})
+            if self.wire is wire and reply is not None and reply["t"] == "error":
+                self.detached = False  # refused, so that it is live still: with `have` it would be sent things twice
 
     async def come_back(self) -> None:
         """Attach everything again, from where it was left."""
