@@ -86,13 +86,15 @@ class Worker:
             return "it had not drained at the deadline"
         if self.starting() and now - self.forked_ns > timeouts.worker_start_ms * MS:
             return f"it was not ready after {timeouts.worker_start_ms} ms"
-        # A worker under a debugger or profiler stands still because it is told to. One that somebody stopped
-        # with SIGSTOP is not spared: clients wait in its queue.
+        # A worker under a debugger or profiler stands still because it is told to: let go, it has time again to
+        # tick. It is looked at well before the limit, as it may be let go at any moment. One that somebody
+        # stopped with SIGSTOP is not spared: clients wait in its queue.
         limit_ns = timeouts.stuck_worker_ms * MS
-        if self.ready_ns and now - max(self.heard_ns(), self.held_ns) > limit_ns:
-            if not self.traced():
+        if self.ready_ns and now - self.heard_ns() > limit_ns // 2:
+            if self.traced():
+                self.held_ns = now
+            elif now - max(self.heard_ns(), self.held_ns) > limit_ns:
                 return f"its loop has not ticked for {timeouts.stuck_worker_ms} ms"
-            self.held_ns = now  # let go, it has as long again to tick
         return ""
 
     def traced(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import json
 import os
@@ -12,9 +13,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+import pytest
 
 from chatcore import control
 
@@ -34,6 +37,21 @@ def eventually(condition: Callable[[], T | None], what: str = "", patience_s: fl
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {patience_s} s: {what or condition}")
         time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def held(pid: int) -> Iterator[None]:
+    """Hold a process as a debugger does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    seize, interrupt, detach = 0x4206, 0x4207, 17
+    if libc.ptrace(seize, pid, None, None):
+        pytest.skip(f"ptrace is not permitted here: {os.strerror(ctypes.get_errno())}")
+    assert libc.ptrace(interrupt, pid, None, None) == 0
+    os.waitpid(pid, 0)
+    try:
+        yield
+    finally:
+        assert libc.ptrace(detach, pid, None, None) == 0
 
 
 def alive(pid: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -15,7 +14,7 @@ import pytest
 
 from chatcore.sdnotify import Notifier
 
-from .harness import PATIENCE_S, Server, eventually
+from .harness import PATIENCE_S, Server, eventually, held
 
 MakeServer = Callable[..., Server]
 
@@ -102,21 +101,6 @@ def test_the_watchdog_is_fed_only_while_every_worker_ticks(
     manager.socket.settimeout(PATIENCE_S)
     manager.until("WATCHDOG=1")
     assert one.worker(0)["pid"] == pid
-
-
-@contextlib.contextmanager
-def held(pid: int) -> Iterator[None]:
-    """Hold a process as a debugger does."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    seize, interrupt, detach = 0x4206, 0x4207, 17
-    if libc.ptrace(seize, pid, None, None):
-        pytest.skip(f"ptrace is not permitted here: {os.strerror(ctypes.get_errno())}")
-    assert libc.ptrace(interrupt, pid, None, None) == 0
-    os.waitpid(pid, 0)
-    try:
-        yield
-    finally:
-        assert libc.ptrace(detach, pid, None, None) == 0
 
 
 def test_another_process_watchdog_is_none_of_ours(tmp_path: Path) -> None:

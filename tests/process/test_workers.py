@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from chatcore.settings import Timeouts
 from chatcore.slot import BACKOFF_NS, BACKOFF_READY_MAX_NS, BACKOFF_START_MAX_NS, MS, Slot, Worker
 from chatcore.stats import StatsCell
 
-from .harness import Server, alive, eventually
+from .harness import Server, alive, eventually, held
 
 MakeServer = Callable[..., Server]
 
@@ -172,3 +173,18 @@ def test_workers_outlive_their_supervisor_only_to_drain_and_hold_the_lock_until_
     for pid in pids:
         eventually(partial(gone, pid), "the workers end")
     assert server(data=one.data).ready().ask().line == "hello"
+
+
+def test_a_worker_that_a_debugger_let_go_has_time_to_tick() -> None:
+    timeouts = Timeouts(stuck_worker_ms=1_000)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        try:
+            worker = Worker(process.pid, 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1 * MS)
+            with held(process.pid):
+                for now in range(600, 3_400, 200):
+                    assert worker.overdue(now * MS, timeouts) == ""
+            assert worker.overdue(3_600 * MS, timeouts) == ""
+            assert worker.overdue(4_200 * MS, timeouts) == ""
+            assert "not ticked" in worker.overdue(4_201 * MS, timeouts)
+        finally:
+            process.kill()
