@@ -80,14 +80,16 @@ class Scale:
     def _steer(self, now: int, timeouts: Timeouts) -> None:
         """New connections are for slots that stay and whose workers tick."""
         staying = [slot for slot in self.slots if not slot.retire_ns]
-        ticking = [slot for slot in staying if not slot.stands_still(now, timeouts)] or staying
+        ticking = [slot for slot in staying if not slot.stands_still(now, timeouts)]
+        if not ticking:  # likely the whole machine stood still: that says nothing of any of them
+            ticking = [slot for slot in staying if slot.index in self._chosen] or staying
         chosen = () if len(ticking) == len(self.slots) else tuple(slot.index for slot in ticking)
         if chosen == self._chosen:
             return
+        steer(self.slots[0].listener, chosen)
         for slot in staying:
             if slot not in ticking and (not self._chosen or slot.index in self._chosen):
                 log.warning("worker %d stands still: new connections go to the others", slot.index)
-        steer(self.slots[0].listener, chosen)
         self._chosen = chosen
 
     def _grow(self) -> None:

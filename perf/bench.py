@@ -18,6 +18,8 @@ from .processes import Running, Usage
 from .results import Results
 
 CONSOLE = Console(stderr=True)
+#: A window in which nothing happened goes on, this long at most.
+WINDOW_MAX_S = 10.0
 #: Told what begins now.
 StepTold = Callable[[str], None]
 
@@ -134,9 +136,16 @@ def survive(results: Results, peer: Peer) -> Iterator[None]:
 
 
 def window(server: Running, generator: Generator, seconds: float) -> tuple[Stats, Usage]:
-    """What happens from now on, for some seconds."""
+    """What happens from now on, for some seconds, or longer until anything has."""
     generator.reset()
     before = server.usage()
     time.sleep(seconds)
+    deadline = time.monotonic() + WINDOW_MAX_S
+    while not _happened(generator.stats()) and time.monotonic() < deadline:
+        time.sleep(0.05)
     used = server.usage().since(before)
     return generator.stats(), used
+
+
+def _happened(stats: Stats) -> bool:
+    return bool(stats.ack.n and (stats.delivery.n or not stats.counts["expected"]))

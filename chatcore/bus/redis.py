@@ -333,7 +333,7 @@ class RedisBus:
             due = self._loop.time() + self._beat_s
             await asyncio.sleep(self._beat_s)
             session = self._session
-            if session is None:
+            if session is None or self._closing:  # after its goodbye a heartbeat would make it a peer again
                 continue
             session.beat()
             self._outbox.control(self._to_all, self._told(BEAT))
@@ -383,6 +383,8 @@ class RedisBus:
             log.debug("redis bus: packet on %r dropped: %s", redis_channel, exc)
 
     def _on_control(self, control: Control) -> None:
+        if self._closing:
+            return  # an answer after the goodbye would make it a peer again
         name = control.name
         if control.kind == BYE:
             self._gone(name, "leaves")

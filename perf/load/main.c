@@ -69,6 +69,8 @@ static void read_commands(struct load *l)
 {
     static char buffer[4096];
     static size_t have;
+    /* What is begun now is not begun when the wait did: it would have to catch up. */
+    l->now = clock_ns(CLOCK_MONOTONIC);
     ssize_t n = read(0, buffer + have, sizeof buffer - 1 - have);
     if (n <= 0) { /* whoever started this is gone */
         l->quit = true;

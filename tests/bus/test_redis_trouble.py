@@ -45,7 +45,7 @@ def test_redis_killed_and_back(
 
     async def main() -> None:
         # So rare that what is counted below is not their doing.
-        async with buses(redis_server.url, "a", "b", heartbeat_ms=5000) as [x, y]:
+        async with buses(redis_server.url, "a", "b", heartbeat_ms=5000, confirm_ms=30_000) as [x, y]:
             (a, ra), (b, rb) = x, y
             await b.subscribe(["x", "p:1"])
             await ra.until(lambda: ra.subscribers == [("b", "p:1")])
@@ -60,7 +60,7 @@ def test_redis_killed_and_back(
             a.send_to("b", "x", b"lost")
             await asyncio.gather(*(b.subscribe([f"while away {i}", "p:2"]) for i in range(20)))
             b.unsubscribe(["while away 7"])
-            assert time.monotonic() - began < 1
+            assert time.monotonic() - began < 10
             await asyncio.sleep(0.5)  # some attempts fail
             assert len(lines(caplog)) <= 4, "one line for each bus that it is away, and one for why it stays so"
             ra.subscribers.clear()
@@ -222,8 +222,8 @@ def test_a_user_and_a_password(redis_server: RedisServer, caplog: pytest.LogCapt
         for url in (f"redis://{place}", f"redis://good:wrong@{place}", f"redis://bad:{secret}@{place}"):
             caplog.clear()
             began = time.monotonic()
-            async with buses(url, "a", prefix="p") as [x]:
-                assert time.monotonic() - began < 1.5, "it starts all the same"
+            async with buses(url, "a", prefix="p", confirm_ms=30_000) as [x]:
+                assert time.monotonic() - began < 10, "it starts all the same"
                 assert not x[0].healthy
                 x[0].publish("x", b"1")
                 await x[0].subscribe(["x"])
@@ -244,8 +244,8 @@ def test_started_before_redis(tmp_path: Path) -> None:
         server = RedisServer(tmp_path / "redis")
         server.port = port
         began = time.monotonic()
-        async with buses(f"redis://127.0.0.1:{port}", "a", "b") as [x, y]:
-            assert time.monotonic() - began < 1
+        async with buses(f"redis://127.0.0.1:{port}", "a", "b", confirm_ms=30_000) as [x, y]:
+            assert time.monotonic() - began < 10
             await x[0].subscribe(["x"])
             try:
                 server.start()

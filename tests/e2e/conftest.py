@@ -162,11 +162,11 @@ tight_server = pytest.fixture(name="tight_server")(
 hasty_server = pytest.fixture(name="hasty_server")(
     _shared(
         "hasty",
-        timeouts__auth_ms=400,
-        timeouts__handshake_ms=400,
+        timeouts__auth_ms=2000,
+        timeouts__handshake_ms=2000,
         timeouts__close_ms=500,
-        timeouts__ping_ms=1000,
-        timeouts__ping_min_ms=200,
+        timeouts__ping_ms=10_000,
+        timeouts__ping_min_ms=1000,
         timeouts__replay_stall_ms=500,
     )
 )

@@ -186,7 +186,7 @@ async def test_the_client_chooses_how_often_it_is_pinged(hasty: World) -> None:
         while (await raw.frame()).opcode != PING:
             pass
         await raw.send(frame(PONG, b""))
-    assert 0.3 < loop.time() - begin < 2.5, "three pings, about 200 ms apart"
+    assert 1.5 < loop.time() - begin < 10, "three pings, about 1 s apart"
 
 
 async def test_unknown_fields_are_ignored(world: World) -> None:

@@ -161,7 +161,7 @@ async def test_any_frame_counts_as_a_sign_of_life(hasty: World) -> None:
     user = await hasty.user()
     raw = await hasty.raw()
     await raw.log_in(user.token, ping_ms=200)
-    for i in range(6):
+    for i in range(3):
         while (received := await raw.frame()).opcode != PING:
             assert received.opcode != CLOSE
         await raw.send_json(t="ping", id=i + 1)  # not the pong that was asked for
@@ -210,14 +210,12 @@ async def test_4101_a_revoked_token_ends_its_sessions_on_every_worker_and_no_oth
     assert (await world.http("DELETE", "/v1/sessions/current", token=alice.token)).status == 204
     for client in sessions:
         assert (await client.end()).code == 4101
-    late = await world.open()
-    await late.tell("auth", id=1, v=1, token=alice.token)
-    assert (await late.end()).code == 4101
+    await world.worthless(alice.token)
     await kept.request("ping")
 
 
 async def test_4101_an_expired_token_and_a_session_whose_token_expires(serve: Serve) -> None:
-    world = World(serve(settings={"accounts.token_ttl_ms": 1000}))
+    world = World(serve(settings={"accounts.token_ttl_ms": 3000}))
     try:
         alice, a = await world.pair()
         bob, b = await world.pair()
@@ -244,9 +242,7 @@ async def test_4101_a_disabled_user_is_cut_off_on_every_worker(world: World) -> 
     assert done.returncode == 0, done.stderr
     for client in sessions:
         assert (await client.end()).code == 4101
-    late = await world.open()
-    await late.tell("auth", id=1, v=1, token=alice.token)
-    assert (await late.end()).code == 4101
+    await world.worthless(alice.token)
     body = {"name": alice.name, "password": "correct horse"}
     assert (await world.http("POST", "/v1/sessions", body=body)).status == 401
     await other.request("ping")

@@ -230,7 +230,7 @@ async def test_too_many_messages_are_rate_limited_for_as_long_as_is_said(serve: 
 
 
 async def test_while_the_store_does_not_answer_sends_are_unavailable_and_reads_go_on(serve: Serve) -> None:
-    server = serve(settings={"timeouts.store_ms": 300, "store.operation_ms": 300})
+    server = serve(settings={"timeouts.store_ms": 2000, "store.operation_ms": 2000})
     world = World(server)
     try:
         alice, a = await world.pair(on=0)
@@ -240,13 +240,18 @@ async def test_while_the_store_does_not_answer_sends_are_unavailable_and_reads_g
         await b.reach(conv, head)
         message = {"c": conv, "cid": new_cid(), "body": "into the void"}
         with server.backend.stall(server.data):
-            for client in (a, b):
-                for t, fields in (("send", message), ("open", {"kind": "group", "cid": new_cid()})):
-                    reply = await client.refused("unavailable", t, **fields)
-                    assert reply["retry_after_ms"] > 0
+            asked = [
+                (client, await client.begin(t, **fields))
+                for client in (a, b)
+                for t, fields in (("send", message), ("open", {"kind": "group", "cid": new_cid()}))
+            ]
             response = await world.http(
                 "POST", f"/v1/conversations/{conv}/messages", token=alice.token, body={"body": "by HTTP"}
             )
+            for client, future in asked:
+                reply = await client.answer(future)
+                assert (reply["t"], reply["code"]) == ("error", "unavailable")
+                assert reply["retry_after_ms"] > 0
             assert (response.status, response.json["code"]) == (503, "unavailable")
             assert int(response.headers["retry-after"]) > 0
             page = await b.request("history", c=conv)

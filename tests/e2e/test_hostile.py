@@ -340,11 +340,10 @@ async def test_a_new_password_revokes_the_other_tokens_but_not_this_one(world: W
     body = {"password": "battery staple", "old_password": PASSWORD}
     assert (await world.http("PATCH", "/v1/me", token=alice.token, body=body)).status == 200
     assert (await thief.end()).code == 4101
+    await world.worthless(stolen.token)
     assert (await world.http("GET", "/v1/me", token=stolen.token)).status == 401
     assert (await world.http("GET", "/v1/me", token=alice.token)).status == 200
     await own.request("auth", v=1, token=alice.token)
-    with pytest.raises(ConnectionError):
-        await (await world.open()).request("auth", v=1, token=stolen.token)
 
 
 async def test_conversations_are_listed_by_pages(serve: Serve) -> None:

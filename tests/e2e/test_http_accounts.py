@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import statistics
 from typing import Any
 
 import pytest
@@ -126,15 +125,16 @@ async def test_a_wrong_password_and_an_unknown_user_take_the_same_time(serve: Se
     for _ in range(11):
         known.append(await duration(user.name))
         unknown.append(await duration(_name()))
-    ratio = statistics.median(known) / statistics.median(unknown)
+    ratio = min(known) / min(unknown)  # what disturbs only adds
     assert 0.6 < ratio < 1.7, (known, unknown)
-    assert statistics.median(unknown) > 0.005, "no hash was computed"
+    assert min(unknown) > 0.005, "no hash was computed"
 
 
 async def test_logging_out_ends_the_token(world: World) -> None:
     user = await world.user()
     response = await world.http("DELETE", "/v1/sessions/current", token=user.token)
     assert (response.status, response.body) == (204, b"")
+    await world.worthless(user.token)
     for method, path in (("GET", "/v1/me"), ("DELETE", "/v1/sessions/current"), ("GET", "/v1/conversations")):
         response = await world.http(method, path, token=user.token)
         assert (response.status, response.json["code"]) == (401, "unauthenticated")

@@ -49,8 +49,10 @@ async def test_who_was_on_a_worker_that_died_appears_offline_unless_he_comes_bac
         for user in users:
             await world.connect(user, on=1)
             await a.expect(t="presence", user=user.id, state="online")
+        back = await world.open(on=0)
         os.kill(server.pids()[1], signal.SIGKILL)
-        back = await world.connect(users[0], on=0)
+        await back.request("auth", v=1, token=users[0].token)
+        await back.expect(t="ready", sync=...)
         await a.expect(t="presence", user=users[1].id, state="offline")
         assert not a.got(t="presence", user=users[0].id, state="offline")
         await back.request("ping")

@@ -78,6 +78,17 @@ class World:
         assert response.status == 201, response
         return User(user.id, user.name, response.json["token"])
 
+    async def worthless(self, token: str) -> None:
+        """Wait until a token that was ended is refused on each worker: those that remember it hear of it."""
+        async with asyncio.timeout(PATIENCE_S):
+            for slot in range(self.server.workers):
+                with contextlib.suppress(ConnectionError):
+                    while True:
+                        client = await self.open(slot)
+                        await client.request("auth", v=1, token=token)
+                        await client.close()
+                assert (await client.end()).code == 4101
+
     # --- connections -----------------------------------------------------------------
     async def open(self, on: int | None = None, **options: Any) -> Client:
         """A connection that has not logged in, on the worker of this slot (None: the next in turn)."""

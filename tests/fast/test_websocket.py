@@ -193,7 +193,7 @@ async def test_both_close_at_once() -> None:
 async def test_a_large_reply_survives_the_close() -> None:
     """Draining: everything queued arrives though the server closes at once and the peer still
     sends (a close(2) with unread input would reset the connection and lose it)."""
-    async with Server(outbox_limit_bytes=1 << 24) as server:
+    async with Server(outbox_limit_bytes=1 << 24, close_timeout_ms=15_000) as server:
         raw = await Raw.websocket(server)
         session = await server.session()
         body = b"z" * 4_000_000
@@ -221,7 +221,7 @@ async def test_a_long_reason_is_cut_between_characters() -> None:
 @on_loop
 async def test_half_close_without_a_close_frame() -> None:
     """The peer may still read: it gets what is queued, then our FIN."""
-    async with Server(outbox_limit_bytes=1 << 24) as server:
+    async with Server(outbox_limit_bytes=1 << 24, close_timeout_ms=15_000) as server:
         raw = await Raw.websocket(server)
         session = await server.session()
         body = b"z" * 3_000_000
@@ -309,7 +309,7 @@ async def test_http_keep_alive_and_close() -> None:
 @on_loop
 async def test_http_half_close_is_answered() -> None:
     """A client may send its request and its FIN and read on."""
-    async with Server(close_timeout_ms=150) as server:
+    async with Server(close_timeout_ms=15_000) as server:
         asked: list[int] = []
         server.plain = lambda conn, data: asked.append(conn)
         raw = await Raw.tcp(server)

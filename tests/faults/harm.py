@@ -28,6 +28,7 @@ LATE_S = 0.7
 SILENT = 20
 #: New connections per second that knock while workers are replaced.
 KNOCKS_PER_S = 40
+KNOCK_S = 20.0
 TRACE_S = 10.0
 
 
@@ -195,8 +196,9 @@ async def knocking(scene: Scene, host: Host) -> AsyncIterator[None]:
         scene.knocks += 1
         wire: Wire | None = None
         try:
-            wire = await dial(host.address, lambda data: None)
-            async with asyncio.timeout(10):
+            # Resets are looked for here; how long it takes is seen elsewhere.
+            wire = await dial(host.address, lambda data: None, within_s=KNOCK_S)
+            async with asyncio.timeout(KNOCK_S):
                 while not wire.greeted and not wire.ended.is_set():
                     await asyncio.sleep(0.01)
             # Closed with 1012 instead of a greeting: it was taken and told.

@@ -205,7 +205,10 @@ class Run:
         loop = asyncio.get_running_loop()
         for _ in range(200):
             inbox: asyncio.Queue[Message] = asyncio.Queue()
-            wire = await dial(host.address, lambda data, inbox=inbox: inbox.put_nowait(orjson.loads(data)))  # type: ignore[misc]
+            try:
+                wire = await dial(host.address, lambda data, inbox=inbox: inbox.put_nowait(orjson.loads(data)))  # type: ignore[misc]
+            except TimeoutError:
+                continue
             try:
                 if await asyncio.to_thread(host.slot_of, wire.port) != slot:
                     continue

@@ -14,7 +14,8 @@ from .run import Run
 SEED = 1
 WARM_S = 2.0
 SCALES = {
-    SQLITE: Scale(conversations=10, senders=12, receivers=40, per_s=60.0),
+    # So many that the worker which is killed in a commit has some.
+    SQLITE: Scale(conversations=10, senders=48, receivers=40, per_s=60.0),
     MONGODB: Scale(conversations=4, senders=6, receivers=16, per_s=4.0),
 }
 

@@ -159,10 +159,12 @@ class Wire(asyncio.Protocol):
             self._transport.resume_reading()
 
 
-async def dial(address: tuple[str, int], on_message: Callable[[bytes], None], *, slow: bool = False) -> Wire:
+async def dial(
+    address: tuple[str, int], on_message: Callable[[bytes], None], *, slow: bool = False, within_s: float = DIAL_S
+) -> Wire:
     """Connect and upgrade.
 
-    :raises OSError: refused, reset, or not within DIAL_S (TimeoutError is one).
+    :raises OSError: refused, reset, or not in time (TimeoutError is one).
     :raises Broken: the answer is no upgrade.
     """
     loop = asyncio.get_running_loop()
@@ -173,7 +175,7 @@ async def dial(address: tuple[str, int], on_message: Callable[[bytes], None], *,
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SLOW_BUFFER_BYTES)
     wire: Wire | None = None
     try:
-        async with asyncio.timeout(DIAL_S):
+        async with asyncio.timeout(within_s):
             await loop.sock_connect(sock, address)
             made: Any = await loop.create_connection(lambda: Wire(on_message, address), sock=sock)
             wire = cast(Wire, made[1])

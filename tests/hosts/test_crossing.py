@@ -62,9 +62,9 @@ async def test_membership_crosses(pair: Pair) -> None:
     assert (await c.expect(t="conv", c=conv, after=...))["role"] == "member"
     sent = await pair.b.send(c, conv, "carol is in")
     await a.expect(t="msg", c=conv, s=sent["s"])
-    assert c.seqs(conv)[0] >= invited["s"]
     # Removed on one host: that entry is the last; the other host refuses what comes after.
     await c.reach(conv, sent["s"])
+    assert c.seqs(conv)[0] >= invited["s"]
     removed = await a.request("member", c=conv, user=carol.id, role="none")
     await c.expect(t="member", c=conv, s=removed["s"], user=carol.id, role="none")
     await c.refused("not_found", "send", c=conv, cid=new_cid(), body="still here?")
@@ -140,9 +140,7 @@ async def test_a_token_revoked_on_one_host_ends_its_sessions_on_the_other(pair: 
     stays = await pair.b.connect(other)
     assert (await pair.a.http("DELETE", "/v1/sessions/current", token=alice.token)).status in (200, 204)
     assert (await there.end()).code == 4101
-    refused = await pair.b.open()
-    await refused.begin("auth", v=1, token=alice.token)
-    assert (await refused.end()).code == 4101
+    await pair.b.worthless(alice.token)
     assert (await pair.b.http("GET", "/v1/me", token=alice.token)).status == 401
     await stays.request("ping")
 
@@ -171,7 +169,7 @@ async def test_one_resumes_on_the_other_host_with_exactly_the_rest(pair: Pair) -
     _, a, bob, b, conv = await _group(pair)
     quiet = await pair.a.group(a, bob)
     await b.reach(conv, (await pair.a.send(a, conv))["s"])
-    nothing = max(b.after(quiet), *b.seqs(quiet))
+    nothing = max([b.after(quiet), *b.seqs(quiet)])
     for world in (pair.a, pair.b):  # there, and back again
         sync = b.got(t="ready")[-1]["sync"]
         held = b.seqs(conv)[-1]

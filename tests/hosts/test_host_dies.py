@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from ..e2e.world import until
+from ..e2e.client import Client
+from ..e2e.world import User, until
 from .parts import PRESENCE_S, HostTraffic, Pair, Site, last_told, run, settled
 
 TALKERS = 8
@@ -46,23 +47,28 @@ async def test_who_was_on_a_host_that_died_resumes_on_the_other_or_appears_offli
             if client.user in {user.id for user in backs}:
                 await client.reach(conv, sent["s"])
                 held[client.user] = client.got(t="ready")[-1]["sync"]
+        opened = [(user, await pair.b.open()) for user in backs]
+
+        async def come_back(user: User, client: Client) -> None:
+            have = {conv: sent["s"]}
+            reply = await client.request("auth", v=1, token=user.token, sync=held[user.id], have=have)
+            assert reply["full"] is False
+            assert [e["s"] for e in await client.reach(conv, missed["s"])] == [missed["s"]]
+
         site.servers[0].kill()
         died = loop.time()
         missed = await pair.b.send(watcher, conv, "while they were away")
-        for user in backs:
-            client = await pair.b.open()
-            have = {conv: sent["s"]}
-            assert (await client.request("auth", v=1, token=user.token, sync=held[user.id], have=have))["full"] is False
-            assert [e["s"] for e in await client.reach(conv, missed["s"])] == [missed["s"]]
+        await asyncio.gather(*(come_back(*one) for one in opened))
         async with asyncio.timeout(PRESENCE_S):
             for user in stays:
                 await settled(watcher, user.id, "offline")
         offline_s = loop.time() - died
         # Who watches from now on is told the same.
         now = await pair.b.connect(watcher_user)
-        reply = await now.request("watch", users=[user.id for user in (*backs, *stays)])
+        await now.request("watch", users=[user.id for user in (*backs, *stays)])
         appear = {user.id: "online" for user in backs} | {user.id: "offline" for user in stays}
-        assert {state["user"]: state["state"] for state in reply["states"]} == appear
+        for id, state in appear.items():
+            await settled(now, id, state)
         await traffic.flow(3 * TALKERS)
         for user in (*backs, talker):
             assert last_told(watcher, user.id) == "online"

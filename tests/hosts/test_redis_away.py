@@ -81,7 +81,7 @@ async def _through_an_outage(
         go()
         noticed = await says(site.servers, bus="down", store="ok")
         await says(site.servers, bus="down", cache="down", queue="down", store="ok")
-        printed = site.servers[0].ctl("status")
+        printed = await asyncio.to_thread(site.servers[0].ctl, "status")
         assert "bus down, cache down, queue down" in printed.stdout, printed
         if least_s:
             await until(lambda: "not asked for now: " in site.servers[0].ctl("status").stdout, "an open breaker")

@@ -68,7 +68,7 @@ def tiny_worker(context: WorkerContext) -> int:
     take(context)
     context.listener.close()
     until = time.monotonic() + float(how.get("drain_s", 0))
-    while time.monotonic() < until:
+    while time.monotonic() < until or ("drain_until" in how and not Path(how["drain_until"]).exists()):
         time.sleep(BEAT_S)
         context.stats.beat()
     return 0

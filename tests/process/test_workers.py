@@ -54,7 +54,7 @@ def test_a_worker_that_just_ends_is_replaced(server: MakeServer) -> None:
 
 
 def test_a_stuck_worker_is_killed_and_replaced_while_the_others_serve(server: MakeServer) -> None:
-    one = server("--set", "timeouts.stuck_worker_ms=500", workers=2).ready()
+    one = server("--set", "timeouts.stuck_worker_ms=2500", workers=2).ready()
     pids = {slot: one.worker(slot)["pid"] for slot in (0, 1)}
     with one.connect() as connection:
         connection.sendall(b"hang\n")
@@ -64,7 +64,7 @@ def test_a_stuck_worker_is_killed_and_replaced_while_the_others_serve(server: Ma
     other = 1 - fresh["slot"]
     assert one.worker(other)["pid"] == pids[other]
     assert not alive(pids[fresh["slot"]])
-    one.logged(rf"worker {fresh['slot']} \(process {pids[fresh['slot']]}\) is killed: its loop has not ticked for 500")
+    one.logged(rf"worker {fresh['slot']} \(process {pids[fresh['slot']]}\) is killed: its loop has not ticked for 2500")
 
 
 def test_new_connections_go_past_a_worker_that_stands_still(server: MakeServer) -> None:
@@ -163,13 +163,15 @@ def test_what_makes_a_worker_overdue() -> None:
 def test_workers_outlive_their_supervisor_only_to_drain_and_hold_the_lock_until_then(
     server: MakeServer, tmp_path: Path
 ) -> None:
-    one = server(workers=2, worker={"drain_s": 1.5}).ready()
+    go = tmp_path / "go"
+    one = server(workers=2, worker={"drain_until": str(go)}).ready()
     pids = [worker["pid"] for worker in one.workers()]
     one.process.kill()
     one.ended()
     early = server(data=one.data)
     assert early.ended() == 1
     assert re.search(r"in use by the last workers \(pid [\d, ]+\) of a server that died", early.log())
+    go.touch()
     for pid in pids:
         eventually(partial(gone, pid), "the workers end")
     assert server(data=one.data).ready().ask().line == "hello"

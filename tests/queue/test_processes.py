@@ -11,7 +11,7 @@ from .harness import OPTIONS, Backend, Log, empty, run, until
 from .process import Process
 
 #: Of the process that dies. Long enough that it does not lose it on a busy machine while it should have it.
-LEASE_MS = 700
+LEASE_MS = 1_500
 
 
 def test_what_a_killed_worker_handled_is_handled_by_another(backend: Backend) -> None:
@@ -79,7 +79,7 @@ def test_a_message_that_kills_its_workers_is_a_dead_letter(backend: Backend) -> 
             await queue.put("t", "k", b"poison")
             await queue.put("t", "k", b"good")
             for delivery in (1, 2):
-                with Process("die", backend, lease_ms=300, deliveries=2) as process:
+                with Process("die", backend, lease_ms=1_500, deliveries=2) as process:
                     await process.line(f"begun poison delivery {delivery}")
                     assert await process.end() == 9
             queue.consume("t", log)

@@ -217,7 +217,7 @@ def test_the_workers_of_a_topic_share_its_partitions(redis_server: RedisServer) 
 def test_who_is_busy_gives_up_partitions_where_nothing_runs(redis_server: RedisServer) -> None:
     async def work() -> None:
         backend = RedisBackend(redis_server.url)
-        options = replace(OPTIONS, lease_ms=1_500)
+        options = replace(OPTIONS, lease_ms=4_500)
         stuck, log = Log(slow_s=3600), Log()
         async with backend.worker(options) as a, backend.worker(options) as b:
             for n in range(64):

@@ -160,7 +160,7 @@ def test_who_cannot_renew_its_leases_ends_what_it_handles(backend: SQLiteBackend
             queue = SQLiteQueue(write, inner._read, replace(OPTIONS, lease_ms=900))
             await queue.put("t", "k", b"1")
             queue.consume("t", handler)
-            await until(lambda: len(renewed) == 3, "it was put, taken and held once more")
+            await until(lambda: len(renewed) >= 3, "it was put, taken and held once more")
             away = True
             await until(lambda: cancelled, "it is ended before somebody else could begin it")
             for task in asyncio.all_tasks():

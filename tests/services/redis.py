@@ -180,7 +180,7 @@ class RedisCluster:
 
     def __init__(self, folder: Path, *options: str) -> None:
         self.nodes = [
-            RedisServer(folder / f"n{i}", "cluster-enabled yes", "cluster-node-timeout 1000", *options)
+            RedisServer(folder / f"n{i}", "cluster-enabled yes", "cluster-node-timeout 15000", *options)
             for i in range(3)
         ]  # fmt: skip
 

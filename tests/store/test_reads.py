@@ -49,8 +49,12 @@ def test_pages_walk_the_log_both_ways(place: Place) -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_unread_counts_what_others_sent_after_the_mark(place: Place, seed: int) -> None:
+def test_unread_counts_what_others_sent_after_the_mark(
+    place: Place, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The running counters give what counting would."""
+    # FerretDB writes whole documents back: what two write at once to one row is not what this is about.
+    monkeypatch.setattr("chatcore.store.mongo.store.MARKS_S", 3600.0)
     rng = random.Random(seed)
 
     async def work(o: Opened) -> None:

@@ -198,7 +198,7 @@ def test_a_writer_that_failed_is_healthy_again_without_anybody_writing(tmp_path:
         await _healthy(o.store)
         assert (await o.user("alice")).name == "alice"
 
-    run(tmp_path, work, timeout_ms=200)
+    run(tmp_path, work, timeout_ms=2_000)
 
 
 def test_a_reader_that_failed_is_healthy_again_without_anybody_reading(tmp_path: Path) -> None:
@@ -215,7 +215,7 @@ def test_a_reader_that_failed_is_healthy_again_without_anybody_reading(tmp_path:
         await _healthy(o.store)
         assert await o.store.position() == 0
 
-    run(tmp_path, work, timeout_ms=200)
+    run(tmp_path, work, timeout_ms=2_000)
 
 
 # --- first starts that did not get far ---------------------------------------------------------

@@ -155,7 +155,7 @@ def test_a_store_that_hangs_answers_unavailable_and_the_same_cid_finds_out(tmp_p
         assert [e.seq for e in await o.log(conv)] == [1, 2, done.seq]
         assert o.store.healthy
 
-    run(tmp_path, work, timeout_ms=200)
+    run(tmp_path, work, timeout_ms=2_000)
 
 
 def test_a_full_queue_refuses_instead_of_growing(tmp_path: Path) -> None:

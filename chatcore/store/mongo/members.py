@@ -18,7 +18,7 @@ import orjson
 from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
-from ...errors import ChatError
+from ...errors import ChatError, Unavailable
 from ...locks import Locks
 from ...protocol import MEMBER_ROLES
 from ..append import Head
@@ -37,6 +37,8 @@ FOLDED_MAX: Final = 10_000
 # A conversation with more members is not counted anew; others after this, when whoever was counting is done or dead.
 COUNT_MAX: Final = 10_000
 RECOUNT_AFTER_S: Final = 10.0
+# A row is made once; whoever lost that race finds it at the second try.
+WRITE_TRIES: Final = 3
 
 # A change of a row that takes longer has died.
 SETTLED_MS: Final = 60_000
@@ -182,11 +184,15 @@ class Members:
         """Write a row as of an entry, unless it reflects a later one; who comes in has read everything."""
         members = self._mongo["members"]
         key = {"_id": row_id(conv, user), "c": conv}
-        before = await self._mongo.do(members.find_one(key, {"role": 1, "as_of": 1}))
-        if before is not None and before["as_of"] >= as_of:
-            return
-        comes_in = role in MEMBER_ROLES and (before is None or before["role"] not in MEMBER_ROLES)
-        await self._write({**key, "as_of": {"$lt": as_of}}, conv, user, role, as_of, msgs, comes_in)
+        for _ in range(WRITE_TRIES):
+            before = await self._mongo.do(members.find_one(key, {"role": 1, "as_of": 1}))
+            if before is not None and before["as_of"] >= as_of:
+                return
+            comes_in = role in MEMBER_ROLES and (before is None or before["role"] not in MEMBER_ROLES)
+            if await self._write({**key, "as_of": {"$lt": as_of}}, conv, user, role, as_of, msgs, comes_in):
+                return
+            # Somebody made the row meanwhile, of an earlier entry as likely as of a later one.
+        raise Unavailable("this member is being changed by others")  # not folded: the next one does it
 
     async def set_own_row(self, conv: str, user: str, role: str, as_of: int, msgs: int) -> bool:
         """Joining or leaving a channel by oneself: the row alone, by the rules as of an entry

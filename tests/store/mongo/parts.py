@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import uvloop
@@ -19,8 +19,10 @@ from chatcore.store.mongo.store import MongoStore
 
 from ..harness import Database, Opened
 
+T = TypeVar("T")
+
 #: For tests in which the server goes away: who waits for it gives up soon.
-QUICK: dict[str, Any] = {"timeout_ms": 700, "server_selection_ms": 700}
+QUICK: dict[str, Any] = {"timeout_ms": 1500, "server_selection_ms": 1500}
 
 
 class Recorder(monitoring.CommandListener):
@@ -106,13 +108,19 @@ def run(work: Awaitable[Any]) -> Any:
         return runner.run(main())
 
 
+async def until_answered(ask: Callable[[], Awaitable[T]]) -> T:
+    """Ask again until the store is there."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                return await ask()
+            except Unavailable:
+                await asyncio.sleep(0.05)
+
+
 async def insist(worker: Worker, entry: NewEntry) -> Appended:
     """As a client does: again with the same cid until it is answered."""
-    while True:
-        try:
-            return await worker.store.append(entry)
-        except Unavailable:
-            await asyncio.sleep(0.05)
+    return await until_answered(lambda: worker.store.append(entry))
 
 
 def assert_dense_and_once(log: Sequence[Entry], answers: dict[str, Appended]) -> None:

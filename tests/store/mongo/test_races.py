@@ -6,6 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -185,6 +186,32 @@ def test_a_ban_and_a_join_at_once_end_in_the_ban(database: Database) -> None:
                 with pytest.raises((NotFound, Forbidden)):
                     await b.store.append(message(conv, bob))
                 assert await a.store.role(bob.id, conv) == "banned"
+
+    run(work())
+
+
+def test_a_row_made_by_an_earlier_change_meanwhile_is_overwritten_by_the_later_one(database: Database) -> None:
+    """A ban that found no row lost the race to make it to the join before it, and was never written."""
+
+    async def work() -> None:
+        async with workers(database, 2) as [a, b]:
+            alice, bob = await a.user("alice"), await a.user("bob")
+            conv = await a.conversation(alice, kind="channel", title="t")
+            there, here = b.store._members, a.store._members
+            write = here._write
+
+            async def late(*args: Any) -> bool:
+                with pytest.MonkeyPatch.context() as undone:
+                    undone.setattr(here, "_write", write)
+                    await there._set_role(conv, bob.id, "member", 2, 1)
+                    return await write(*args)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(here, "_write", late)
+                await here._set_role(conv, bob.id, "banned", 3, 1)
+            row = await a.row(conv, bob)
+            assert row is not None
+            assert (row["role"], row["as_of"]) == ("banned", 3)
 
     run(work())
 

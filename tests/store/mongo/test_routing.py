@@ -202,7 +202,7 @@ def test_an_insert_that_failed_is_looked_for_and_not_sent_again_blindly(
 
 def test_who_was_told_unavailable_is_found_when_there_is_a_primary_again(rs: Replicas) -> None:
     async def work() -> None:
-        async with workers(_database(rs), 1, {"timeout_ms": 600, "server_selection_ms": 600}) as [a]:
+        async with workers(_database(rs), 1, {"timeout_ms": 1500, "server_selection_ms": 1500}) as [a]:
             await a.store.append(message("conv", ALICE, cid="before"))
             rs.script = lambda c: NOT_PRIMARY if next(iter(c)) in ("insert", "find") else None
             with pytest.raises(Unavailable):
