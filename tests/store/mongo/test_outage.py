@@ -13,7 +13,7 @@ from chatcore.store.mongo.outage import DRIVER_LOG, PAUSE_S, Outage
 
 from ...services.mongodb import MongoServer
 from ..harness import Database
-from .parts import QUICK, run, workers
+from .parts import run, workers
 
 
 @pytest.fixture
@@ -38,7 +38,9 @@ def test_an_outage_is_one_line_and_its_end_another(server: MongoServer, caplog: 
 
     async def work() -> None:
         with server.fresh_database() as name:
-            async with workers(Database(server.url, name), 1, {**QUICK, "pool_min": 4}) as [a]:
+            # So soon that the driver's own look at the server has not stopped it from making connections.
+            settings = {"timeout_ms": 700, "server_selection_ms": 700, "pool_min": 4}
+            async with workers(Database(server.url, name), 1, settings) as [a]:
                 listener, outage = a.store.mongo.listener, a.store.mongo.outage
 
                 async def full() -> bool:
