@@ -139,13 +139,12 @@ def window(server: Running, generator: Generator, seconds: float) -> tuple[Stats
     """What happens from now on, for some seconds, or longer until anything has."""
     generator.reset()
     before = server.usage()
-    time.sleep(seconds)
-    deadline = time.monotonic() + WINDOW_MAX_S
-    while not _happened(generator.stats()) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    used = server.usage().since(before)
-    return generator.stats(), used
-
-
-def _happened(stats: Stats) -> bool:
-    return bool(stats.ack.n and (stats.delivery.n or not stats.counts["expected"]))
+    deadline = time.monotonic() + seconds + WINDOW_MAX_S
+    while True:
+        time.sleep(seconds)
+        used = server.usage().since(before)
+        stats = generator.stats()
+        happened = stats.ack.n and (stats.delivery.n or not stats.counts["expected"])
+        if happened or time.monotonic() > deadline:
+            return stats, used
+        seconds = 0.05

@@ -154,10 +154,10 @@ class RedisBus:
         """Send what is queued and a goodbye, bounded by the confirm timeout, then end everything. Ends every wait."""
         if self._closing or not self._tasks:
             return
+        self._say(self._to_all, BYE)
         self._closing = True
         session = self._session
         if session is not None:
-            self._outbox.control(self._to_all, self._told(BYE))
             self._flush()
             try:
                 async with asyncio.timeout(self._confirm_s):
@@ -196,6 +196,11 @@ class RedisBus:
     def _to(self, peer: str) -> bytes:
         return self._prefix + b"!to:" + peer.encode()
 
+    def _say(self, to: bytes, kind: int, number: int = 0, channels: Sequence[str] = ()) -> None:
+        """A control message to one worker or all. None after the goodbye: it would make this a peer again."""
+        if not self._closing:
+            self._outbox.control(to, self._told(kind, number, channels))
+
     def _told(self, kind: int, number: int = 0, channels: Sequence[str] = ()) -> bytes:
         """The body of a control message."""
         return Control(
@@ -207,7 +212,7 @@ class RedisBus:
         number = 0
         for i in range(0, len(channels), ANNOUNCE_CHANNELS):
             number = self._peers.number()
-            self._outbox.control(to, self._told(ASK, number, channels[i : i + ANNOUNCE_CHANNELS]))
+            self._say(to, ASK, number, channels[i : i + ANNOUNCE_CHANNELS])
         return number
 
     def _flush_soon(self) -> None:
@@ -221,13 +226,13 @@ class RedisBus:
         if session is not None:
             self._subscriptions.flush(session)
             if self._outbox.flush(session):
-                self._outbox.control(self._to_all, self._told(BEAT))
+                self._say(self._to_all, BEAT)
 
     # --- the connection ----------------------------------------------------
     async def _run(self) -> None:
-        """Be connected, as long as the bus lives."""
+        """Be connected, as long as the bus lives: not anew after the goodbye."""
         backoff = Backoff(RECONNECT_FIRST_S, RECONNECT_MOST_S)
-        while True:
+        while not self._closing:
             try:
                 session = await self._connect()
             except (LinkError, Refused, TimeoutError, OSError) as exc:
@@ -332,11 +337,13 @@ class RedisBus:
         while True:
             due = self._loop.time() + self._beat_s
             await asyncio.sleep(self._beat_s)
+            if self._closing:
+                return  # nor is anybody judged by heartbeats that are not sent any more
             session = self._session
-            if session is None or self._closing:  # after its goodbye a heartbeat would make it a peer again
+            if session is None:
                 continue
             session.beat()
-            self._outbox.control(self._to_all, self._told(BEAT))
+            self._say(self._to_all, BEAT)
             beats += 1
             if self._place.moves and beats % LAYOUT_BEATS == 0 and (self._looking is None or self._looking.done()):
                 # Beside the heartbeats, which must not wait for a sentinel that is away.
@@ -383,8 +390,6 @@ class RedisBus:
             log.debug("redis bus: packet on %r dropped: %s", redis_channel, exc)
 
     def _on_control(self, control: Control) -> None:
-        if self._closing:
-            return  # an answer after the goodbye would make it a peer again
         name = control.name
         if control.kind == BYE:
             self._gone(name, "leaves")
@@ -397,11 +402,11 @@ class RedisBus:
             self._doubt(f"{name} {news}")
             self._ask_peers(self._to(name), self._subscriptions.announced())
         if control.kind == HELLO:
-            self._outbox.control(self._to(name), self._told(BEAT))
+            self._say(self._to(name), BEAT)
         elif control.kind == ASK:
             for channel in control.channels:
                 self._tell(self._listener.on_peer_subscribed, name, channel)
-            self._outbox.control(self._to(name), self._told(ANSWER, control.number))
+            self._say(self._to(name), ANSWER, control.number)
         elif control.kind == ANSWER:
             self._peers.answered(name, control.number)
 

@@ -54,6 +54,29 @@ def test_published_to_those_who_subscribed_and_not_to_oneself(redis_url: str, lo
     run(main(), loop)
 
 
+def test_nothing_follows_the_goodbye(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """A heartbeat or an answer after it made a worker that had left a peer again, for three silent heartbeats."""
+
+    async def main() -> None:
+        async with buses(redis_url, "a", "b", heartbeat_ms=50) as [(a, ra), (b, _)]:
+            session = b._session
+            assert session is not None
+            settled = session.settled
+
+            async def late() -> None:
+                await asyncio.sleep(0.3)  # some heartbeats
+                await settled()
+
+            monkeypatch.setattr(session, "settled", late)
+            await b.close()
+            own = a.stats.own
+            await ra.until(lambda: a.stats.own > own + 1, "what Redis got from b is here, too")
+            assert ra.doubts[-1] == "b leaves"
+            assert a.peers == []
+
+    run(main())
+
+
 def test_messages_of_one_channel_keep_their_order_and_their_bytes(redis_url: str) -> None:  # noqa: F811
     async def main() -> None:
         async with buses(redis_url, "a", "b") as [(a, _), (b, rb)]:

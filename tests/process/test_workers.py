@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from chatcore.listeners import Listeners
+from chatcore.scale import Scale
 from chatcore.settings import Timeouts
 from chatcore.slot import BACKOFF_NS, BACKOFF_READY_MAX_NS, BACKOFF_START_MAX_NS, MS, Slot, Worker
 from chatcore.stats import StatsCell
@@ -141,6 +143,35 @@ def test_young_deaths_make_the_pause_longer_up_to_a_limit() -> None:
     assert slot.failures == 0
 
 
+def test_while_nobody_ticks_new_connections_go_where_they_went(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole machine stood still for a moment: a worker that had been stopped got new connections again."""
+    steered: list[tuple[int, ...]] = []
+    monkeypatch.setattr("chatcore.scale.steer", lambda listener, chosen: steered.append(tuple(chosen)))
+    timeouts = Timeouts(still_worker_ms=300)
+    scale = Scale(Listeners("127.0.0.1", 0), 2)
+    try:
+        for slot in scale.slots:
+            slot.current = Worker(os.getpid(), 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1 * MS)
+
+        def step(now_ms: int, *ticked: int) -> None:
+            for index in ticked:
+                worker = scale.slots[index].current
+                assert worker is not None
+                worker.cell.heartbeat_ns = now_ms * MS
+            scale.step(now_ms * MS, 0, timeouts, reloading=False)
+
+        step(100, 0, 1)
+        step(500, 0)
+        assert steered == [(0,)]
+        step(2_000)
+        assert steered == [(0,)]
+        step(2_100, 0, 1)
+        assert steered == [(0,), ()]
+    finally:
+        for slot in scale.slots:
+            slot.listener.close()
+
+
 def test_what_makes_a_worker_overdue() -> None:
     timeouts = Timeouts(stuck_worker_ms=15_000, worker_start_ms=30_000)
     starting = Worker(os.getpid(), 1, 0, StatsCell.private(), forked_ns=0)
@@ -177,16 +208,17 @@ def test_workers_outlive_their_supervisor_only_to_drain_and_hold_the_lock_until_
     assert server(data=one.data).ready().ask().line == "hello"
 
 
-def test_a_worker_that_a_debugger_let_go_has_time_to_tick() -> None:
+@pytest.mark.parametrize("until", [800, 3_200])
+def test_a_worker_that_a_debugger_let_go_has_time_to_tick(until: int) -> None:
     timeouts = Timeouts(stuck_worker_ms=1_000)
     with subprocess.Popen(["sleep", "60"]) as process:
         try:
             worker = Worker(process.pid, 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1 * MS)
             with held(process.pid):
-                for now in range(600, 3_400, 200):
+                for now in range(600, until + 200, 200):
                     assert worker.overdue(now * MS, timeouts) == ""
-            assert worker.overdue(3_600 * MS, timeouts) == ""
-            assert worker.overdue(4_200 * MS, timeouts) == ""
-            assert "not ticked" in worker.overdue(4_201 * MS, timeouts)
+            assert worker.overdue((until + 400) * MS, timeouts) == ""
+            assert worker.overdue((until + 1_000) * MS, timeouts) == ""
+            assert "not ticked" in worker.overdue((until + 1_001) * MS, timeouts)
         finally:
             process.kill()
