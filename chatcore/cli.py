@@ -27,8 +27,8 @@ from .errors import ChatError
 from .settings import Settings
 
 if TYPE_CHECKING:
-    from .process import WorkerMain
     from .queue.base import DeadLetter, Queue
+    from .supervisor.worker_process import WorkerMain
 
 LOG_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(process)d %(name)s: %(message)s"
 
@@ -170,8 +170,8 @@ def _load(parsed: argparse.Namespace) -> Loaded:
 
 
 def _serve(parsed: argparse.Namespace) -> int:
-    from .process import StartError
-    from .supervisor import Supervisor
+    from .supervisor.supervisor import Supervisor
+    from .supervisor.worker_process import StartError
 
     settings = _load(parsed).settings
     logging.basicConfig(
@@ -194,10 +194,10 @@ def _serve(parsed: argparse.Namespace) -> int:
 def _real_worker() -> WorkerMain:
     """What a worker runs. Loaded before the fork, so that workers share its memory and a replacement starts at
     once. Raises StartError when chatcore is not built."""
-    from .process import StartError
+    from .supervisor.worker_process import StartError
 
     try:
-        from .worker import main as worker_main
+        from .server.worker import main as worker_main
     except ImportError as error:
         raise StartError(f"the worker cannot be loaded; build chatcore first: {error}") from error
     return worker_main
@@ -280,7 +280,7 @@ def _user_disable(parsed: argparse.Namespace) -> int:
 
 
 def _ask(parsed: argparse.Namespace, request: dict[str, Any], timeout_s: float | None = None) -> dict[str, Any]:
-    from .control import call
+    from .supervisor.control import call
 
     return call(Path(_load(parsed).settings.server.data), request, timeout_s)
 
@@ -289,7 +289,7 @@ def _controlled(command: Callable[[argparse.Namespace], int]) -> Callable[[argpa
     """`command`, with the errors of the control socket told in one line."""
 
     def run(parsed: argparse.Namespace) -> int:
-        from .control import ControlError
+        from .supervisor.control import ControlError
 
         try:
             return command(parsed)
@@ -305,7 +305,7 @@ STATUS_TIMEOUT_S = 5.0
 
 @_controlled
 def _status(parsed: argparse.Namespace) -> int:
-    from .status import summary
+    from .supervisor.status import summary
 
     status = _ask(parsed, {"cmd": "status"}, STATUS_TIMEOUT_S)
     del status["ok"]

@@ -38,7 +38,7 @@ from chatcore.cache.invalidations import CHANNEL
 from chatcore.cache.stats import Counts
 from chatcore.cache.store import CachedStore
 from chatcore.chat import events
-from chatcore.redis_client import RedisClient, parse_url
+from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.settings import Bus, Cache
 from chatcore.store.base import Entry, Opening, View
 from chatcore.store.entries import new_entry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from chatcore.breaker import Backoff, Breaker, BreakerState
+from chatcore.common.breaker import Backoff, Breaker, BreakerState
 
 
 class Clock:

@@ -27,11 +27,11 @@ from websockets.exceptions import ConnectionClosed
 
 from chatcore import errors
 from chatcore import protocol as p
-from chatcore.api import routes
-from chatcore.session import conv_push
+from chatcore.server import api as routes
+from chatcore.server.session import conv_push
+from chatcore.server.worker import Worker
 from chatcore.settings import Settings
 from chatcore.store.base import View
-from chatcore.worker import Worker
 
 from .server import PATIENCE_S, Server
 

@@ -75,8 +75,8 @@ class _Deaf:
 def _with_hosts(settings: Settings, work: Callable[[Store], Awaitable[T]]) -> T:
     """Do it as a worker would: in MongoDB, and told to the caches of all hosts."""
     # Here, as the embedded default needs none of it.
-    from ..backends import make_store
     from ..bus.redis import RedisBus
+    from ..server.backends import make_store
 
     quiet = replace(settings, cache=replace(settings.cache, warm_conversations=0, prefetch_conversations=0))
 

@@ -29,8 +29,8 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Final
 
-from ..breaker import Backoff
-from ..redis_client import RedisAddress, parse_url
+from ..common.breaker import Backoff
+from ..common.redis_client import RedisAddress, parse_url
 from .base import BusListener
 from .redis_frames import (
     ANSWER,
@@ -72,7 +72,7 @@ REASONS: Final = 5
 class RedisBus:
     """A :class:`~chatcore.bus.base.Bus` for the workers of all hosts that use one Redis and one prefix.
 
-    :param url: see :mod:`chatcore.redis_client`; Redis 7 if it is a cluster (sharded pub/sub), else 5.
+    :param url: see :mod:`chatcore.common.redis_client`; Redis 7 if it is a cluster (sharded pub/sub), else 5.
     :param name: ``<host>-<slot>-<nonce>``, never used by two processes.
     :param prefix: of every channel; holds the id of the store.
     :param queue_bytes: bound of what waits for a slow Redis; more is dropped, and the others told.

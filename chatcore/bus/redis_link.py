@@ -15,7 +15,7 @@ from typing import Any, Final, cast
 
 import hiredis
 
-from ..redis_client import RedisAddress
+from ..common.redis_client import RedisAddress
 from .redis_frames import command
 
 #: What the parser gives when there is no complete reply; a reply may be None or False.

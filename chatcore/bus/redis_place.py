@@ -8,7 +8,7 @@ from typing import Final
 
 from redis.crc import key_slot
 
-from ..redis_client import RedisAddress
+from ..common.redis_client import RedisAddress
 from .redis_link import Link, LinkError, Refused
 
 SLOTS: Final = 16384

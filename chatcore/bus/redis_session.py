@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ..redis_client import RedisAddress
+from ..common.redis_client import RedisAddress
 from .redis_frames import command
 from .redis_link import NOTHING, Link, LinkError, Refused
 from .redis_place import Layout

@@ -51,7 +51,7 @@ _STATES: Final = {b"V", b"N", b"L"}
 
 
 class Commands(Protocol):
-    """The part of :class:`~chatcore.redis_client.RedisClient` that is used here."""
+    """The part of :class:`~chatcore.common.redis_client.RedisClient` that is used here."""
 
     async def pipeline(self, commands: Sequence[Args]) -> list[Any]: ...
     async def close(self) -> None: ...

@@ -22,7 +22,7 @@ from ..store.base import Store
 from . import events
 
 if TYPE_CHECKING:
-    from ..session import Session
+    from ..server.session import Session
 
 log = logging.getLogger("chatcore.presence")
 

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 import orjson
 
 from ..bus.base import Bus
+from ..common.locks import Locks
 from ..errors import ChatError
-from ..locks import Locks
 from ..protocol import CloseCode, conv_left
 from ..store.base import Store, View
 from . import events
 
 if TYPE_CHECKING:
-    from ..session import Session
+    from ..server.session import Session
     from .delivery import Delivery
 
 log = logging.getLogger("chatcore.users")

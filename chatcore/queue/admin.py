@@ -10,8 +10,8 @@ from typing import Any, Final, TypeVar
 
 import apsw
 
+from ..common.redis_client import RedisClient, parse_url
 from ..errors import BadRequest, ChatError, Unavailable
-from ..redis_client import RedisClient, parse_url
 from ..settings import Settings
 from ..store.sqlite.lock import WriteLock
 from ..store.sqlite.ops import Op, Transaction

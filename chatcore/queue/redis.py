@@ -21,8 +21,8 @@ from typing import Any, Final
 
 from redis.exceptions import NoScriptError, ResponseError
 
+from ..common.redis_client import RedisClient
 from ..errors import Unavailable
-from ..redis_client import RedisClient
 from . import redis_scripts as scripts
 from .base import Clock, DeadLetter, Handler, Options, QueueFull, TopicStats, check_message, check_topic, new_id
 from .redis_consumer import RedisConsumer

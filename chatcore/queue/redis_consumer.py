@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from redis.exceptions import ResponseError
 
+from ..common.redis_client import RedisClient
 from ..errors import ChatError
-from ..redis_client import RedisClient
 from . import redis_scripts as scripts
 from .base import Handler
 from .redis_partition import Partition

@@ -15,9 +15,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from chatcore.breaker import Backoff, Breaker, BreakerState
+from chatcore.common.breaker import Backoff, Breaker, BreakerState
+from chatcore.common.redis_client import RedisAddress, RedisClient, parse_url
 from chatcore.errors import Unavailable
-from chatcore.redis_client import RedisAddress, RedisClient, parse_url
 
 from ..services.redis import RedisServer, redis_server  # noqa: F401
 from .redis_parts import Wire, run

@@ -10,8 +10,8 @@ import pytest
 from redis.crc import key_slot
 from redis.exceptions import ResponseError
 
+from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.errors import Unavailable
-from chatcore.redis_client import RedisClient, parse_url
 
 from ..services.redis import RedisCluster, RedisServer
 from .redis_parts import buses, connected, run

@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 from pathlib import Path
 
+from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.errors import Unavailable
-from chatcore.redis_client import RedisClient, parse_url
 
 from ..services.redis import RedisSentinel, RedisServer
 from .redis_parts import buses, connected, run

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 from chatcore.cache.store import CachedStore
 from chatcore.cache.through import Through
+from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.errors import Unavailable
-from chatcore.redis_client import RedisClient, parse_url
 from chatcore.settings import Cache
 from chatcore.store.base import Appended, Changes, Entry, Known, NewEntry, Opening, Page, Token, User, View
 from chatcore.store.entries import new_entry

@@ -9,8 +9,8 @@ from collections.abc import AsyncIterator
 import orjson
 
 from chatcore.cache.l2 import L2, QUEUE, Record, TailRecord
+from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.protocol import encode_entry
-from chatcore.redis_client import RedisClient, parse_url
 from chatcore.store.base import Entry
 
 KEEP = 5

@@ -15,7 +15,7 @@ from chatcore.chat.service import Chat
 from chatcore.chat.users import Users
 from chatcore.errors import Unavailable
 from chatcore.protocol import encode_entry
-from chatcore.session import Session
+from chatcore.server.session import Session
 from chatcore.settings import Settings
 from chatcore.store.base import Appended, Changes, Entry, Known, Memberships, NewEntry, User, View
 

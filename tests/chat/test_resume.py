@@ -7,7 +7,7 @@ import asyncio
 import orjson
 
 from chatcore.protocol import encode_entry
-from chatcore.session import Session
+from chatcore.server.session import Session
 from chatcore.store.base import Entry, Memberships
 
 from .parts import Desk, Shelf, message, until

@@ -10,10 +10,10 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from chatcore.process import WorkerContext
+from chatcore.server.worker import DRAIN_BATCH, Worker
 from chatcore.settings import Accounts, Server, Settings
-from chatcore.stats import StatsCell
-from chatcore.worker import DRAIN_BATCH, Worker
+from chatcore.supervisor.stats import StatsCell
+from chatcore.supervisor.worker_process import WorkerContext
 
 from .parts import PATIENCE_S, until
 

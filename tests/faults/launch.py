@@ -15,14 +15,14 @@ from pathlib import Path
 import uvloop
 
 from chatcore import cli
-from chatcore.process import WorkerContext, WorkerMain
-from chatcore.worker import SWITCH_INTERVAL_S, Worker
+from chatcore.server.worker import SWITCH_INTERVAL_S, Worker
+from chatcore.supervisor.worker_process import WorkerContext, WorkerMain
 
 TASKS_FILE = "tasks-{}"
 
 
 def worker_main(made_of: type[Worker]) -> WorkerMain:
-    """What `chatcore.worker.main` does, with this class."""
+    """What `chatcore.server.worker.main` does, with this class."""
 
     def main(context: WorkerContext) -> int:
         sys.setswitchinterval(SWITCH_INTERVAL_S)

@@ -22,7 +22,7 @@ from chatcore.chat.users import Users
 from chatcore.errors import ChatError
 from chatcore.protocol import Member as MemberRequest
 from chatcore.protocol import Send as SendRequest
-from chatcore.session import Session
+from chatcore.server.session import Session
 from chatcore.settings import Settings
 from chatcore.store.base import Entry, User
 from chatcore.store.entries import new_entry

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import pytest
 
-from chatcore import control
+from chatcore.supervisor import control
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 20.0

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from chatcore import cli
-from chatcore.process import StartError, WorkerContext
-from chatcore.stats import Health, State
+from chatcore.supervisor.stats import Health, State
+from chatcore.supervisor.worker_process import StartError, WorkerContext
 
 BEAT_S = 0.05
 
@@ -32,7 +32,7 @@ def behaviour(slot: int) -> dict[str, Any]:
 
 
 def tiny_worker(context: WorkerContext) -> int:
-    """The contract of `chatcore.process`, and nothing else."""
+    """The contract of `chatcore.supervisor.worker_process`, and nothing else."""
     how = behaviour(context.slot)
     if "start_error" in how:
         raise StartError(str(how["start_error"]))

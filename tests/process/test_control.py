@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 
-from chatcore import __version__, control
+from chatcore import __version__
+from chatcore.supervisor import control
 
 from .harness import ROOT, Server, eventually
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from chatcore import control
+from chatcore.supervisor import control
 
 from .harness import Server, eventually
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from chatcore import control
+from chatcore.supervisor import control
 
 from .harness import Server, alive, eventually
 from .test_reload import Traffic

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from chatcore.stats import (
+from chatcore.supervisor.stats import (
     CELL_BYTES,
     CELLS_PER_SLOT,
     ERROR_BYTES,

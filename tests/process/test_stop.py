@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from chatcore import control
+from chatcore.supervisor import control
 
 from .harness import Server, alive, eventually
 

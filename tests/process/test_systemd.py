@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from chatcore.sdnotify import Notifier
+from chatcore.supervisor.sdnotify import Notifier
 
 from .harness import PATIENCE_S, Server, eventually, held
 

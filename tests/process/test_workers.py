@@ -13,11 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from chatcore.listeners import Listeners
-from chatcore.scale import Scale
 from chatcore.settings import Timeouts
-from chatcore.slot import BACKOFF_NS, BACKOFF_READY_MAX_NS, BACKOFF_START_MAX_NS, MS, Slot, Worker
-from chatcore.stats import StatsCell
+from chatcore.supervisor.listeners import Listeners
+from chatcore.supervisor.scale import Scale
+from chatcore.supervisor.stats import StatsCell
+from chatcore.supervisor.worker_slot import (
+    BACKOFF_NS,
+    BACKOFF_READY_MAX_NS,
+    BACKOFF_START_MAX_NS,
+    MS,
+    Slot,
+    Worker,
+)
 
 from .harness import Server, alive, eventually, held
 
@@ -146,7 +153,7 @@ def test_young_deaths_make_the_pause_longer_up_to_a_limit() -> None:
 def test_while_nobody_ticks_new_connections_go_where_they_went(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole machine stood still for a moment: a worker that had been stopped got new connections again."""
     steered: list[tuple[int, ...]] = []
-    monkeypatch.setattr("chatcore.scale.steer", lambda listener, chosen: steered.append(tuple(chosen)))
+    monkeypatch.setattr("chatcore.supervisor.scale.steer", lambda listener, chosen: steered.append(tuple(chosen)))
     timeouts = Timeouts(still_worker_ms=300)
     scale = Scale(Listeners("127.0.0.1", 0), 2)
     try:

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import uvloop
 
+from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.errors import Unavailable
 from chatcore.queue.base import Clock, Job, Options, Queue
 from chatcore.queue.redis import RedisQueue
 from chatcore.queue.sqlite import SQLiteQueue
-from chatcore.redis_client import RedisClient, parse_url
 from chatcore.settings import Settings
 from chatcore.store.sqlite.schema import prepare
 from chatcore.store.sqlite.threads import Reader, Writer

@@ -18,8 +18,8 @@ import orjson
 from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
+from ...common.locks import Locks
 from ...errors import ChatError, Unavailable
-from ...locks import Locks
 from ...protocol import MEMBER_ROLES
 from ..append import Head
 from ..base import NewEntry

@@ -21,26 +21,26 @@ from typing import Any, Final
 import orjson
 import uvloop
 
-from . import protocol as p
-from ._fast.reactor import TICK_MS, Frame, Reactor, Topic
-from .accounts.service import Accounts
-from .api.routes import Api
+from .. import protocol as p
+from .._fast.reactor import TICK_MS, Frame, Reactor, Topic
+from ..accounts.service import Accounts
+from ..bus.base import Bus
+from ..chat import events
+from ..chat.delivery import Delivery
+from ..chat.presence import Presence
+from ..chat.room import Room
+from ..chat.service import Chat
+from ..chat.users import Users
+from ..errors import ChatError, Internal, Unavailable
+from ..queue.handlers import Handlers
+from ..store.base import Entry, Store
+from ..supervisor.stats import State
+from ..supervisor.worker_process import WorkerContext
+from .api import Api
 from .backends import bus_figures, make_bus, make_store, start_store, user_channels
-from .bus.base import Bus
-from .chat import events
-from .chat.delivery import Delivery
-from .chat.presence import Presence
-from .chat.room import Room
-from .chat.service import Chat
-from .chat.users import Users
-from .errors import ChatError, Internal, Unavailable
-from .net.http import HttpConnection, HttpRequest, HttpResponse, encode_response, error_response
-from .panel import Panel
-from .process import WorkerContext
-from .queue.handlers import Handlers
+from .health import Panel
+from .http import HttpConnection, HttpRequest, HttpResponse, encode_response, error_response
 from .session import Session
-from .stats import State
-from .store.base import Entry, Store
 
 log = logging.getLogger("chatcore.worker")
 

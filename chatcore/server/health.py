@@ -11,14 +11,14 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from .bus.base import Bus
-from .cache.store import CachedStore
-from .errors import ChatError
-from .queue.base import Queue
-from .stats import Health, StatsCell
-from .store.base import Store
+from ..bus.base import Bus
+from ..cache.store import CachedStore
+from ..errors import ChatError
+from ..queue.base import Queue
+from ..store.base import Store
+from ..supervisor.stats import Health, StatsCell
 
-log = logging.getLogger("chatcore.panel")
+log = logging.getLogger("chatcore.health")
 
 #: Figures are written this often: some 0.1 ms of work, for people who look now and then.
 SHOW_S: Final = 1.0

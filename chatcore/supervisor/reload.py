@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from ..settings import Settings
 from .control import Caller
-from .settings import Settings
-from .slot import Slot, Worker
+from .worker_slot import Slot, Worker
 
 
 class Reload:

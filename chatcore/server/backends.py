@@ -8,23 +8,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from .bus.local import LocalBus
-from .bus.redis import RedisBus
-from .cache.embedded import EmbeddedCache
-from .cache.store import CachedStore
-from .panel import Figures
-from .process import StartError, WorkerContext
-from .queue.base import Queue
-from .queue.redis import RedisQueue
-from .queue.sqlite import SQLiteQueue
-from .redis_client import RedisClient, parse_url
-from .settings import Settings
-from .store.base import Entry, OnCommit, Store
-from .store.mongo.client import MongoSettings
-from .store.mongo.store import BrokenSchema, MongoStore
-from .store.sqlite.lock import WriteLock
-from .store.sqlite.schema import BrokenStore, prepare
-from .store.sqlite.store import SQLiteStore
+from ..bus.local import LocalBus
+from ..bus.redis import RedisBus
+from ..cache.embedded import EmbeddedCache
+from ..cache.store import CachedStore
+from ..common.redis_client import RedisClient, parse_url
+from ..queue.base import Queue
+from ..queue.redis import RedisQueue
+from ..queue.sqlite import SQLiteQueue
+from ..settings import Settings
+from ..store.base import Entry, OnCommit, Store
+from ..store.mongo.client import MongoSettings
+from ..store.mongo.store import BrokenSchema, MongoStore
+from ..store.sqlite.lock import WriteLock
+from ..store.sqlite.schema import BrokenStore, prepare
+from ..store.sqlite.store import SQLiteStore
+from ..supervisor.worker_process import StartError, WorkerContext
+from .health import Figures
 
 #: Many more than workers, so that few of them hear what is of no concern to them while users are few.
 LOCAL_USER_CHANNELS: Final = 256

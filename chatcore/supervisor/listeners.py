@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from .process import StartError
+from .worker_process import StartError
 
 log = logging.getLogger("chatcore.listeners")
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
-from . import protocol as p
-from .accounts.service import Identity
-from .chat.service import TypingGate
-from .chat.users import ConnectedUser
-from .errors import ChatError, Forbidden, Internal, RateLimited, TooLarge, Unauthenticated, Unavailable
-from .store.base import Appended, View
+from .. import protocol as p
+from ..accounts.service import Identity
+from ..chat.service import TypingGate
+from ..chat.users import ConnectedUser
+from ..errors import ChatError, Forbidden, Internal, RateLimited, TooLarge, Unauthenticated, Unavailable
+from ..store.base import Appended, View
 
 if TYPE_CHECKING:
     from .worker import Worker

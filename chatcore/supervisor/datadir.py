@@ -11,7 +11,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from .process import StartError
+from .worker_process import StartError
 
 LOCK_NAME = "lock"
 

@@ -22,18 +22,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from . import __version__, datadir
-from .config import ConfigError
+from .. import __version__
+from ..config import ConfigError
+from ..settings import MAX_WORKERS, Settings
+from . import datadir
 from .control import Caller, ControlServer, Json
 from .listeners import Listeners
-from .process import EXIT_START_ERROR, StartError, WorkerContext, WorkerMain, fork_worker
 from .reload import Reload
 from .scale import Scale
 from .sdnotify import Notifier
-from .settings import MAX_WORKERS, Settings
-from .slot import MS, Slot, Worker, how_it_ended
 from .stats import State, StatsPage
 from .status import report
+from .worker_process import EXIT_START_ERROR, StartError, WorkerContext, WorkerMain, fork_worker
+from .worker_slot import MS, Slot, Worker, how_it_ended
 
 log = logging.getLogger("chatcore.supervisor")
 

@@ -6,10 +6,10 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
-from . import __version__
-from .cache.stats import Counts
-from .slot import Slot, Worker
+from .. import __version__
+from ..cache.stats import Counts
 from .stats import Health
+from .worker_slot import Slot, Worker
 
 #: Whose health is told, in this order.
 PARTS: Final = ("store", "bus", "cache", "queue")

@@ -12,12 +12,12 @@ import orjson
 from .. import protocol as p
 from ..accounts.service import Identity, Login
 from ..errors import BadRequest, ChatError, NotFound, Unauthenticated
-from ..net.http import WEBSOCKET_PATH, HttpRequest, HttpResponse, bearer, error_response, json_response, not_modified
-from ..session import conv_push
 from ..store.base import User
+from .http import WEBSOCKET_PATH, HttpRequest, HttpResponse, bearer, error_response, json_response, not_modified
+from .session import conv_push
 
 if TYPE_CHECKING:
-    from ..worker import Worker
+    from .worker import Worker
 
 T = TypeVar("T")
 Handler = Callable[[HttpRequest, str], Awaitable[HttpResponse]]

@@ -27,7 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, NoReturn
 
-from .settings import Settings
+from ..settings import Settings
 from .stats import State, StatsCell
 
 log = logging.getLogger("chatcore.process")

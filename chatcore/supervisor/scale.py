@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Final
 
+from ..settings import MAX_WORKERS, Timeouts
 from .control import Caller
 from .listeners import Listeners, steer
-from .process import StartError
-from .settings import MAX_WORKERS, Timeouts
-from .slot import MS, Slot
+from .worker_process import StartError
+from .worker_slot import MS, Slot
 
 log = logging.getLogger("chatcore.scale")
 

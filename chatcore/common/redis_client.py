@@ -45,8 +45,8 @@ from redis.exceptions import (
     TimeoutError,
 )
 
+from ..errors import Unavailable
 from .breaker import Breaker, BreakerState
-from .errors import Unavailable
 
 log = logging.getLogger("chatcore.redis")
 

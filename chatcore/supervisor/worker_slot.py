@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from .settings import Timeouts
+from ..settings import Timeouts
 from .stats import CELLS_PER_SLOT, State, StatsCell
 
 MS: Final = 1_000_000  # nanoseconds
