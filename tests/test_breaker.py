@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from chatcore.common.breaker import Backoff, Breaker, BreakerState
+from chatcore.common.backoff import Backoff
+from chatcore.common.breaker import Breaker, BreakerState
 
 
 class Clock:

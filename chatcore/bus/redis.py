@@ -29,7 +29,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, Final
 
-from ..common.breaker import Backoff
+from ..common.backoff import Backoff
 from ..common.redis_client import RedisAddress, parse_url
 from .base import BusListener
 from .redis_frames import (

@@ -3,49 +3,20 @@
 A part that is down costs every caller its whole timeout. A :class:`Breaker` notices after some
 failures in a row, refuses at once from then on (open), and after a pause lets a single call try
 (half open): if that succeeds everybody may call again, else the pause doubles, up to a bound.
-Used for Redis by the cache and the queue; its :class:`Backoff` alone by the bus.
+The cache and the queue use it for Redis.
 """
 
 from __future__ import annotations
 
 import enum
-import random
 import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from .backoff import Backoff
+
 #: Failures in a row that open a breaker: more than one slow command, fewer than a burst of them.
 FAILURES: Final = 5
-#: The first pause: a restarted server is back sooner than anybody notices.
-PAUSE_S: Final = 0.1
-#: The longest pause: bounds how long a part that is back goes unnoticed.
-PAUSE_MAX_S: Final = 2.0
-
-
-class Backoff:
-    """Pauses that double from ``first_s`` to ``most_s``, each shortened at random by up to a half,
-    so that those who failed together do not come back together.
-
-    :param chance: returns a number in [0, 1); passed in by tests.
-    """
-
-    def __init__(
-        self, first_s: float = PAUSE_S, most_s: float = PAUSE_MAX_S, chance: Callable[[], float] = random.random
-    ) -> None:
-        self._first_s = first_s
-        self._most_s = most_s
-        self._chance = chance
-        self._next_s = first_s
-
-    def next(self) -> float:
-        """The pause before the next try, in seconds."""
-        pause = self._next_s
-        self._next_s = min(self._most_s, pause * 2)
-        return pause * (1 - self._chance() / 2)
-
-    def reset(self) -> None:
-        """The last try went well: begin with the shortest pause again."""
-        self._next_s = self._first_s
 
 
 class BreakerState(enum.Enum):

@@ -15,7 +15,8 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import NoScriptError, RedisError, ResponseError
 
-from chatcore.common.breaker import Backoff, Breaker, BreakerState
+from chatcore.common.backoff import Backoff
+from chatcore.common.breaker import Breaker, BreakerState
 from chatcore.common.redis_client import RedisAddress, RedisClient, parse_url
 from chatcore.errors import Unavailable
 
