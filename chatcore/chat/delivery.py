@@ -1,12 +1,12 @@
-"""Deliver: every attached session gets every entry of its conversations, once, in order.
+"""Deliver: every attached session is sent every entry of its conversations, once, in order.
 
-The loop of ``log.md``. The rules that it rests on:
+The loop of ``docs/log.md``, "Deliver". The rules that it rests on:
 
-* A room's ``last`` moves by one, ever; a hole is never stepped over.
-* Everybody in ``room.topic`` has been given exactly the entries up to ``last``:
-  who is behind is in ``room.attaching`` and gets there by its own replay.
-* The bus is a hint. After every doubt, and in rotation without any, the store
-  is asked what is newest (:meth:`Delivery.check`).
+* The cursor ``last`` of a room moves by one; delivery never steps over a hole (rule 7).
+* Each subscriber of ``room.topic`` has been sent exactly the entries up to ``last``:
+  a session that is behind is in ``room.attaching`` and gets there by its own replay.
+* The bus is a hint (rule 8). After every suspected loss, and in rotation without any, the
+  store is asked which entries are newest (:meth:`Delivery.check`).
 
 Between ``await``s nothing else runs on the loop; where a step relies on that,
 it says "same tick".
@@ -22,136 +22,132 @@ from typing import Any, Final
 
 import orjson
 
+from ..common.tasks import Tasks
 from ..errors import ChatError, Unavailable
-from ..protocol import MEMBER_ROLES
+from ..protocol import MEMBER_ROLES, conv_left
 from ..store.base import Entry, View
 from . import events
-from .room import NO_TOPIC, Directory, Reads, Room, Subscriber, Subscriptions, TopicLike
+from .directory import OUT
+from .room import EMPTY_TOPIC, Connected, Reads, Room, Sessions, Subscriber, Subscriptions, TopicLike, conv_channel
 
 log = logging.getLogger("chatcore.delivery")
 
 # A reordered bus message overtakes its predecessor by less than this; asking the
 # store sooner would make every reordering cost a query.
 GAP_WAIT_S: Final = 0.010
-# Rows that a pump and a replay read at once; a replay's rows are all in the outbox
+# Rows that a backfill and a replay read at once; a replay's rows are all in the outbox
 # of one session at the same time, so fewer.
-PUMP_ROWS: Final = 200
+BACKFILL_ROWS: Final = 200
 REPLAY_ROWS: Final = 100
 READ_BYTES: Final = 512 * 1024
-# How long the pump waits before it asks again when the store had less than announced, or failed.
+# How long a backfill waits before it asks again when the store had less than announced, or failed.
 BACKOFF_S: Final = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-# Conversations that nobody is attached to any more are forgotten after two sweeps:
-# reconnecting clients find them warm.
+# An unused room is forgotten after two sweeps: reconnecting clients find it warm.
 SWEEP_S: Final = 10.0
-# Changes of conversations that a session is not attached to are merged over this time.
-QUIET_MERGE_S: Final = 2.0
-
+# Changes of conversations to which a session is not attached are merged over this time.
+SUMMARIES_S: Final = 2.0
+# Between two tries to read a row that changed, while the store does not answer.
+REFRESH_PAUSE_S: Final = 0.2
+REFRESH_PAUSE_MAX_S: Final = 2.0
 
 #: (conversation, after, upto, limit, max_bytes): entries after one, dense; ``upto`` is known to be committed.
 Replay = Callable[[str, int, int, int, int], Awaitable[list[Entry]]]
 
 
 class Delivery:
-    """All rooms of one worker. Owns their pumps and the check, sweep and merge loops."""
+    """All rooms of one worker. Owns their backfills, the refreshes of rows, and the check, sweep and summary loops."""
 
     def __init__(
         self,
         store: Reads,
         bus: Subscriptions,
-        directory: Directory,
+        sessions: Sessions,
         make_topic: Callable[[Room], TopicLike],
         make_frame: Callable[[bytes], Any],
         *,
-        ring: int = 64,
-        ring_bytes: int = 262_144,
+        recent: int = 64,
+        recent_bytes: int = 262_144,
         replay_bytes: int = 262_144,
         backlog: int = 500,
         check_interval_s: float = 1.0,
         replay: Replay | None = None,
     ) -> None:
-        """``replay``: reads entries that were delivered here already, from nearer than the store, if it can."""
+        """:param recent: entries of each room kept for replays, at most; ``recent_bytes`` of them.
+        :param replay_bytes: of one replay or of one round of summaries, that are in the outbox of a session at once.
+        :param backlog: a session that is further behind pages through history instead.
+        :param replay: reads entries that were delivered here already, from nearer than the store, if it can.
+        """
         self._store = store
         self._replay = replay or self._read
         self._bus = bus
-        self._directory = directory
+        self._sessions = sessions
         self._make_topic = make_topic
         self._make_frame = make_frame
-        self._ring = ring
-        self._ring_bytes = ring_bytes
+        self._recent = recent
+        self._recent_bytes = recent_bytes
         self._replay_bytes = replay_bytes
         self._backlog = backlog
         self._check_interval_s = check_interval_s
         self.rooms: dict[str, Room] = {}
-        self._behind: set[Room] = set()
-        self._dirty: set[Room] = set()
-        self.refreshing = 0
-        self._merged = 0  # position up to which those who are told of changes only were told
-        # What did not fit into one merge, or could not be read; `joining` counts who is in it.
-        self._left: dict[Subscriber, list[str]] = {}
-        self.seen = 0
-        #: Position up to which all that concerns the live sessions here was queued to them.
-        self.settled = 0
+        self._behind: set[Room] = set()  # with a backfill under way
+        self._dirty: set[Room] = set()  # with summaries due
+        self._refreshing: set[tuple[str, str]] = set()  # (user, conversation) with a refresh under way
+        self._refresh_again: dict[tuple[str, str], int | None] = {}  # changed once more meanwhile
+        # Positions of the store's change counter. Up to `_checked` changes were looked at, up to
+        # `_summarized` the summaries were pushed, up to `synced` all that concerns live sessions here was queued.
+        self._checked = 0
+        self._summarized = 0
+        self._summarizing = False
+        self.synced = 0
+        # Summaries that did not fit into one round, or could not be read. They hold back the `sync` of the session.
+        self._postponed: dict[Subscriber, list[str]] = {}
         self.deliveries = 0
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._tasks = Tasks()
         self._check_now = asyncio.Event()
         self._loop = asyncio.get_running_loop()
 
-    # --- Known: what a store may have to look at ---------------------------------
+    # --- Known: what a store may have to check ------------------------------------
     def lasts(self) -> dict[str, int]:
         """The rooms, and the newest seq that is known of each."""
-        return {room.conv: max(room.last, room.want) for room in self.rooms.values() if room.last >= 0}
+        return {room.conv: max(room.last, room.newest) for room in self.rooms.values() if room.last >= 0}
 
     def users(self) -> list[str]:
-        """Who is connected."""
-        return self._directory.connected()
+        """The users who are connected."""
+        return self._sessions.connected()
 
     def tokens(self) -> list[bytes]:
         """The tokens in use."""
-        return self._directory.tokens()
+        return self._sessions.tokens()
 
     # --- life ---------------------------------------------------------------
     async def start(self) -> None:
         """Learn the newest position and start the loops."""
-        self.seen = self.settled = await self._store.position()
-        self._spawn(self._check_loop(), "delivery-check")
-        self._spawn(self._sweep_loop(), "delivery-sweep")
-        self._spawn(self._merge_loop(), "delivery-merge")
+        self._checked = self.synced = await self._store.position()
+        self._tasks.spawn(self._check_loop(), "delivery-check")
+        self._tasks.spawn(self._sweep_loop(), "delivery-sweep")
+        self._tasks.spawn(self._summary_loop(), "delivery-summaries")
 
     async def close(self) -> None:
         """Cancel and await every task."""
-        tasks = list(self._tasks)
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._tasks.close()
+        self.rooms.clear()  # an entry that is committed late starts no backfill
 
-    def _spawn(self, work: Awaitable[Any], name: str) -> asyncio.Task[Any]:
-        task: asyncio.Task[Any] = asyncio.ensure_future(work)
-        task.set_name(name)
-        self._tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[Any]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (exc := task.exception()) is not None:
-            log.error("task %s failed", task.get_name(), exc_info=exc)
-
-    # --- what comes in --------------------------------------------------------
+    # --- entries and states ----------------------------------------------------
     def on_entry(self, e: Entry) -> None:
         """An entry was committed, here or elsewhere (at least once, in any order)."""
         room = self.rooms.get(e.conv)
         if room is None:
             return
-        if e.seq > room.want:
-            room.want = e.seq
+        if e.seq > room.newest:
+            room.newest = e.seq
         if room.last < 0:
-            return  # still loading: `want` starts the pump once `last` is known
+            return  # still loading: `newest` starts the backfill once `last` is known
         if e.seq == room.last + 1:
             self._deliver(room, e)
-            if room.want > room.last:
-                self._start_pump(room, GAP_WAIT_S)
+            if room.newest > room.last:
+                self._start_backfill(room, GAP_WAIT_S)
         elif e.seq > room.last:
-            self._start_pump(room, GAP_WAIT_S)
+            self._start_backfill(room, GAP_WAIT_S)
 
     def on_bus(self, conv: str, payload: bytes) -> None:
         """A bus message on the channel of a conversation."""
@@ -162,68 +158,67 @@ class Delivery:
             self.push_state(conv, skip_user, wire)
 
     def push_state(self, conv: str, skip_user: str, wire: bytes) -> None:
-        """Fan a state push out to those attached here, except one user's sessions."""
+        """Fan a state push out to the sessions attached here, except those of one user ("": no exception)."""
         room = self.rooms.get(conv)
         if room is not None and len(room.topic):
-            skip = self._directory.owner_of(skip_user) if skip_user else 0
+            skip = self._sessions.owner_of(skip_user) if skip_user else 0
             room.topic.fan_out(self._make_frame(wire), skip)
 
     def _deliver(self, room: Room, e: Entry) -> None:
-        """The next entry, to all in the topic. No await inside: same tick."""
+        """Send the next entry to all in the topic. No await inside: same tick."""
         room.last = e.seq
-        room.ring.append(e)
-        room.ring_bytes += len(e.wire)
-        while len(room.ring) > self._ring or room.ring_bytes > self._ring_bytes:
-            room.ring_bytes -= len(room.ring.pop(0).wire)
+        room.recent.append(e)
+        room.recent_bytes += len(e.wire)
+        while len(room.recent) > self._recent or room.recent_bytes > self._recent_bytes:
+            room.recent_bytes -= len(room.recent.pop(0).wire)
         if len(room.topic):
             self.deliveries += room.topic.fan_out(self._make_frame(e.wire))
-        if len(room.quiet):
-            room.dirty = True
+        if len(room.summaries):
             self._dirty.add(room)
         if e.t == "member":
-            self._fold_member(room, e)
+            self._apply_member(room, e)
 
-    def _fold_member(self, room: Room, e: Entry) -> None:
-        """Somebody joined or left by this entry: so do the sessions that are here."""
+    def _apply_member(self, room: Room, e: Entry) -> None:
+        """A user joined or left by this entry: attach or detach the user's sessions here."""
         change = orjson.loads(e.wire)
         user = change["user"]
         if change["role"] in MEMBER_ROLES:
-            room.let_in(user)
-            for x in self._directory.sessions_of(user):
+            room.readmitted(user)
+            for x in self._sessions.sessions_of(user):
                 self.attach_soon(x, room.conv, e.seq - 1)
             return
-        room.put_out(user, e.seq)
-        told = True
-        for x in list(self._directory.sessions_of(user)):
-            told = told and x.conn in room.topic
+        room.removed(user, e.seq)
+        all_sent = True
+        for x in list(self._sessions.sessions_of(user)):
+            all_sent = all_sent and x.conn in room.topic
             self.detach(x, room)
-        if not told:
-            # Not all of the user's sessions were given the entry: tell them by a `conv`.
-            self._directory.refresh(user, room.conv)
+        if not all_sent:
+            # Not all of the user's sessions were sent the entry: the others learn it from a `conv`.
+            self.refresh(user, room.conv)
 
     def detach(self, x: Subscriber, room: Room) -> None:
         """Take a session out of a room."""
         room.arrived(x)
         room.topic.discard(x.conn)
-        room.quiet.discard(x.conn)
+        room.summaries.discard(x.conn)
 
-    # --- the pump ---------------------------------------------------------------
-    def _start_pump(self, room: Room, delay: float, recheck: bool = False) -> None:
+    # --- backfill ---------------------------------------------------------------
+    def _start_backfill(self, room: Room, delay: float, recheck: bool = False) -> None:
         if recheck:
             room.recheck = True
         self._behind.add(room)
-        if room.pump is None:
-            room.pump = self._spawn(self._run_pump(room, delay), "delivery-pump")
+        if room.backfill is None:
+            room.backfill = self._tasks.spawn(self._run_backfill(room, delay), "delivery-backfill")
 
-    async def _run_pump(self, room: Room, delay: float) -> None:
+    async def _run_backfill(self, room: Room, delay: float) -> None:
         try:
             await asyncio.sleep(delay)
             tries = 0
-            while room.recheck or room.want > room.last:
+            while room.recheck or room.newest > room.last:
                 room.recheck = False
                 before = room.last
                 try:
-                    rows = await self._store.entries(room.conv, room.last, PUMP_ROWS, READ_BYTES)
+                    rows = await self._store.entries(room.conv, room.last, BACKFILL_ROWS, READ_BYTES)
                 except ChatError as exc:
                     log.warning("backfill of %s: %s", room.conv, exc)
                     rows = []
@@ -235,27 +230,27 @@ class Delivery:
                         break  # a hole in what was read: read again
                 if room.last > before:
                     tries = 0
-                    if len(rows) == PUMP_ROWS:
+                    if len(rows) == BACKFILL_ROWS:
                         room.recheck = True
                     continue
-                if room.recheck or room.want > room.last:
+                if room.recheck or room.newest > room.last:
                     await asyncio.sleep(BACKOFF_S[min(tries, len(BACKOFF_S) - 1)])
                     tries += 1
         finally:
-            room.pump = None
+            room.backfill = None
             self._behind.discard(room)
-            self._settle()
+            self._advance_synced()
 
     async def _caught_up(self, room: Room) -> None:
-        """Ask the store now, and wait until the pump has delivered what it had."""
-        self._start_pump(room, 0, recheck=True)
-        if room.pump is not None:
-            await asyncio.wait([room.pump])
+        """Ask the store now, and wait until the backfill has delivered what the store had."""
+        self._start_backfill(room, 0, recheck=True)
+        if room.backfill is not None:
+            await asyncio.wait([room.backfill])
 
     # --- rooms ----------------------------------------------------------------
     async def acquire(self, convs: Sequence[str]) -> list[Room]:
         """The rooms of these conversations, subscribed and with ``last`` known; each is pinned
-        until :meth:`release`. Single flight: who comes second waits for the first.
+        until :meth:`release`. Single flight: a second caller waits for the load that the first one started.
 
         :raises Unavailable: the store does not answer.
         """
@@ -270,9 +265,9 @@ class Delivery:
             room.pins += 1
             rooms.append(room)
         if fresh:
-            # Shielded by a task of its own: a caller that is cancelled must not take
-            # down those who wait for the same rooms.
-            self._spawn(self._load(fresh), "delivery-load")
+            # In a task of its own: the cancellation of one caller must not fail
+            # the others that wait for the same rooms.
+            self._tasks.spawn(self._load(fresh), "delivery-load")
         try:
             for room in rooms:
                 if room.ready is not None:
@@ -284,7 +279,7 @@ class Delivery:
         return rooms
 
     async def _load(self, fresh: list[Room]) -> None:
-        channels = [events.conv_channel(room.conv) for room in fresh]
+        channels = [conv_channel(room.conv) for room in fresh]
         try:
             await self._bus.subscribe(channels)
             heads = await self._store.heads([room.conv for room in fresh])
@@ -295,15 +290,15 @@ class Delivery:
                 ready = room.ready
                 assert ready is not None
                 ready.set_exception(exc if isinstance(exc, ChatError) else Unavailable("the worker is stopping"))
-                ready.exception()  # nobody may be waiting
+                ready.exception()  # retrieved: there may be no caller that still waits
             if not isinstance(exc, ChatError):
                 raise
             return
         for room in fresh:
             room.last = heads.get(room.conv, 0)
-            room.want = max(room.want, room.last)
-            if room.want > room.last:
-                self._start_pump(room, 0)
+            room.newest = max(room.newest, room.last)
+            if room.newest > room.last:
+                self._start_backfill(room, 0)
             assert room.ready is not None
             room.ready.set_result(None)
             room.ready = None
@@ -315,14 +310,14 @@ class Delivery:
 
     # --- attaching --------------------------------------------------------------
     def attach_soon(self, x: Subscriber, conv: str, have: int | None) -> None:
-        """Attach in a task of its own (somebody was added to a conversation by entry ``have`` + 1, if known)."""
+        """Attach in a task of its own (entry ``have`` + 1, if known, made the user a member)."""
         if x.ready and not self._is_in(x, conv):
-            x.joining += 1  # until it is attached, its `sync` stands still
-            self._spawn(self._attach_one(x, conv, have), "delivery-attach")
+            x.hold_sync()  # until it is attached
+            self._tasks.spawn(self._attach_one(x, conv, have), "delivery-attach")
 
     def _is_in(self, x: Subscriber, conv: str) -> bool:
         room = self.rooms.get(conv)
-        return room is not None and (x.conn in room.topic or x in room.attaching or x.conn in room.quiet)
+        return room is not None and (x.conn in room.topic or x in room.attaching or x.conn in room.summaries)
 
     async def _attach_one(self, x: Subscriber, conv: str, have: int | None) -> None:
         try:
@@ -332,12 +327,12 @@ class Delivery:
         except ChatError as exc:
             log.warning("attaching %s to %s: %s", x.user_id, conv, exc)
             if not x.closed:
-                self._directory.refresh(x.user_id, conv)
+                self.refresh(x.user_id, conv)
         finally:
-            x.joining -= 1
+            x.release_sync()
 
     def expect(self, x: Subscriber, convs: Iterable[str]) -> list[Room]:
-        """Begin to attach a session that comes back to rooms that are live here, before its memberships are read.
+        """Begin to attach a session that reconnects to rooms that are live here, before its memberships are read.
 
         To be ended by :meth:`resume`. The rooms that it names and that are not live are left out.
         """
@@ -360,13 +355,13 @@ class Delivery:
         """
         live: list[str] = []
         for room in rooms:
-            # Whoever was removed since `expect` is no longer in `attaching` (log.md, Deliver).
+            # A user who was removed since `expect` is no longer in `attaching` (docs/log.md, "Deliver").
             sure = x in room.attaching and x not in room.stale and room.conv in revs
             if sure and have[room.conv] == room.last and not x.closed:
                 room.topic.add(x.conn)
                 live.append(room.conv)
             room.arrived(x)
-            room.forget_stale(x)
+            room.clear_stale(x)
         self.release(rooms)
         return live
 
@@ -375,13 +370,13 @@ class Delivery:
         x: Subscriber,
         convs: Sequence[str],
         have: Mapping[str, int],
-        tell: Callable[[View], bool],
+        announce: Callable[[View], bool],
     ) -> None:
         """Attach a session: its ``conv`` pushes, the entries that it misses, then live.
 
-        ``tell`` decides whether the ``conv`` of a view is pushed (it always is when
+        ``announce`` decides whether the ``conv`` of a view is pushed (it always is when
         ``after`` is not what the session named). Conversations that the user is not
-        in are passed over. Returns when the session is live in all of them. The caller
+        in are skipped. Returns when the session is live in all of them. The caller
         holds the session's attach lock.
 
         :raises Unavailable: the store does not answer (nothing half done is left).
@@ -395,11 +390,11 @@ class Delivery:
                 self.detach(x, room)
                 room.expect(x)
                 if not wanted:
-                    if room.quiet is NO_TOPIC:
-                        room.quiet = self._make_topic(room)
-                    room.quiet.add(x.conn)
-            # Only now is membership read: whoever is removed after this read is taken out of
-            # `attaching` by the entry that removes him (log.md, Deliver).
+                    if room.summaries is EMPTY_TOPIC:
+                        room.summaries = self._make_topic(room)
+                    room.summaries.add(x.conn)
+            # Membership is read only now: an entry that removes the user after this read also takes
+            # the session out of `attaching` (docs/log.md, "Deliver").
             _, views = await self._store.views(x.user_id, [room.conv for room in rooms])
             by_conv = {room.conv: room for room in rooms}
             for view in views:
@@ -407,52 +402,52 @@ class Delivery:
                 if room.outdated(x.user_id, view):
                     continue
                 del by_conv[view.conv]
-                if view.head > room.want:
-                    room.want = view.head
-                    self._start_pump(room, 0)
-                # As fast as it is read: a log-in tells of many conversations.
+                if view.head > room.newest:
+                    room.newest = view.head
+                    self._start_backfill(room, 0)
+                # As fast as the client reads: a log-in pushes many views.
                 if not await x.drained():
                     return
-                if x in room.attaching and x.conn in room.quiet:
-                    await self._tell_quiet(x, room, view, tell)
+                if x in room.attaching and x.conn in room.summaries:
+                    await self._push_summary(x, room, view, announce)
                 elif x in room.attaching:
-                    await self._attach_room(x, room, view, have.get(room.conv), tell)
-                    if room.forget_stale(x):
-                        self._directory.refresh(x.user_id, room.conv)
+                    await self._attach_room(x, room, view, have.get(room.conv), announce)
+                    if room.clear_stale(x):
+                        self.refresh(x.user_id, room.conv)
                 if x.closed:
                     return
             for room in by_conv.values():
                 self.detach(x, room)
                 # Answers of a store may overtake each other: what is read now is newer.
-                self._directory.refresh(x.user_id, room.conv)
+                self.refresh(x.user_id, room.conv)
         finally:
             for room in rooms:
                 room.arrived(x)
-                room.forget_stale(x)
+                room.clear_stale(x)
             self.release(rooms)
 
-    async def _tell_quiet(self, x: Subscriber, room: Room, view: View, tell: Callable[[View], bool]) -> None:
-        """The ``conv`` of a room that is not to be attached; as it is now, if it changed while others were told."""
+    async def _push_summary(self, x: Subscriber, room: Room, view: View, announce: Callable[[View], bool]) -> None:
+        """The ``conv`` of a room to which the session is not to be attached; as it is now, if it changed meanwhile."""
         room.arrived(x)
-        stale = room.forget_stale(x)
-        if stale or (tell(view) and room.last > view.head):
+        stale = room.clear_stale(x)
+        if stale or (announce(view) and room.last > view.head):
             await self._push_views(x, [room.conv])
-        elif tell(view):
+        elif announce(view):
             x.push_view(view, None)
 
     async def _attach_room(
-        self, x: Subscriber, room: Room, view: View, have: int | None, tell: Callable[[View], bool]
+        self, x: Subscriber, room: Room, view: View, have: int | None, announce: Callable[[View], bool]
     ) -> None:
         if have is not None and have > room.last:
             await self._caught_up(room)
             if x not in room.attaching:
                 return  # removed meanwhile
-        # Never believe a client about the head; and who is too far behind pages (promise 4).
+        # A client is never believed about the head; a client that is too far behind pages through history.
         if have is None or have > room.last or room.last - have > self._backlog:
             after = min(room.last, view.head)
         else:
             after = have
-        if tell(view) or (have is not None and after != have):
+        if announce(view) or (have is not None and after != have):
             x.push_view(view, after)
         cur = after
         while x in room.attaching and not x.closed:
@@ -470,11 +465,11 @@ class Delivery:
                 cur = e.seq
 
     async def _missing(self, room: Room, cur: int) -> list[Entry]:
-        """Entries cur+1 … min(last, cur + 100), from the ring if it has them."""
+        """Entries cur+1 … min(last, cur + 100), from the recent ones if they are among them."""
         upto = min(room.last, cur + REPLAY_ROWS)
-        first = room.last - len(room.ring) + 1
+        first = room.last - len(room.recent) + 1
         if cur + 1 >= first:
-            return self._cut(e for e in room.ring if cur < e.seq <= upto)
+            return self._cut(e for e in room.recent if cur < e.seq <= upto)
         rows = await self._replay(room.conv, cur, room.last, upto - cur, self._replay_bytes)
         dense: list[Entry] = []
         for e in rows:
@@ -499,9 +494,80 @@ class Delivery:
             taken.append(e)
         return taken
 
-    # --- looking ------------------------------------------------------------------
+    # --- rows -----------------------------------------------------------------------
+    def refresh(self, user: str, conv: str, have: int | None = None) -> None:
+        """The user's row of a conversation changed: bring the user's sessions here up to date.
+
+        ``have``: the seq before the entry that brought the user in, if one did.
+        """
+        if self._sessions.get(user) is None:
+            return
+        if (user, conv) in self._refreshing:
+            # One after the other: the view that was read first must not be pushed last.
+            self._refresh_again[(user, conv)] = have if have is not None else self._refresh_again.get((user, conv))
+            return
+        self._refreshing.add((user, conv))
+        self._tasks.spawn(self._refresh(user, conv, have), "delivery-refresh")
+
+    async def _refresh(self, user: str, conv: str, have: int | None) -> None:
+        try:
+            pause = REFRESH_PAUSE_S
+            while (connected := self._sessions.get(user)) is not None:
+                try:
+                    _, views = await self._store.views(user, [conv])
+                except ChatError as exc:
+                    # No later check would find this change again: it is pushed when the store is back.
+                    log.warning("refresh of %s: %s", user, exc)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, REFRESH_PAUSE_MAX_S)
+                    continue
+                room = self.rooms.get(conv)
+                if views and (room is None or not room.outdated(user, views[0])):
+                    self._push_refreshed(connected, room, views[0], have)
+                else:
+                    self._push_out(connected, room, conv)
+                if (user, conv) not in self._refresh_again:
+                    return
+                have = self._refresh_again.pop((user, conv))
+        finally:
+            self._refreshing.discard((user, conv))
+            self._refresh_again.pop((user, conv), None)
+            self._advance_synced()
+
+    def _push_refreshed(self, connected: Connected, room: Room | None, view: View, have: int | None) -> None:
+        known = connected.knows_view(view.conv, (view.rev, view.members))
+        all_sent = True
+        for x in connected.sessions:
+            if not x.ready:
+                x.defer_refresh(view.conv)  # its own list may be older, or younger
+                all_sent = False
+            elif room is not None and x in room.attaching:
+                # It may yet be sent an older view: it is sent this one as soon as it is attached.
+                room.mark_stale(x)
+                all_sent = False
+            elif room is not None and (x.conn in room.topic or x.conn in room.summaries):
+                if not known:
+                    x.push_view(view, None)
+            else:
+                self.attach_soon(x, view.conv, have)
+        connected.learned_view(view.conv, (view.rev, view.members) if all_sent else None)
+
+    def _push_out(self, connected: Connected, room: Room | None, conv: str) -> None:
+        known = connected.knows_view(conv, OUT)
+        all_sent = True
+        for x in connected.sessions:
+            if room is not None:
+                self.detach(x, room)
+            if not x.ready:
+                x.defer_refresh(conv)
+                all_sent = False
+            elif not known:
+                x.push(conv_left(conv))
+        connected.learned_view(conv, OUT if all_sent else None)
+
+    # --- checking the store -----------------------------------------------------------
     def check(self) -> None:
-        """Look at the heads now: there is a doubt."""
+        """Compare with the heads in the store now: something may have been lost."""
         self._check_now.set()
 
     async def _check_loop(self) -> None:
@@ -511,11 +577,11 @@ class Delivery:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._check_interval_s):
                     await self._check_now.wait()
-            # Without the bus there is nothing but looking; otherwise a part at a time (log.md, "check").
+            # Without the bus there is nothing but the check; otherwise a part at a time (docs/log.md, "Deliver").
             everything = self._check_now.is_set() or not self._bus.healthy
             self._check_now.clear()
             try:
-                await self._look(everything)
+                await self._check(everything)
                 tries = 0
             except ChatError as exc:
                 log.warning("check: %s", exc)
@@ -523,33 +589,28 @@ class Delivery:
                 tries += 1
                 self._check_now.set()
 
-    async def _look(self, everything: bool) -> None:
+    async def _check(self, everything: bool) -> None:
         more = True
         while more:
-            changes = await self._store.changes(self.seen, self, everything)
+            changes = await self._store.changes(self._checked, self, everything)
             for conv, seq in changes.heads:
                 room = self.rooms.get(conv)
                 if room is None:
                     continue
-                room.want = max(room.want, seq)
-                if 0 <= room.last < room.want:
-                    self._start_pump(room, 0)
+                room.newest = max(room.newest, seq)
+                if 0 <= room.last < room.newest:
+                    self._start_backfill(room, 0)
             for user, conv in changes.rows:
-                self._directory.refresh(user, conv)
+                self.refresh(user, conv)
             if changes.revoked_tokens or changes.revoked_users:
-                self._directory.revoked(changes.revoked_tokens, changes.revoked_users)
-            self.seen = changes.position
+                self._sessions.revoked(changes.revoked_tokens, changes.revoked_users)
+            self._checked = changes.position
             more = changes.more
-        self._settle()
+        self._advance_synced()
 
-    def _settle(self) -> None:
-        if not self._behind and not self.refreshing:
-            self.settled = max(self.settled, self._merged if self._dirty else self.seen)
-
-    def refreshed(self) -> None:
-        """A refresh ended (``refreshing`` counts them)."""
-        self.refreshing -= 1
-        self._settle()
+    def _advance_synced(self) -> None:
+        if not self._behind and not self._refreshing and not self._summarizing:
+            self.synced = max(self.synced, self._summarized if self._dirty else self._checked)
 
     async def _sweep_loop(self) -> None:
         while True:
@@ -560,64 +621,65 @@ class Delivery:
                     room.idle_sweeps = 0
                     continue
                 room.idle_sweeps += 1
-                if room.idle_sweeps >= 2 and room.pump is None:
+                if room.idle_sweeps >= 2 and room.backfill is None:
                     del self.rooms[room.conv]
                     self._dirty.discard(room)
-                    gone.append(events.conv_channel(room.conv))
+                    gone.append(conv_channel(room.conv))
             if gone:
                 self._bus.unsubscribe(gone)
 
-    async def _merge_loop(self) -> None:
-        """Tell those who are not attached what changed, merged over seconds.
+    # --- summaries --------------------------------------------------------------------
+    async def _summary_loop(self) -> None:
+        """Push changed ``conv``s to the sessions that are not attached, merged over seconds.
 
         A ``conv`` holds the reader's own unread count, so each is made for one user;
-        this is not the delivery path, and it is bounded by the merge interval.
+        this is not the delivery path, and it is bounded by the interval.
         """
         while True:
-            await asyncio.sleep(QUIET_MERGE_S)
-            if not (self._dirty or self._left):
+            await asyncio.sleep(SUMMARIES_S)
+            if not (self._dirty or self._postponed):
                 continue
-            left, self._left = self._left, {}
-            wanted: dict[Subscriber, list[str]] = {x: list(convs) for x, convs in left.items()}
+            postponed, self._postponed = self._postponed, {}
+            due: dict[Subscriber, list[str]] = {x: list(convs) for x, convs in postponed.items()}
             for room in self._dirty:
-                room.dirty = False
-                for x in room.quiet.sessions():
-                    wanted.setdefault(x, []).append(room.conv)
+                for x in room.summaries.sessions():
+                    due.setdefault(x, []).append(room.conv)
             self._dirty.clear()
-            # All up to here was delivered, so what it made dirty is in `wanted`.
-            upto = self._merged if self._behind else self.seen
-            self.refreshing += 1
+            # All up to here was delivered, so the conversations that it changed are in `due`.
+            upto = self._summarized if self._behind else self._checked
+            self._summarizing = True
             try:
-                for x, convs in wanted.items():
+                for x, convs in due.items():
                     if not x.closed:
                         await self._push_views(x, convs)
-                    if x in left:
-                        x.joining -= 1
-                self._merged = upto
+                    if x in postponed:
+                        x.release_sync()
+                self._summarized = upto
             finally:
-                self.refreshed()
+                self._summarizing = False
+                self._advance_synced()
 
     async def _push_views(self, x: Subscriber, convs: list[str]) -> None:
-        """The ``conv`` of each, newest first, as many as may be in an outbox at once; the others come with the next
-        merge, since nobody is cut off for what others wrote in conversations that he did not attach to.
+        """Push the ``conv`` of each, newest first, as many as may be in an outbox at once. The others come with the
+        next round: no session is cut off for messages in conversations to which it did not attach.
         """
         try:
             _, views = await self._store.views(x.user_id, convs)
         except ChatError as exc:
             log.warning("conv for %s: %s", x.user_id, exc)
-            self._tell_later(x, convs)
+            self._postpone(x, convs)
             return
         size = 0
         for i, view in enumerate(views):
             size += len(view.last or b"")
             if i and size > self._replay_bytes:
-                self._tell_later(x, [late.conv for late in views[i:]])
+                self._postpone(x, [late.conv for late in views[i:]])
                 return
             if not x.closed:
                 x.push_view(view, None)
 
-    def _tell_later(self, x: Subscriber, convs: list[str]) -> None:
-        if x not in self._left:
-            x.joining += 1  # its `sync` does not cover what it was not told
-            self._left[x] = []
-        self._left[x] += convs
+    def _postpone(self, x: Subscriber, convs: list[str]) -> None:
+        if x not in self._postponed:
+            x.hold_sync()  # its `sync` does not cover what it was not sent
+            self._postponed[x] = []
+        self._postponed[x] += convs

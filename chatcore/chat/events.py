@@ -1,16 +1,12 @@
-"""What workers tell each other over the bus, as bytes.
+"""The messages that workers publish on the channel of a conversation, as bytes.
 
-Two kinds: an entry of a log (already encoded as it goes to clients, so that a
-worker which receives it decodes no JSON), and a state (typing, read marks,
-presence), which is at most once. Channels: ``c:<conversation>``, ``u:<user>``
-(what concerns one user's own sessions; on the local bus users share ``u:<number>``),
-``p:<user>`` (presence, for watchers).
+An entry of the log is already encoded as it goes to clients, so that a worker which receives it decodes no JSON.
+A state (typing, read marks) is delivered at most once. A yield asks other hosts to pause their appends.
 """
 
 from __future__ import annotations
 
 import struct
-import zlib
 from typing import Final
 
 from ..store.base import Entry
@@ -20,23 +16,8 @@ _ENTRY: Final = struct.Struct("<cQQQBB")
 _STATE: Final = struct.Struct("<cB")
 ENTRY: Final = b"e"
 STATE: Final = b"s"
-#: The whole message: a host loses every race for the conversation, and asks the others to pause.
+#: The whole message: a host loses every race to append to the conversation, and asks the others to pause.
 YIELD: Final = b"y"
-
-
-def conv_channel(conv: str) -> str:
-    """The channel of a conversation."""
-    return "c:" + conv
-
-
-def user_channel(user: str, channels: int = 0) -> str:
-    """The channel of what concerns one user's own sessions; or the one of ``channels`` that the user shares."""
-    return f"u:{zlib.crc32(user.encode()) % channels}" if channels else "u:" + user
-
-
-def presence_channel(user: str) -> str:
-    """The channel of one user's presence."""
-    return "p:" + user
 
 
 def pack_entry(e: Entry) -> bytes:
@@ -66,13 +47,13 @@ def unpack_entry(conv: str, payload: bytes) -> Entry:
 
 
 def pack_state(skip_user: str, wire: bytes) -> bytes:
-    """A state push for all attached to a conversation but ``skip_user`` ("": nobody)."""
+    """A state push for all sessions attached to a conversation, except those of ``skip_user`` ("": no exception)."""
     user = skip_user.encode()
     return b"%b%b%b" % (_STATE.pack(STATE, len(user)), user, wire)
 
 
 def unpack_state(payload: bytes) -> tuple[str, bytes]:
-    """The inverse of :func:`pack_state`: who is skipped, and the push.
+    """The inverse of :func:`pack_state`: the user who is skipped, and the push.
 
     :raises ValueError: not such a payload.
     """

@@ -1,9 +1,8 @@
-"""Presence: who is online, told to those who watch. At most once, merged, shed first.
+"""Presence: which users are online, pushed to the sessions that watch them. At most once, merged, shed first.
 
-Each worker knows its own users. It tells on ``p:<user>`` when one comes or goes,
-and whoever subscribes to that channel (because somebody there watches the user)
-is told the state at once. A worker that dies takes its users with it
-(``on_peer_gone``).
+Each worker knows its own users. It publishes on ``p:<user>`` when one comes or goes. A worker
+subscribes to that channel while one of its sessions watches the user, and the others answer a new
+subscription with the state. When a worker dies, its users are offline (``on_peer_gone``).
 """
 
 from __future__ import annotations
@@ -12,60 +11,61 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import orjson
 
 from ..bus.base import Bus
+from ..common.tasks import Tasks
 from ..errors import ChatError
 from ..store.base import Store
-from . import events
-
-if TYPE_CHECKING:
-    from ..server.session import Session
+from .room import Subscriber
 
 log = logging.getLogger("chatcore.presence")
 
-# Who reconnects within this was never away: no storm when a worker restarts.
+#: What the names of the presence channels begin with.
+PRESENCE_CHANNEL: Final = "p:"
+# A user who reconnects within this was never offline: no storm when a worker restarts.
 OFFLINE_GRACE_S: Final = 2.0
-# Changes are merged over this time, then told to the watchers.
+# Changes are merged over this time, then pushed to the watchers.
 MERGE_S: Final = 0.2
-#: Whom a session watches that watches nobody.
-NOBODY: Final[frozenset[str]] = frozenset()
 # Until the next try when the store does not answer.
 RETRY_S: Final = 1.0
 
 
+def presence_channel(user: str) -> str:
+    """The channel of one user's presence."""
+    return PRESENCE_CHANNEL + user
+
+
 class Presence:
-    """One per worker. Owns one task that tells what changed."""
+    """One per worker. Owns one task that pushes changes to the watchers."""
 
     def __init__(self, store: Store, bus: Bus, is_online: Callable[[str], bool]) -> None:
         self._store = store
         self._bus = bus
         self._is_online_here = is_online
-        self._watchers: dict[str, set[Session]] = {}
-        self._remote: dict[str, set[str]] = {}  # watched user -> peers that have him online
+        self._watchers: dict[str, set[Subscriber]] = {}
+        self._remote: dict[str, set[str]] = {}  # watched user -> peers on which the user is online
         self._announced: set[str] = set()  # users of this worker that others believe online
-        self._leaving: dict[str, float] = {}  # user -> when he is to be told offline (monotonic)
-        self._told: dict[str, str] = {}  # watched user -> the state that the watchers know
+        self._leaving: dict[str, float] = {}  # user -> when to announce that the user is offline (monotonic)
+        self._pushed: dict[str, str] = {}  # watched user -> the state that the watchers know
         self._changed: set[str] = set()
         self._wake = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._tasks = Tasks()
 
     def start(self) -> None:
-        """Start the task that tells."""
-        self._task = asyncio.create_task(self._run(), name="presence")
+        """Start the task that pushes changes."""
+        self._tasks.spawn(self._run(), "presence")
 
     async def close(self) -> None:
-        """Tell the last changes to nobody any more; note who was here until now."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        """End the task; note in the store which users were online until now."""
+        await self._tasks.close()
         if self._announced:
             try:
                 await self._store.mark_seen(list(self._announced))
             except ChatError as exc:
-                log.warning("last seen: %s", exc)
+                log.warning("last seen of %d users: %s", len(self._announced), exc)
 
     # --- this worker's users --------------------------------------------------
     def changed(self, user: str) -> None:
@@ -80,7 +80,7 @@ class Presence:
             self._wake.set()
 
     def _announce(self, user: str, on: bool) -> None:
-        self._bus.publish(events.presence_channel(user), orjson.dumps({"peer": self._bus.name, "on": on}))
+        self._bus.publish(presence_channel(user), orjson.dumps({"peer": self._bus.name, "on": on}))
         self._note(user)
 
     def _note(self, user: str) -> None:
@@ -90,7 +90,7 @@ class Presence:
 
     # --- others -----------------------------------------------------------------
     def on_bus(self, user: str, payload: bytes) -> None:
-        """A peer says that the user came or went there."""
+        """The user came online or went offline on a peer."""
         message = orjson.loads(payload)
         peers = self._remote.setdefault(user, set())
         if message["on"]:
@@ -100,12 +100,12 @@ class Presence:
         self._note(user)
 
     def on_peer_subscribed(self, peer: str, user: str) -> None:
-        """A peer has begun to watch the user: tell it, if there is something to tell."""
+        """A peer has begun to watch the user: send it the state if the user is online here."""
         if user in self._announced:
-            self._bus.send_to(peer, events.presence_channel(user), orjson.dumps({"peer": self._bus.name, "on": True}))
+            self._bus.send_to(peer, presence_channel(user), orjson.dumps({"peer": self._bus.name, "on": True}))
 
     def on_peer_gone(self, peer: str) -> None:
-        """A worker is gone, and its users with it, unless they come back elsewhere in time."""
+        """A worker is gone. Its users are offline unless they reconnect elsewhere within the grace time."""
         now = time.monotonic()
         for user, peers in self._remote.items():
             if peer in peers:
@@ -117,29 +117,26 @@ class Presence:
         return user in self._announced or bool(self._remote.get(user))
 
     # --- watching -----------------------------------------------------------------
-    async def watch(self, x: Session, users: list[str]) -> list[dict[str, Any]]:
-        """Replace whom a session watches; the states now."""
+    async def watch(self, x: Subscriber, before: frozenset[str], users: list[str]) -> list[dict[str, Any]]:
+        """A session that watched ``before`` watches these users from now on; their states now."""
         wanted = frozenset(users)
-        before = x.watching
-        x.watching = wanted
         self._unwatch(x, before - wanted)
         fresh = [user for user in wanted if user not in self._watchers]
         for user in wanted:
             self._watchers.setdefault(user, set()).add(x)
         if fresh:
-            await self._bus.subscribe([events.presence_channel(user) for user in fresh])
+            await self._bus.subscribe([presence_channel(user) for user in fresh])
         states = await self._states([user for user in users if user in wanted])
         for state in states:
             if state["user"] in self._watchers:  # not if the session ended meanwhile
-                self._told.setdefault(state["user"], state["state"])
+                self._pushed.setdefault(state["user"], state["state"])
         return states
 
-    def forget(self, x: Session) -> None:
-        """A session is over."""
-        self._unwatch(x, x.watching)
-        x.watching = NOBODY
+    def forget(self, x: Subscriber, watched: frozenset[str]) -> None:
+        """A session that watched these users is over."""
+        self._unwatch(x, watched)
 
-    def _unwatch(self, x: Session, users: frozenset[str]) -> None:
+    def _unwatch(self, x: Subscriber, users: frozenset[str]) -> None:
         gone: list[str] = []
         for user in users:
             watchers = self._watchers.get(user)
@@ -149,9 +146,9 @@ class Presence:
             if not watchers:
                 del self._watchers[user]
                 self._remote.pop(user, None)
-                self._told.pop(user, None)
+                self._pushed.pop(user, None)
                 self._changed.discard(user)
-                gone.append(events.presence_channel(user))
+                gone.append(presence_channel(user))
         if gone:
             self._bus.unsubscribe(gone)
 
@@ -180,14 +177,14 @@ class Presence:
                 pass
             self._wake.clear()
             try:
-                await self._settle_leaving()
-                await self._tell()
+                await self._announce_offline()
+                await self._push_changes()
             except ChatError as exc:
                 log.warning("presence: %s", exc)
                 await asyncio.sleep(RETRY_S)
                 self._wake.set()
 
-    async def _settle_leaving(self) -> None:
+    async def _announce_offline(self) -> None:
         now = time.monotonic()
         due = [user for user, when in self._leaving.items() if when <= now]
         left: list[str] = []
@@ -199,27 +196,27 @@ class Presence:
             self._note(user)
         if left:
             try:
-                # Noted before it is told, so that the telling can say since when.
+                # Stored before it is announced, so that the watchers can be sent since when.
                 await self._store.mark_seen(left)
             except ChatError as exc:
                 log.warning("last seen of %d users: %s", len(left), exc)
             for user in left:
                 self._announce(user, False)
 
-    async def _tell(self) -> None:
+    async def _push_changes(self) -> None:
         changed = [user for user in self._changed if user not in self._leaving]
         self._changed.clear()
         try:
             states = await self._states(changed)
         except ChatError:
-            # Told later: the next change, or the next round, wakes it.
+            # Pushed later: the next change, or the next round, wakes the task.
             self._changed.update(user for user in changed if user in self._watchers)
             raise
         for state in states:
             user = state["user"]
-            if self._told.get(user) == state["state"]:
+            if self._pushed.get(user) == state["state"]:
                 continue
-            self._told[user] = state["state"]
+            self._pushed[user] = state["state"]
             wire = orjson.dumps({"t": "presence", **state})
             # Not a conversation: each watcher chose this user, at most `limits.watch` of them.
             for x in self._watchers.get(user, ()):

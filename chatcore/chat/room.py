@@ -1,4 +1,4 @@
-"""What the delivery works with: rooms, and the parts of others that it uses.
+"""What delivery works with: rooms, and the parts of others that it uses.
 
 The protocols name exactly what is used, so that a model can stand in for each.
 """
@@ -13,31 +13,46 @@ from typing import Any, Final, Protocol
 
 from ..store.base import Changes, Entry, Known, View
 
-#: Shared by all rooms in which nobody is on the way: a room of their own would be most of what a room costs.
-NOBODY: Final[frozenset[Any]] = frozenset()
+#: Shared by all rooms to which no session is being attached: a set of their own would be most of what a room costs.
+NO_SESSIONS: Final[frozenset[Any]] = frozenset()
+#: What the names of the channels of conversations begin with.
+CONV_CHANNEL: Final = "c:"
+# Removals remembered of one room; rows lag behind their entries for moments only.
+REMOVALS_MAX: Final = 1000
+
+
+def conv_channel(conv: str) -> str:
+    """The bus channel of a conversation."""
+    return CONV_CHANNEL + conv
 
 
 class Subscriber(Protocol):
-    """A session, as the delivery sees it."""
+    """A session, as the chat services see it. It alone writes into its own state."""
 
     @property
-    def conn(self) -> int: ...
+    def conn(self) -> int:
+        """The number of its connection in the reactor."""
+
     @property
     def user_id(self) -> str: ...
     @property
+    def token_hash(self) -> bytes: ...
+    @property
+    def expires(self) -> float:
+        """When its token ends, by the loop's clock."""
+
+    @property
     def closed(self) -> bool: ...
     @property
+    def away(self) -> bool:
+        """The user is not looking: appears offline, is notified."""
+
+    @property
     def ready(self) -> bool:
-        """Its list of conversations was read: what joins from now on must be told."""
-
-    #: Attaches in tasks of their own that have not ended.
-    joining: int
-
-    def attach_lock(self) -> AbstractAsyncContextManager[None]:
-        """One attach of a session after the other, so that none repeats what another pushed."""
+        """Its list of conversations was read: from now on it must be sent what joins the list."""
 
     def wants(self, conv: str) -> bool:
-        """Attached (True), or told only of changes (False)."""
+        """Attached (True), or sent changes of the ``conv`` only (False)."""
 
     def push(self, payload: bytes) -> object: ...
 
@@ -45,7 +60,27 @@ class Subscriber(Protocol):
         """Push a ``conv``; ``after`` only when the conversation becomes attached."""
 
     async def drained(self) -> bool:
-        """Wait until the outbox is below its low-water mark. False: it was closed for making no progress."""
+        """Wait until the outbox is below its low-water mark. False: the session was closed for making no progress."""
+
+    def attach_lock(self) -> AbstractAsyncContextManager[None]:
+        """Attaches of one session run one after the other, so that none repeats what another pushed."""
+
+    def hold_sync(self) -> None:
+        """Keep the session's ``sync`` where it is until :meth:`release_sync`: a push that it would cover is still due.
+        Calls nest."""
+
+    def release_sync(self) -> None: ...
+
+    def defer_refresh(self, conv: str) -> None:
+        """A row changed before the session was ``ready``: it asks for a refresh as soon as it is."""
+
+    def extend(self, expires: float) -> None:
+        """Its token was found to be valid for longer."""
+
+    def close(self, code: int, reason: str = "") -> None: ...
+
+    def revoke(self) -> None:
+        """Close it: its token is no longer valid."""
 
 
 class TopicLike(Protocol):
@@ -59,8 +94,8 @@ class TopicLike(Protocol):
     def sessions(self) -> list[Any]: ...
 
 
-class NoTopic:
-    """Nobody's topic, shared by all rooms to which nobody is attached in this way."""
+class EmptyTopic:
+    """A topic without subscribers, shared by all rooms that have none of the kind."""
 
     def __len__(self) -> int:
         return 0
@@ -69,25 +104,23 @@ class NoTopic:
         return False
 
     def add(self, conn: int) -> bool:
-        """Never: it is replaced by a real one first."""
-        raise TypeError("nobody can be added to no topic")
+        """Never: a room replaces it by a real topic first."""
+        raise TypeError("the shared empty topic takes no subscribers")
 
     def discard(self, conn: int) -> bool:
-        """Nobody is in it."""
+        """False: there is no such subscriber."""
         return False
 
     def fan_out(self, frame: Any, skip_owner: int = 0) -> int:
-        """To nobody."""
+        """Deliver to 0 subscribers."""
         return 0
 
     def sessions(self) -> list[Any]:
-        """Nobody's."""
+        """An empty list."""
         return []
 
 
-NO_TOPIC: Final = NoTopic()
-# Removals remembered of one room; rows are behind their entries for moments only.
-LEFT_MAX: Final = 1000
+EMPTY_TOPIC: Final = EmptyTopic()
 
 
 class Reads(Protocol):
@@ -109,66 +142,47 @@ class Subscriptions(Protocol):
     def unsubscribe(self, channels: list[str]) -> None: ...
 
 
-class Directory(Protocol):
-    """Who is connected to this worker."""
-
-    def sessions_of(self, user: str) -> Iterable[Subscriber]: ...
-    def owner_of(self, user: str) -> int: ...
-    def refresh(self, user: str, conv: str) -> None:
-        """The user's row of a conversation changed: bring the user's sessions up to date (own task)."""
-
-    def connected(self) -> list[str]:
-        """Users with a session here."""
-
-    def tokens(self) -> list[bytes]:
-        """The hashes of their tokens."""
-
-    def revoked(self, tokens: list[bytes], users: list[str]) -> None: ...
-
-
 class Room:
-    """A conversation that somebody on this worker is attached to."""
+    """A conversation to which at least one session on this worker is attached."""
 
     __slots__ = (
-        "_left",
+        "_removals",
         "attaching",
+        "backfill",
         "conv",
-        "dirty",
         "idle_sweeps",
         "last",
+        "newest",
         "pins",
-        "pump",
-        "quiet",
         "ready",
+        "recent",
+        "recent_bytes",
         "recheck",
-        "ring",
-        "ring_bytes",
         "stale",
+        "summaries",
         "topic",
-        "want",
     )
 
     def __init__(self, conv: str, ready: asyncio.Future[None]) -> None:
         self.conv = conv
-        self.topic: TopicLike  # attached and live: exactly the entries up to `last` were queued
-        self.quiet: TopicLike = NO_TOPIC  # members that want to be told of changes only
-        self.last = -1  # -1: not known yet
-        self.want = 0
+        self.topic: TopicLike  # attached and live: exactly the entries up to `last` were queued to each subscriber
+        self.summaries: TopicLike = EMPTY_TOPIC  # members that are sent changes of their `conv` only
+        self.last = -1  # the last entry that was delivered here; -1: not known yet
+        self.newest = 0  # the newest entry that this worker has heard of
         # Dense, ends with `last`; bounded by count and bytes. A list: an empty deque is 600 bytes larger.
-        self.ring: list[Entry] = []
-        self.ring_bytes = 0
-        self.pump: asyncio.Task[None] | None = None
-        self.recheck = False  # the pump is to ask the store even if want == last
-        # On the way: behind `last`, or membership not read yet. Changed by `expect` and `arrived` only.
-        self.attaching: AbstractSet[Subscriber] = NOBODY
-        # Of those, who is to be told the row again: it changed after the attach had read it.
-        self.stale: frozenset[Subscriber] = NOBODY
-        # Who was removed by which entry: a row that reflects an earlier one is not believed.
-        self._left: dict[str, int] | None = None
+        self.recent: list[Entry] = []
+        self.recent_bytes = 0
+        self.backfill: asyncio.Task[None] | None = None
+        self.recheck = False  # the backfill is to ask the store even if newest == last
+        # Behind `last`, or membership not read yet. Changed by `expect` and `arrived` only.
+        self.attaching: AbstractSet[Subscriber] = NO_SESSIONS
+        # Those of them that must be sent the row again: it changed after the attach had read it.
+        self.stale: frozenset[Subscriber] = NO_SESSIONS
+        # User -> the entry that removed this user: a row that reflects an earlier one is not believed.
+        self._removals: dict[str, int] | None = None
         self.pins = 0
         self.ready: asyncio.Future[None] | None = ready  # None: `last` is known
         self.idle_sweeps = 0
-        self.dirty = False
 
     def expect(self, x: Subscriber) -> None:
         """A session begins to attach."""
@@ -178,36 +192,60 @@ class Room:
             self.attaching = {x}
 
     def arrived(self, x: Subscriber) -> None:
-        """It is through, or gives up."""
+        """The session is live, or gave up."""
         if isinstance(self.attaching, set):
             self.attaching.discard(x)
             if not self.attaching:
                 # Not kept empty: a set stays as large as it ever was.
-                self.attaching = NOBODY
+                self.attaching = NO_SESSIONS
 
-    def forget_stale(self, x: Subscriber) -> bool:
-        """Whether the session was to be told its row again."""
+    def mark_stale(self, x: Subscriber) -> None:
+        """The row of a session that is attaching changed: the session may yet be sent an older view of it."""
+        self.stale |= {x}
+
+    def clear_stale(self, x: Subscriber) -> bool:
+        """Whether the session must be sent its row again."""
         if x not in self.stale:
             return False
-        self.stale = self.stale - {x} or NOBODY
+        self.stale = self.stale - {x} or NO_SESSIONS
         return True
 
     def outdated(self, user: str, view: View) -> bool:
         """Whether the user's row is older than the removal that was delivered here."""
-        return self._left is not None and view.as_of < self._left.get(user, 0)
+        return self._removals is not None and view.as_of < self._removals.get(user, 0)
 
-    def put_out(self, user: str, seq: int) -> None:
+    def removed(self, user: str, seq: int) -> None:
         """An entry that was delivered here removed the user."""
-        if self._left is None or len(self._left) >= LEFT_MAX:
-            self._left = {}
-        self._left[user] = seq
+        if self._removals is None or len(self._removals) >= REMOVALS_MAX:
+            self._removals = {}
+        self._removals[user] = seq
 
-    def let_in(self, user: str) -> None:
-        """A later one brought the user in again."""
-        if self._left is not None:
-            self._left.pop(user, None)
+    def readmitted(self, user: str) -> None:
+        """A later entry made the user a member again."""
+        if self._removals is not None:
+            self._removals.pop(user, None)
 
     @property
     def unused(self) -> bool:
-        """Nobody here needs it any more."""
-        return not (self.pins or self.attaching or len(self.topic) or len(self.quiet))
+        """No session on this worker needs it any more."""
+        return not (self.pins or self.attaching or len(self.topic) or len(self.summaries))
+
+
+class Connected(Protocol):
+    """One user with at least one session on this worker."""
+
+    @property
+    def sessions(self) -> Iterable[Subscriber]: ...
+    def knows_view(self, conv: str, view: tuple[int, int]) -> bool: ...
+    def learned_view(self, conv: str, view: tuple[int, int] | None) -> None: ...
+
+
+class Sessions(Protocol):
+    """The part of :class:`~.directory.Directory` that is used here: who is connected to this worker."""
+
+    def get(self, user: str) -> Connected | None: ...
+    def sessions_of(self, user: str) -> Iterable[Subscriber]: ...
+    def owner_of(self, user: str) -> int: ...
+    def connected(self) -> list[str]: ...
+    def tokens(self) -> list[bytes]: ...
+    def revoked(self, tokens: list[bytes], users: list[str]) -> None: ...

@@ -1,7 +1,7 @@
-"""What users do with conversations. The same for WebSocket and HTTP; no connection is known here.
+"""The requests of users on conversations, the same for WebSocket and HTTP; this module knows no connections.
 
-Every method checks what was asked against the limits, does it, and tells whoever
-is concerned. ``user`` is the id of who asks.
+Each method checks the request against the limits, carries it out, and notifies the sessions
+that it concerns. ``user`` is the id of the requesting user.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from ..store.base import Appended, Entry, NewEntry, Opened, Opening, Page, Store
 from ..store.entries import new_entry
 from . import events
 from .delivery import Delivery
-from .users import Users
+from .room import conv_channel
+from .user_events import UserEvents
 
 # Users in one query of who knows whom: it may look at every conversation of each, and others wait for it.
 _ACQUAINTED_AT_ONCE: Final = 25
@@ -59,7 +60,7 @@ class Chat:
         store: Store,
         bus: Bus,
         delivery: Delivery,
-        users: Users,
+        user_events: UserEvents,
         recent_page: RecentPage | None = None,
     ) -> None:
         """``recent_page``: pages up to a seq that is known, from nearer than the store, if it can."""
@@ -68,17 +69,17 @@ class Chat:
         self._bus = bus
         self._delivery = delivery
         self._recent_page = recent_page
-        self._users = users
+        self._user_events = user_events
         self.appended = 0
 
     # --- the log ---------------------------------------------------------------
     def on_commit(self, entries: list[Entry]) -> None:
-        """New entries are durable: tell those attached here, and the other workers."""
+        """New entries are durable: publish them to the other workers, and deliver them to the sessions here."""
         self.appended += len(entries)
-        # The bus first: what is queued first is sent first, so that other workers know, or are about to,
-        # when the sender is answered and asks them.
+        # The bus first: it is flushed in this order, so that the other workers know of an entry, or are about to,
+        # when its sender is answered and asks them.
         for e in entries:
-            self._bus.publish(events.conv_channel(e.conv), events.pack_entry(e))
+            self._bus.publish(conv_channel(e.conv), events.pack_entry(e))
         for e in entries:
             self._delivery.on_entry(e)
 
@@ -86,7 +87,7 @@ class Chat:
         """Append a message. Hot: no await, so that a connection's sends keep their order.
 
         :raises TooLarge: body or data over their limits.
-        :raises BadRequest: nothing to send, or files, which this version has not.
+        :raises BadRequest: neither text nor data, or files, which this version does not support.
         """
         limits = self._limits
         body, data = req.body, req.data
@@ -112,8 +113,8 @@ class Chat:
     async def history(self, user: str, req: History, *, live: bool = False) -> Page:
         """A page of entries: at most the limit of entries, and of one server message.
 
-        ``live``: who asks is told of new entries by this worker. Then a page up to what was told
-        is new enough; what somebody sent by another way must be looked for in the store.
+        ``live``: the session is attached on this worker. Then a page up to the newest entry that the worker
+        has heard of is new enough; a client that may have sent by another way is answered from the store.
         """
         limits = self._limits
         if req.limit > limits.history:
@@ -124,7 +125,7 @@ class Chat:
         if self._recent_page is None:
             return await self._store.page(user, req.c, req.before, req.after, req.limit, room)
         known = self._delivery.rooms.get(req.c) if live else None
-        hint = max(known.want, known.last, 0) if known is not None else 0
+        hint = max(known.newest, known.last, 0) if known is not None else 0
         return await self._recent_page(user, req.c, req.before, req.after, req.limit, room, hint)
 
     # --- conversations -----------------------------------------------------------
@@ -137,7 +138,7 @@ class Chat:
         return title
 
     async def open(self, user: str, req: Open) -> Opened:
-        """Make a conversation, or find it. :meth:`tell_opened` is to follow."""
+        """Make a conversation, or find it. :meth:`announce_opened` must follow."""
         others = list(dict.fromkeys(req.members or ()))
         title = None if req.title is None else self._title(req.title)
         if req.kind == "dm":
@@ -149,24 +150,24 @@ class Chat:
             if title is None:
                 raise BadRequest("title: a channel needs one")
             if others:
-                raise BadRequest("members: one joins a channel by oneself")
+                raise BadRequest("members: a channel is opened without members; each user joins it")
         elif len(others) > self._limits.open_members:
             raise TooLarge(f"members: at most {self._limits.open_members}")
         asked = orjson.dumps([req.kind, title, sorted(others)])
         digest = hashlib.blake2b(asked, digest_size=8).digest()
         return await self._store.open(Opening(user, req.cid, req.kind, title, tuple(others), digest))
 
-    def tell_opened(self, user: str, req: Open, opened: Opened) -> None:
-        """All sessions of all members hear of a new conversation."""
+    def announce_opened(self, user: str, req: Open, opened: Opened) -> None:
+        """Bring all sessions of all members of a new conversation up to date."""
         if opened.created:
             for member in dict.fromkeys([user, *(req.members or ())]):
-                self._users.tell_changed(member, opened.conv, have=0)
+                self._user_events.row_changed(member, opened.conv, have=0)
 
     async def member(self, user: str, req: Member) -> Appended:
         """Join, leave, invite, remove, ban, appoint."""
         entry = new_entry(req.c, user, secrets.token_urlsafe(12), "member", {"user": req.user, "role": req.role})
         done = await self._store.append(entry)
-        self._users.tell_changed(req.user, req.c, have=done.seq - 1 if done.seq else None)
+        self._user_events.row_changed(req.user, req.c, have=done.seq - 1 if done.seq else None)
         return done
 
     async def meta(self, user: str, req: Meta) -> Appended:
@@ -174,9 +175,9 @@ class Chat:
         return await self._store.append(new_entry(req.c, user, req.cid, "meta", {"title": self._title(req.title)}))
 
     async def notify(self, user: str, conv: str, level: str) -> None:
-        """Set which messages notify the user; the user's other sessions hear of it."""
+        """Set which messages notify the user, and bring the user's other sessions up to date."""
         await self._store.set_notify(user, conv, level)
-        self._users.tell_changed(user, conv)
+        self._user_events.row_changed(user, conv)
 
     async def members(self, user: str, req: Members) -> dict[str, Any]:
         """A page of members."""
@@ -209,7 +210,7 @@ class Chat:
         if user == other:
             raise BadRequest("user: nobody blocks oneself")
         await self._store.block(user, other, on)
-        self._users.tell_blocked(other)
+        self._user_events.blocks_changed(other)
 
     async def acquainted(self, user: str, others: list[str]) -> None:
         """:raises Forbidden: somebody among them shares no conversation with the user."""
@@ -224,30 +225,30 @@ class Chat:
 
     # --- states, at most once -------------------------------------------------------
     async def read(self, user: str, req: Read) -> None:
-        """Move the read mark; the others see it in small conversations."""
+        """Move the read mark; push it to the others in small conversations."""
         if await self._store.set_read(user, req.c, req.upto):
-            self._users.tell_changed(user, req.c)
+            self._user_events.row_changed(user, req.c)
             if await self._store.member_count(req.c) <= self._limits.small:
                 wire = orjson.dumps({"t": "read", "c": req.c, "user": user, "upto": req.upto})
-                self._tell(req.c, user, wire)
+                self._push_state(req.c, user, wire)
 
     async def typing(self, user: str, req: Typing) -> None:
-        """Tell the others in a small conversation. A signal for each key pressed: it reads what is remembered."""
+        """Push a typing signal to the others in a small conversation. As frequent as keys: it reads cached rows."""
         if await self._store.role(user, req.c) not in MEMBER_ROLES:
             raise NotFound("no such conversation")
         if await self._store.member_count(req.c) <= self._limits.small:
-            self._tell(req.c, user, orjson.dumps({"t": "typing", "c": req.c, "user": user}))
+            self._push_state(req.c, user, orjson.dumps({"t": "typing", "c": req.c, "user": user}))
 
-    def _tell(self, conv: str, skip_user: str, wire: bytes) -> None:
+    def _push_state(self, conv: str, skip_user: str, wire: bytes) -> None:
         self._delivery.push_state(conv, skip_user, wire)
-        self._bus.publish(events.conv_channel(conv), events.pack_state(skip_user, wire))
+        self._bus.publish(conv_channel(conv), events.pack_state(skip_user, wire))
 
 
 class TypingGate:
-    """Typing signals of one session: at most one per conversation and interval."""
+    """Limits the typing signals of one session to one per conversation and interval."""
 
     __slots__ = ("_interval_s", "_last")
-    # Conversations remembered; one types in one at a time.
+    # Conversations remembered; a person types in one at a time.
     _MAX: Final = 16
 
     def __init__(self, interval_ms: int) -> None:

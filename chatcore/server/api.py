@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 import orjson
 
 from .. import protocol as p
-from ..accounts.service import Identity, Login
+from ..accounts.service import Accounts, Identity, Login
+from ..chat.service import Chat
+from ..chat.user_events import UserEvents
 from ..errors import BadRequest, ChatError, NotFound, Unauthenticated
-from ..store.base import User
+from ..settings import Limits
+from ..store.base import Store, User
+from .health import Health
 from .http import WEBSOCKET_PATH, HttpRequest, HttpResponse, bearer, error_response, json_response, not_modified
 from .session import conv_push
-
-if TYPE_CHECKING:
-    from .worker import Worker
 
 T = TypeVar("T")
 Handler = Callable[[HttpRequest, str], Awaitable[HttpResponse]]
@@ -51,8 +52,23 @@ class NewMessage(msgspec.Struct):
 class Api:
     """Routes to services. One per worker."""
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(
+        self,
+        limits: Limits,
+        store: Store,
+        accounts: Accounts,
+        chat: Chat,
+        user_events: UserEvents,
+        health: Health,
+        draining: Callable[[], bool],
+    ) -> None:
+        self._limits = limits
+        self._store = store
+        self._accounts = accounts
+        self._chat = chat
+        self._user_events = user_events
+        self._health = health
+        self._draining = draining
         # (method, path with {} for one id) -> handler
         self._routes: dict[tuple[str, str], Handler] = {
             ("GET", "/healthz"): self._healthz,
@@ -107,7 +123,7 @@ class Api:
         token = bearer(request)
         if token is None:
             raise Unauthenticated("Authorization: Bearer TOKEN is needed")
-        return await self._worker.accounts.identify(token)
+        return await self._accounts.identify(token)
 
     @staticmethod
     def _body(request: HttpRequest, kind: type[T]) -> T:
@@ -130,27 +146,26 @@ class Api:
         return json_response(200, {"status": "ok"})
 
     async def _readyz(self, request: HttpRequest, arg: str) -> HttpResponse:
-        worker = self._worker
-        parts = {"worker": "down" if worker.draining else "ok"}
-        parts |= {name: health.name.lower() for name, health in worker.panel.health().items()}
+        parts = {"worker": "down" if self._draining() else "ok"}
+        parts |= {name: state.name.lower() for name, state in self._health.parts().items()}
         body = {"ready": "down" not in parts.values(), "parts": parts}
-        # Without a bus the other workers are heard through the store, without a cache it is asked more: slower,
-        # but served.
+        # Without a bus, workers find each other's entries in the store; without a cache, the store is asked more
+        # often: slower, but served.
         return json_response(503 if "down" in (parts["worker"], parts["store"]) else 200, body)
 
     # --- accounts -----------------------------------------------------------------
     async def _register(self, request: HttpRequest, arg: str) -> HttpResponse:
         asked = self._body(request, Credentials)
-        return _logged_in(201, await self._worker.accounts.register(asked.name, asked.password))
+        return _logged_in(201, await self._accounts.register(asked.name, asked.password))
 
     async def _login(self, request: HttpRequest, arg: str) -> HttpResponse:
         asked = self._body(request, Credentials)
-        return _logged_in(201, await self._worker.accounts.login(asked.name, asked.password))
+        return _logged_in(201, await self._accounts.login(asked.name, asked.password))
 
     async def _logout(self, request: HttpRequest, arg: str) -> HttpResponse:
         who = await self._identify(request)
-        await self._worker.accounts.logout(who)
-        self._worker.users.tell_revoked(who.user.id, who.token_hash)
+        await self._accounts.logout(who)
+        self._user_events.token_revoked(who.user.id, who.token_hash)
         return HttpResponse(204)
 
     async def _me(self, request: HttpRequest, arg: str) -> HttpResponse:
@@ -161,13 +176,13 @@ class Api:
         asked = self._body(request, Profile)
         if asked.name is None and asked.password is None:
             raise BadRequest("nothing to change: name, or password with old_password")
-        user = await self._worker.accounts.update(who, asked.name, asked.password, asked.old_password)
-        self._worker.users.tell_all(user.id, orjson.dumps({"t": "user", "user": _user(user)}))
+        user = await self._accounts.update(who, asked.name, asked.password, asked.old_password)
+        self._user_events.push(user.id, orjson.dumps({"t": "user", "user": _user(user)}))
         return json_response(200, _user(user))
 
     async def _get_user(self, request: HttpRequest, arg: str) -> HttpResponse:
         await self._identify(request)
-        found = await self._worker.store.users([arg])
+        found = await self._store.users([arg])
         if not found:
             raise NotFound("no such user")
         return json_response(200, _user(found[0]))
@@ -175,21 +190,21 @@ class Api:
     async def _find_user(self, request: HttpRequest, arg: str) -> HttpResponse:
         await self._identify(request)
         name = request.query.get("name")
-        if not name or len(name) > self._worker.settings.limits.name_chars:
+        if not name or len(name) > self._limits.name_chars:
             raise BadRequest("name: whose id is wanted")
-        account = await self._worker.store.account(name)
+        account = await self._store.account(name)
         found = [] if account is None or account.disabled else [_user(User(account.id, account.name))]
         return json_response(200, {"users": found})
 
     # --- conversations ---------------------------------------------------------------
     async def _conversations(self, request: HttpRequest, arg: str) -> HttpResponse:
         who = await self._identify(request)
-        most = self._worker.settings.limits.conversations
+        most = self._limits.conversations
         asked = self._number(request, "limit")
         limit = most if asked is None else asked
         if not 1 <= limit <= most:
             raise BadRequest(f"limit: 1 to {most}")
-        _, views = await self._worker.store.views(who.user.id)
+        _, views = await self._store.views(who.user.id)
         after = request.query.get("after")
         if after is not None:
             ids = [view.conv for view in views]
@@ -215,7 +230,7 @@ class Api:
         )
         if asked.limit < 1:
             raise BadRequest("limit: at least 1")
-        page = await self._worker.chat.history(who.user.id, asked)
+        page = await self._chat.history(who.user.id, asked)
         entries = [orjson.Fragment(e.wire) for e in page.entries]
         return json_response(200, {"entries": entries, "more": page.more, "at": page.head})
 
@@ -230,7 +245,7 @@ class Api:
             raise BadRequest(str(exc)) from None
         if (why := p.bad_ids(send)) is not None:
             raise BadRequest(why)
-        done = await self._worker.chat.send(who.user.id, send)
+        done = await self._chat.send(who.user.id, send)
         return json_response(200 if done.dup else 201, {"s": done.seq, "ts": done.ts, "cid": cid, "dup": done.dup})
 
 

@@ -1,4 +1,4 @@
-"""Which store, cache, queue and bus a worker has: by the settings, one host or several."""
+"""The store, cache, queue and bus of a worker, by the settings: for one host or several."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from ..store.sqlite.lock import WriteLock
 from ..store.sqlite.schema import BrokenStore, prepare
 from ..store.sqlite.store import SQLiteStore
 from ..supervisor.worker_process import StartError, WorkerContext
-from .health import Figures
+from .health import Metrics
 
-#: Many more than workers, so that few of them hear what is of no concern to them while users are few.
+#: Many more than workers, so that while users are few a worker hears few events that do not concern it.
 LOCAL_USER_CHANNELS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Racing:
-    """What a store whose writers race is to hear of the others (log.md): nothing, for SQLite."""
+class Contention:
+    """What a store whose writers contend for a log must hear of the others (docs/log.md, "Append")."""
 
     heard: Callable[[Entry], None]
     on_yield: Callable[[str], None]
@@ -45,13 +45,13 @@ class Backends:
     """The store (behind its cache), and how the queue is made once the store is open."""
 
     store: Store
-    racing: Racing | None
+    contention: Contention | None
     cache: CachedStore | None
     queue: Callable[[], Queue]
     #: Clients that the parts share; closed last.
     clients: tuple[RedisClient, ...]
     #: What `ctl status` shows of each.
-    figures: dict[str, Figures]
+    metrics: dict[str, Metrics]
 
 
 def worker_name(context: WorkerContext) -> str:
@@ -81,7 +81,7 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
         )
         address = parse_url(settings.redis.url)
         client = RedisClient(address)
-        racing = Racing(store.heard, store.on_yield, store.row_changed, store.blocks_changed)
+        contention = Contention(store.heard, store.on_yield, store.row_changed, store.blocks_changed)
         breakers = {"queue": client.breaker}
         cache = near = None
         if settings.cache.enabled:
@@ -91,13 +91,13 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
             cache = CachedStore(store, settings.cache, near)
         return Backends(
             cache or store,
-            racing,
+            contention,
             cache,
             lambda: RedisQueue(client, f"chatcore:{store.store_id}", settings.queue),
             (client,),
             {
                 "store": lambda: {"name": store.name, **store.mongo.stats()},
-                **_figures_of(cache),
+                **_metrics_of(cache),
                 "breakers": lambda: {name: breaker.shown() for name, breaker in breakers.items()},
             },
         )
@@ -117,16 +117,16 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
         cache,
         lambda: SQLiteQueue(embedded.write, embedded.read, settings.queue),
         (),
-        {"store": lambda: {"name": embedded.name}, **_figures_of(cache)},
+        {"store": lambda: {"name": embedded.name}, **_metrics_of(cache)},
     )
 
 
-def _figures_of(cache: CachedStore | None) -> dict[str, Figures]:
+def _metrics_of(cache: CachedStore | None) -> dict[str, Metrics]:
     return {} if cache is None else {"cache": cache.stats}
 
 
-def bus_figures(bus: RedisBus | LocalBus) -> dict[str, Any]:
-    """What `ctl status` shows of the bus: the other workers that it hears of, and counters."""
+def bus_metrics(bus: RedisBus | LocalBus) -> dict[str, Any]:
+    """What `ctl status` shows of the bus: how many other workers it hears of, and counters."""
     return {"name": "redis" if isinstance(bus, RedisBus) else "local", "peers": len(bus.peers)} | dataclasses.asdict(
         bus.stats
     )
@@ -135,8 +135,8 @@ def bus_figures(bus: RedisBus | LocalBus) -> dict[str, Any]:
 def user_channels(bus: RedisBus | LocalBus) -> int:
     """How many channels the users of the bus share (0: each has one of its own).
 
-    On one host every worker may as well hear what is told to anybody: it happens rarely, and a channel
-    of one's own would cost half a kilobyte for each user.
+    On one host every worker may as well hear the events of all users: they are rare, and a channel
+    of its own would cost half a kilobyte for each user.
     """
     return 0 if isinstance(bus, RedisBus) else LOCAL_USER_CHANNELS
 
@@ -153,7 +153,7 @@ async def start_store(settings: Settings, store: Store) -> None:
         if not settings.store.mongodb_url:
             lock = WriteLock(data)
             try:
-                with lock:  # the workers start together; one of them makes the database
+                with lock:  # the workers start together; the first one makes the database
                     prepare(data)
             finally:
                 lock.close()

@@ -1,6 +1,6 @@
-"""How the parts of a worker are: their health, for readyz and the stats page, and their figures, for ``ctl status``.
+"""How the parts of a worker are: their health, for readyz and the stats page, and their metrics, for ``ctl status``.
 
-Nobody asks a worker for them: it writes them into its cell of the stats page by itself, so those of a stuck
+A worker writes both into its cell of the stats page by itself and is never asked, so those of a stuck
 worker can be read, too. Counters are since the start of the worker.
 """
 
@@ -13,22 +13,24 @@ from typing import Any, Final
 
 from ..bus.base import Bus
 from ..cache.store import CachedStore
+from ..common.tasks import Tasks
 from ..errors import ChatError
 from ..queue.base import Queue
 from ..store.base import Store
-from ..supervisor.stats import Health, StatsCell
+from ..supervisor.stats import Health as State
+from ..supervisor.stats import StatsCell
 
 log = logging.getLogger("chatcore.health")
 
-#: Figures are written this often: some 0.1 ms of work, for people who look now and then.
-SHOW_S: Final = 1.0
+#: Metrics are written this often: some 0.1 ms of work, for people who look now and then.
+METRICS_S: Final = 1.0
 
-#: Gives the figures of one part, as JSON can hold them; must not block.
-Figures = Callable[[], dict[str, Any]]
+#: Gives the metrics of one part, as JSON can hold them; must not block.
+Metrics = Callable[[], dict[str, Any]]
 
 
-class Panel:
-    """One per worker. ``cache``: None if nothing is remembered."""
+class Health:
+    """One per worker. ``cache``: None if this server has none. Owns the task that writes the metrics."""
 
     def __init__(
         self,
@@ -37,48 +39,53 @@ class Panel:
         bus: Bus,
         cache: CachedStore | None,
         queue: Queue,
-        figures: Mapping[str, Figures],
+        metrics: Mapping[str, Metrics],
     ) -> None:
         self._cell = cell
         self._store = store
         self._bus = bus
         self._l2 = None if cache is None else cache.l2
         self._queue = queue
-        self._figures = figures
+        self._metrics = metrics
+        self._tasks = Tasks()
 
-    def health(self) -> dict[str, Health]:
-        """Of each part, in the order in which they are shown."""
+    def start(self) -> None:
+        """Begin to write the metrics."""
+        self._tasks.spawn(self._run(), "health-metrics")
+
+    async def close(self) -> None:
+        """Stop writing."""
+        await self._tasks.close()
+
+    def parts(self) -> dict[str, State]:
+        """The health of each part, in the order in which they are shown."""
         return {
-            "store": _health(self._store.healthy),
-            "bus": _health(self._bus.healthy),
-            "cache": Health.NONE if self._l2 is None else _health(self._l2.ready),
-            "queue": _health(self._queue.healthy),
+            "store": _state(self._store.healthy),
+            "bus": _state(self._bus.healthy),
+            "cache": State.NONE if self._l2 is None else _state(self._l2.ready),
+            "queue": _state(self._queue.healthy),
         }
 
     def beat(self) -> None:
         """Write the health into the cell; a few times each second, from the loop."""
-        cell, health = self._cell, self.health()
-        cell.store_health = health["store"]
-        cell.bus_health = health["bus"]
-        cell.cache_health = health["cache"]
-        cell.queue_health = health["queue"]
+        cell, parts = self._cell, self.parts()
+        cell.store_health = parts["store"]
+        cell.bus_health = parts["bus"]
+        cell.cache_health = parts["cache"]
+        cell.queue_health = parts["queue"]
 
-    def show(self) -> None:
-        """Write the figures into the cell."""
-        self._cell.figures = {name: figures() for name, figures in self._figures.items()}
-
-    async def run(self) -> None:
-        """Show, for ever. The queue is asked whether it is there, since it may be long until somebody uses it."""
+    async def _run(self) -> None:
+        """The queue is probed, too, since it may be long until a worker uses it."""
         while True:
             try:
-                self.show()
+                self._cell.figures = {name: metrics() for name, metrics in self._metrics.items()}
                 await self._queue.probe()
             except ChatError as exc:
                 log.debug("the queue: %s", exc.message)
             except Exception:
-                log.exception("the figures of this worker cannot be shown")
-            await asyncio.sleep(SHOW_S)
+                log.exception("the metrics of this worker cannot be written")
+            await asyncio.sleep(METRICS_S)
 
 
-def _health(well: bool) -> Health:
-    return Health.OK if well else Health.DOWN
+def _state(well: bool) -> State:
+    return State.OK if well else State.DOWN

@@ -1,86 +1,122 @@
 """One client on one WebSocket connection: states, dispatch, limits.
 
-States: connected (only ``auth`` is answered) → logging in (what comes meanwhile
-waits) → live. A session owns nothing that outlives its connection; the worker
+States: connected (only ``auth`` is answered) → logging in (requests that arrive meanwhile
+wait) → live. A session owns its state, and nothing that outlives its connection; the worker
 owns its tasks, which find ``closed`` set when they come back from an await.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
-from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
 
 import orjson
 
 from .. import protocol as p
-from ..accounts.service import Identity
-from ..chat.service import TypingGate
-from ..chat.users import ConnectedUser
+from ..accounts.service import Accounts, Identity
+from ..chat.delivery import Delivery
+from ..chat.directory import ConnectedUser, Directory
+from ..chat.presence import Presence
+from ..chat.service import Chat, TypingGate
+from ..common.clock import now_ms
+from ..common.locks import Locks
+from ..common.tasks import Tasks
 from ..errors import ChatError, Forbidden, Internal, RateLimited, TooLarge, Unauthenticated, Unavailable
-from ..store.base import Appended, View
-
-if TYPE_CHECKING:
-    from .worker import Worker
+from ..settings import Settings
+from ..store.base import Appended, Store, View
 
 log = logging.getLogger("chatcore.session")
 
 # An empty set of its own would be 216 bytes.
 NOTHING: Final[frozenset[str]] = frozenset()
-# Sends and the like are answered with this delay when too many requests are unanswered.
+# A request that is refused because too many are unanswered may be repeated after this.
 BUSY_RETRY_MS: Final = 500
 
 
+class Connection(Protocol):
+    """The part of :class:`~chatcore._fast.reactor.Reactor` that is used here; ``conn`` numbers its connections."""
+
+    def send(self, conn: int, payload: bytes, /) -> bool: ...
+    def close(self, conn: int, code: int, reason: bytes, /) -> object: ...
+    def queued(self, conn: int, /) -> int: ...
+    def notify_writable(self, conn: int, /) -> bool: ...
+    def authenticated(self, conn: int, owner: int, ping_ms: int, /) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parts of a worker that its sessions use; all sessions share one."""
+
+    settings: Settings
+    reactor: Connection
+    store: Store
+    accounts: Accounts
+    directory: Directory
+    delivery: Delivery
+    presence: Presence
+    chat: Chat
+    tasks: Tasks
+    #: One query at a time for each session, of those whose cost the client chooses.
+    queries: Locks[Session] = field(default_factory=Locks)
+
+
 class Session:
-    """Implements :class:`~.chat.delivery.Subscriber`."""
+    """Implements :class:`~chatcore.chat.room.Subscriber`."""
 
     __slots__ = (
+        "_attaches",
+        "_attaching",
         "_busy",
+        "_deferred",
         "_drained",
+        "_held",
         "_live",
         "_only",
+        "_services",
         "_sync",
         "_typing",
         "_user",
         "_waiting",
-        "_worker",
+        "_watching",
         "closed",
         "conn",
         "expires",
-        "joining",
-        "missed",
         "ready",
         "token_hash",
-        "watching",
     )
 
-    def __init__(self, worker: Worker, conn: int) -> None:
-        self._worker = worker
+    def __init__(self, services: Services, conn: int) -> None:
+        self._services = services
         self.conn = conn
         self.closed = False
-        self.ready = False  # live: told of changes of its user's rows
+        self.ready = False  # live: it is sent changes of its user's rows
         self._user: ConnectedUser | None = None
         self.token_hash = b""
         self._only: frozenset[str] | None = None
         self._sync = 0
         self._live = False  # `ready` was sent: from then on there is a `sync` to give
         self._busy = 0  # requests not yet answered
-        self._waiting: list[tuple[bytes, int]] | None = None  # came while logging in; None: not logging in
+        self._waiting: list[tuple[bytes, int]] | None = None  # arrived while logging in; None: not logging in
         self._drained: asyncio.Future[bool] | None = None
         self._typing: TypingGate | None = None
-        self.joining = 0
-        # Empty in nearly every session, which then share it.
-        self.missed = NOTHING  # conversations whose row changed while logging in
-        self.watching = NOTHING
+        self._held = 0  # reasons for which `sync` stands still
+        # The lock exists only while it is in use, since a lock is larger than most of the session.
+        self._attaching: asyncio.Lock | None = None
+        self._attaches = 0  # that hold the lock or wait for it
+        # Empty in nearly every session; these then share one set.
+        self._deferred = NOTHING  # conversations whose row changed while logging in
+        self._watching = NOTHING  # the users whose presence it is pushed
         self.expires = 0.0  # when its token ends, as far as is known here (the loop's clock)
 
     # --- Subscriber -------------------------------------------------------------
     @property
     def user_id(self) -> str:
-        """Whose session it is ("" before the login)."""
+        """The user of the session ("" before the login)."""
         return self._user.id if self._user is not None else ""
 
     @property
@@ -89,30 +125,30 @@ class Session:
         return self._only is not None and not self._only
 
     def wants(self, conv: str) -> bool:
-        """Attached (True), or told only of changes (False)."""
+        """Attached (True), or sent changes of the ``conv`` only (False)."""
         return self._only is None or conv in self._only
 
     def push(self, payload: bytes) -> bool:
         """Queue a message to the client; False: the connection is gone."""
-        return self._worker.reactor.send(self.conn, payload)
+        return self._services.reactor.send(self.conn, payload)
 
     def push_view(self, view: View, after: int | None) -> None:
         """Push a ``conv``."""
-        if self._user is not None and self._user.told is not None:
-            # Not all of the user's sessions know the same of it any more; who tells all notes it afterwards.
-            self._user.told.pop(view.conv, None)
+        if self._user is not None:
+            # The user's sessions may differ in what they know of it; a push to all of them notes it afterwards.
+            self._user.learned_view(view.conv, None)
         self.push(conv_push(view, after))
 
     async def drained(self) -> bool:
         """Wait until the outbox is below its low-water mark; a client that reads nothing meanwhile is cut off."""
-        reactor = self._worker.reactor
+        reactor = self._services.reactor
         while not self.closed:
             before = reactor.queued(self.conn)
             if reactor.notify_writable(self.conn):
                 return True
             if self._drained is None or self._drained.done():
                 self._drained = asyncio.get_running_loop().create_future()
-            await asyncio.wait([self._drained], timeout=self._worker.settings.timeouts.replay_stall_ms / 1000)
+            await asyncio.wait([self._drained], timeout=self._services.settings.timeouts.replay_stall_ms / 1000)
             if not self._drained.done() and reactor.queued(self.conn) >= before:
                 self.close(p.CloseCode.TOO_SLOW, "no progress")
                 return False
@@ -123,6 +159,35 @@ class Session:
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(True)
 
+    @contextlib.asynccontextmanager
+    async def attach_lock(self) -> AsyncIterator[None]:
+        """One attach after the other."""
+        lock = self._attaching = self._attaching or asyncio.Lock()
+        self._attaches += 1
+        try:
+            async with lock:
+                yield
+        finally:
+            self._attaches -= 1
+            if not self._attaches:
+                self._attaching = None
+
+    def hold_sync(self) -> None:
+        """Keep ``sync`` where it is: a push that it would cover is still due. Calls nest."""
+        self._held += 1
+
+    def release_sync(self) -> None:
+        """Undo one :meth:`hold_sync`."""
+        self._held -= 1
+
+    def defer_refresh(self, conv: str) -> None:
+        """A row changed before the session was ``ready``: refresh it as soon as it is."""
+        self._deferred |= {conv}
+
+    def extend(self, expires: float) -> None:
+        """The token was found to be valid for longer."""
+        self.expires = expires
+
     # --- life -------------------------------------------------------------------
     @property
     def busy(self) -> bool:
@@ -131,19 +196,20 @@ class Session:
 
     def close(self, code: int, reason: str = "") -> None:
         """Close with a code; what is queued is sent first."""
-        self._worker.reactor.close(self.conn, code, reason.encode())
+        self._services.reactor.close(self.conn, code, reason.encode())
 
     def revoke(self) -> None:
         """The token is no longer valid."""
         self.close(p.CloseCode.BAD_TOKEN, "token revoked")
 
     def on_closed(self) -> None:
-        """The connection is over: nothing comes from it, nothing goes to it."""
+        """The connection is over: no message arrives any more, and pushes are dropped."""
         self.closed = True
         self.ready = False
         self.on_writable()
         self._waiting = None
-        self._worker.presence.forget(self)
+        watching, self._watching = self._watching, NOTHING
+        self._services.presence.forget(self, watching)
         self._leave()
 
     def _gone(self) -> bool:
@@ -153,16 +219,16 @@ class Session:
     def _leave(self) -> None:
         if self._user is not None:
             user, self._user = self._user, None
-            self._worker.users.remove(self, user)
+            self._services.directory.remove(self, user)
 
-    # --- what comes in ------------------------------------------------------------
+    # --- requests -----------------------------------------------------------
     def on_message(self, data: bytes, wait_ms: int) -> None:
         """One message from the client."""
         if wait_ms:
             self._refuse(p.request_id(data), RateLimited("too many messages", retry_after_ms=wait_ms))
             return
         if self._waiting is not None:
-            if len(self._waiting) >= self._worker.settings.limits.outstanding:
+            if len(self._waiting) >= self._services.settings.limits.outstanding:
                 self._refuse(p.request_id(data), RateLimited("log in first", retry_after_ms=BUSY_RETRY_MS))
             else:
                 self._waiting.append((data, wait_ms))
@@ -176,11 +242,11 @@ class Session:
             if exc.id is not None or b'"id"' in data:
                 self.push(p.error(exc.id, exc.code, exc.message))
             return
-        if self._busy >= self._worker.settings.limits.outstanding:
+        if self._busy >= self._services.settings.limits.outstanding:
             self._refuse(req.id, RateLimited("too many unanswered requests", retry_after_ms=BUSY_RETRY_MS))
             return
         if isinstance(req, p.Auth):
-            # From here until the answer, what comes waits (the client need not wait for it).
+            # From here until the answer, requests that arrive wait (the client need not wait for it).
             self._waiting = []
             self._start(self._auth(req), req.id)
         elif self._user is None:
@@ -194,11 +260,11 @@ class Session:
         if id is not None:
             self.push(p.error(id, exc.code, exc.message, exc.retry_after_ms))
 
-    def _start(self, work: Any, id: int | None) -> None:
+    def _start(self, work: Coroutine[Any, Any, dict[str, Any] | None], id: int | None) -> None:
         self._busy += 1
-        self._worker.spawn(self._run(work, id), "session-request")
+        self._services.tasks.spawn(self._run(work, id), "session-request")
 
-    async def _run(self, work: Any, id: int | None) -> None:
+    async def _run(self, work: Coroutine[Any, Any, dict[str, Any] | None], id: int | None) -> None:
         try:
             fields = await work
             if id is not None and fields is not None:
@@ -214,7 +280,7 @@ class Session:
     # --- send (hot) ------------------------------------------------------------------
     def _send(self, user: str, req: p.Send) -> None:
         try:
-            future = self._worker.chat.send(user, req)
+            future = self._services.chat.send(user, req)
         except ChatError as exc:
             self._refuse(req.id, exc)
             return
@@ -244,16 +310,16 @@ class Session:
         finally:
             waiting, self._waiting = self._waiting, None
         if after_reply is not None:
-            self._worker.spawn(after_reply, "session-attach")
-        # The reply is out; what waited is dealt with before the replay, which may take long.
+            self._services.tasks.spawn(after_reply, "session-attach")
+        # The reply is out; requests that waited are answered before the replay, which may take long.
         for data, wait_ms in waiting or ():
             if not self.closed:
                 self.on_message(data, wait_ms)
         return None
 
-    async def _log_in(self, req: p.Auth) -> Any:
-        """Answer ``auth``; returns what is to be done after the reply (None: nothing)."""
-        worker, limits = self._worker, self._worker.settings.limits
+    async def _log_in(self, req: p.Auth) -> Coroutine[Any, Any, None] | None:
+        """Answer ``auth``; returns the work that follows the reply, if there is any."""
+        services, limits = self._services, self._services.settings.limits
         if req.v != p.VERSION:
             self.close(p.CloseCode.BAD_VERSION, f"this server speaks version {p.VERSION}")
             return None
@@ -262,7 +328,7 @@ class Session:
         if len(req.only or ()) > limits.only:
             raise TooLarge(f"only: at most {limits.only}")
         try:
-            who = await worker.accounts.identify(req.token)
+            who = await services.accounts.identify(req.token)
         except Unauthenticated as exc:
             self.close(p.CloseCode.BAD_TOKEN, exc.message)
             return None
@@ -272,21 +338,21 @@ class Session:
             self._renew(who, req)
             return None
         self.token_hash = who.token_hash
-        self.expires = worker.users.expiry(who.expires_ms)
+        self.expires = services.directory.expiry(who.expires_ms)
         self._only = None if req.only is None else frozenset(req.only)
-        self._user = await worker.users.add(self, who.user.id)
+        self._user = await services.directory.add(self, who.user.id)
         if self._gone():
-            worker.users.remove(self, self._user)
+            services.directory.remove(self, self._user)
             self._user = None
             return None
         have = req.have or {}
         since = self._known_sync(req.sync, who.user.id)
-        # Who comes back is attached before the memberships are read, where that is all there is to be read.
-        rooms = worker.delivery.expect(self, have) if since is not None and worker.store.global_positions else []
+        # A client that resumes is attached before its memberships are read, where nothing else must be read.
+        rooms = services.delivery.expect(self, have) if since is not None and services.store.global_positions else []
         unchanged: dict[str, int] = {}
         live: list[str] = []
         try:
-            mine = await worker.store.memberships(who.user.id, since)
+            mine = await services.store.memberships(who.user.id, since)
             if since is not None and since <= mine.position:
                 unchanged = {conv: rev for conv, rev in mine.revs.items() if rev <= since}
             else:
@@ -295,20 +361,20 @@ class Session:
             self._leave()
             raise
         finally:
-            live = worker.delivery.resume(self, rooms, have, unchanged)
+            live = services.delivery.resume(self, rooms, have, unchanged)
         if self._gone():
             return None
         self._sync = mine.position
-        worker.reactor.authenticated(self.conn, self._user.number, self._ping_ms(req.ping_ms))
+        services.reactor.authenticated(self.conn, self._user.number, self._ping_ms(req.ping_ms))
         for oldest in self._user.sessions[: -limits.connections_per_user]:
             oldest.close(p.CloseCode.TOO_MANY_CONNECTIONS, "too many connections of this user")
         if req.id is not None:
             self.push(p.ok(req.id, {**_identity(who), "full": since is None}))
         self.ready = True
-        for conv in self.missed:
-            worker.users.refresh(who.user.id, conv)
-        self.missed = NOTHING
-        worker.presence.changed(who.user.id)
+        deferred, self._deferred = self._deferred, NOTHING
+        for conv in deferred:
+            services.delivery.refresh(who.user.id, conv)
+        services.presence.changed(who.user.id)
         for conv in mine.left if since is not None else ():
             self.push(p.conv_left(conv))
         done = set(live)
@@ -323,44 +389,43 @@ class Session:
         if who.user.id != self._user.id:
             raise Forbidden("this connection belongs to another user")
         self.token_hash = who.token_hash
-        self.expires = self._worker.users.expiry(who.expires_ms)
+        self.expires = self._services.directory.expiry(who.expires_ms)
         if req.id is not None:
             self.push(p.ok(req.id, _identity(who)))
 
     def _ping_ms(self, asked: int | None) -> int:
-        timeouts = self._worker.settings.timeouts
+        timeouts = self._services.settings.timeouts
         if asked is None:
             return timeouts.ping_ms
         return max(timeouts.ping_min_ms, min(asked, timeouts.ping_max_ms))
 
     def _known_sync(self, sync: str | None, user: str) -> int | None:
-        """The position of a ``sync``, if this server may have given it to this user."""
+        """The position in a ``sync``, if this server may have given it to this user."""
         parts = (sync or "").rsplit(".", 2)
-        if len(parts) != 3 or parts[0] != self._worker.store.store_id or parts[1] != user:
+        if len(parts) != 3 or parts[0] != self._services.store.store_id or parts[1] != user:
             return None
         if not (parts[2].isascii() and parts[2].isdigit()) or len(parts[2]) > 16:
             return None
         return int(parts[2])
 
     def _sync_now(self) -> dict[str, str]:
-        """The ``sync`` as of now; none while what it stands for is still being sent."""
+        """The ``sync`` as of now; none while the pushes that it covers are still being sent."""
         if not self._live:
             return {}
-        busy = self.joining or self in self._worker.users.attaching
-        if not busy and self._worker.store.global_positions:
-            self._sync = max(self._sync, self._worker.delivery.settled)
+        if not (self._held or self._attaches) and self._services.store.global_positions:
+            self._sync = max(self._sync, self._services.delivery.synced)
         return {"sync": self._sync_text()}
 
     def _sync_text(self) -> str:
-        return f"{self._worker.store.store_id}.{self.user_id}.{self._sync}"
+        return f"{self._services.store.store_id}.{self.user_id}.{self._sync}"
 
     def _caught_up(self) -> None:
-        """All that was missed is on its way: ``ready``."""
+        """All entries that the client missed were queued: ``ready``."""
         self.push(orjson.dumps({"t": "ready", "sync": self._sync_text()}))
         self._live = True
 
     async def _catch_up(self, convs: list[str], have: dict[str, int], since: int | None) -> None:
-        """The ``conv`` pushes, the entries that were missed, and ``ready``."""
+        """Push the ``conv``s, the entries that the client missed, and ``ready``."""
         if since is None:
             have = {}
 
@@ -372,21 +437,17 @@ class Session:
 
         try:
             async with self.attach_lock():
-                await self._worker.delivery.attach(self, convs, have, changed)
+                await self._services.delivery.attach(self, convs, have, changed)
                 if not self.closed:
                     self._caught_up()
         except ChatError as exc:
-            # It has been told `ok`, so it cannot be told `unavailable` any more: it resumes.
+            # `ok` was sent, so `unavailable` cannot be sent any more: the client reconnects and resumes.
             self.close(p.CloseCode.INTERNAL, exc.message[:100])
-
-    def attach_lock(self) -> AbstractAsyncContextManager[None]:
-        """One attach after the other."""
-        return self._worker.users.attaching.hold(self)
 
     # --- the other requests ---------------------------------------------------------------
     async def _answer(self, user: str, req: p.AnyRequest) -> dict[str, Any] | None:
-        """Do it; the fields of the reply."""
-        chat = self._worker.chat
+        """Carry out a request; the fields of its reply (None: it was sent already)."""
+        chat = self._services.chat
         match req:
             case p.History():
                 page = await chat.history(user, req, live=True)
@@ -397,7 +458,7 @@ class Session:
             case p.Read():
                 await chat.read(user, req)
             case p.Typing():
-                self._typing = self._typing or TypingGate(self._worker.settings.rates.typing_interval_ms)
+                self._typing = self._typing or TypingGate(self._services.settings.rates.typing_interval_ms)
                 self._typing.check(req.c, asyncio.get_running_loop().time())
                 await chat.typing(user, req)
             case p.Open():
@@ -411,17 +472,17 @@ class Session:
             case p.Notify():
                 await chat.notify(user, req.c, req.level)
             case p.Members() | p.Users() | p.Channels() | p.Watch():
-                async with self._worker.users.reading.hold(self):
+                async with self._services.queries.hold(self):
                     return await self._look_up(user, req)
             case p.Block():
                 await chat.block(user, req.user, req.on)
             case p.Ping():
-                return {"ts": self._worker.now_ms(), **self._sync_now()}
+                return {"ts": now_ms(), **self._sync_now()}
         return {}
 
     async def _look_up(self, user: str, req: p.Members | p.Users | p.Channels | p.Watch) -> dict[str, Any] | None:
-        """Queries whose work a client chooses: one at a time, so that others have their turn in between."""
-        chat = self._worker.chat
+        """Queries whose cost a client chooses: one at a time, so that other clients have their turn in between."""
+        chat = self._services.chat
         match req:
             case p.Members():
                 return await chat.members(user, req)
@@ -433,47 +494,43 @@ class Session:
                 await chat.acquainted(user, req.users)
                 if self.closed:
                     return None
-                return {"states": await self._worker.presence.watch(self, req.users)}
+                before, self._watching = self._watching, frozenset(req.users)
+                return {"states": await self._services.presence.watch(self, before, req.users)}
 
     async def _attach(self, user: str, req: p.Attach) -> dict[str, Any] | None:
-        limits = self._worker.settings.limits
+        limits = self._services.settings.limits
         if len(req.have or ()) > limits.have:
             raise TooLarge(f"have: at most {limits.have}")
         if len(req.only or ()) > limits.only:
             raise TooLarge(f"only: at most {limits.only}")
+        have = req.have or {}
         async with self.attach_lock():
-            convs = list((await self._worker.store.memberships(user)).revs)
+            convs = list((await self._services.store.memberships(user)).revs)
             if self.closed:
                 return None
             if req.only is not None or req.have is None:
                 self._only = None if req.only is None else frozenset(req.only)
-                self._worker.presence.changed(user)
+                self._services.presence.changed(user)
             if req.id is not None:
                 self.push(p.ok(req.id))  # "then convs and entries"
             try:
-                await self._worker.delivery.attach(self, convs, req.have or {}, self._tell_if(req.have or {}))
+                await self._services.delivery.attach(
+                    self, convs, have, lambda view: self.wants(view.conv) or view.conv in have
+                )
             except ChatError as exc:
                 self.close(p.CloseCode.INTERNAL, exc.message[:100])
         return None
 
-    def _tell_if(self, have: dict[str, int]) -> Callable[[View], bool]:
-        """Of an ``attach``: the ``conv`` of what becomes attached, and of what was named."""
-        return lambda view: self.wants(view.conv) or view.conv in have
-
     async def _open(self, user: str, req: p.Open) -> dict[str, Any] | None:
-        opened = await self._worker.chat.open(user, req)
+        opened = await self._services.chat.open(user, req)
         try:
             async with self.attach_lock():  # the reply comes after the `conv`
                 if not self.closed:
                     have = {opened.conv: 0} if opened.created else {}
-                    await self._worker.delivery.attach(self, [opened.conv], have, _always)
+                    await self._services.delivery.attach(self, [opened.conv], have, lambda view: True)
         finally:
-            self._worker.chat.tell_opened(user, req, opened)
+            self._services.chat.announce_opened(user, req, opened)
         return {"c": opened.conv}
-
-
-def _always(view: View) -> bool:
-    return True
 
 
 def _identity(who: Identity) -> dict[str, Any]:
@@ -481,7 +538,7 @@ def _identity(who: Identity) -> dict[str, Any]:
 
 
 def conv_push(view: View, after: int | None) -> bytes:
-    """A ``conv`` with all that is known of it; ``after`` if it becomes attached."""
+    """A ``conv`` push with every field of the view; ``after`` if the conversation becomes attached."""
     fields: dict[str, Any] = {"t": "conv", "c": view.conv, "kind": view.kind}
     if view.title is not None:
         fields["title"] = view.title

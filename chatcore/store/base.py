@@ -288,5 +288,14 @@ class Opening(msgspec.Struct, frozen=True, gc=False):
     digest: bytes
 
 
-#: Told of new entries as soon as they are durable, before anybody is answered.
+#: Called with new entries as soon as they are durable, before their senders are answered.
 OnCommit = Callable[[list[Entry]], None]
+
+
+class CommitHooks(list[OnCommit]):
+    """The parts that follow the log, in the order in which they are called. A store is given it as its ``on_commit``;
+    the parts, which need the store, append theirs afterwards, before the first entry is."""
+
+    def __call__(self, entries: list[Entry]) -> None:
+        for hook in self:
+            hook(entries)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import orjson
 
 from chatcore.accounts.service import Identity
 from chatcore.chat.delivery import Delivery
+from chatcore.chat.directory import Directory
 from chatcore.chat.presence import Presence
 from chatcore.chat.service import Chat
-from chatcore.chat.users import Users
+from chatcore.chat.user_events import UserEvents
+from chatcore.common.tasks import Tasks
 from chatcore.errors import Unavailable
 from chatcore.protocol import encode_entry
-from chatcore.server.session import Session
+from chatcore.server.session import Services, Session
 from chatcore.settings import Settings
 from chatcore.store.base import Appended, Changes, Entry, Known, Memberships, NewEntry, User, View
 
@@ -229,21 +231,32 @@ class Desk:
         self.bus = Line()
         self.reactor = Switchboard()
         self.accounts = Tokens()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._ids = 0
-        self.users = Users(shelf, self.bus, self.spawn, lambda user: self.presence.changed(user))  # type: ignore[arg-type]
-        self.presence = Presence(shelf, self.bus, self.users.is_online)  # type: ignore[arg-type]
+        self.directory = Directory(shelf, self.bus, lambda user: self.presence.changed(user))  # type: ignore[arg-type]
+        self.presence = Presence(shelf, self.bus, self.directory.is_online)  # type: ignore[arg-type]
         self.delivery = Delivery(
             shelf,
             self.bus,
-            self.users,
+            self.directory,
             lambda room: Ring(self.reactor),
             lambda wire: wire,
             check_interval_s=0.02,
             **delivery,
         )
-        self.users.delivery = self.delivery
-        self.chat = Chat(self.settings, shelf, self.bus, self.delivery, self.users)  # type: ignore[arg-type]
+        self.user_events = UserEvents(self.bus, self.directory, self.delivery.refresh)
+        self.chat = Chat(self.settings, shelf, self.bus, self.delivery, self.user_events)  # type: ignore[arg-type]
+        self._services = Services(
+            self.settings,
+            self.reactor,
+            shelf,  # type: ignore[arg-type]
+            self.accounts,  # type: ignore[arg-type]
+            self.directory,
+            self.delivery,
+            self.presence,
+            self.chat,
+            self._tasks,
+        )
 
     async def __aenter__(self) -> Desk:
         await self.delivery.start()
@@ -251,25 +264,14 @@ class Desk:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._tasks.close()
         await self.presence.close()
         await self.delivery.close()
-
-    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work, name=name)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return task
-
-    def now_ms(self) -> int:
-        return 0
 
     def connect(self) -> Session:
         """A connection that has not logged in."""
         conn = len(self.reactor.sessions) + 1
-        session = self.reactor.sessions[conn] = Session(self, conn)  # type: ignore[arg-type]
+        session = self.reactor.sessions[conn] = Session(self._services, conn)
         self.reactor.received[conn] = []
         return session
 

@@ -23,7 +23,7 @@ async def test_a_change_heard_while_the_store_fails_is_told_when_it_works_again(
         shelf.conversation("new")
         shelf.down = True
         before = _tries(shelf, "views")
-        desk.users.refresh("alice", "new")
+        desk.delivery.refresh("alice", "new")
         await until(lambda: _tries(shelf, "views") > before, "a look at the row")
         assert not desk.got(x, t="conv", c="new")
         shelf.down = False
@@ -40,7 +40,7 @@ async def test_no_sync_stands_for_a_change_that_could_not_be_read_yet() -> None:
         shelf.conversation("new")
         changed_at = shelf.at
         shelf.down = True
-        desk.users.refresh("alice", "new")
+        desk.delivery.refresh("alice", "new")
         before = _tries(shelf, "views")
         await until(lambda: _tries(shelf, "views") > before, "a look at the row")
         looks = _tries(shelf, "changes")
@@ -49,7 +49,7 @@ async def test_no_sync_stands_for_a_change_that_could_not_be_read_yet() -> None:
         while not desk.got(x, t="conv", c="new"):
             sync = (await desk.answer(x, desk.begin(x, "ping")))["sync"]
             assert desk.got(x, t="conv", c="new") or int(sync.rsplit(".")[-1]) < changed_at
-        await until(lambda: desk.delivery.settled >= changed_at, "the position to move on")
+        await until(lambda: desk.delivery.synced >= changed_at, "the position to move on")
 
 
 async def test_a_mark_moved_during_a_long_catch_up_ends_up_right_at_the_client() -> None:
@@ -61,7 +61,7 @@ async def test_a_mark_moved_during_a_long_catch_up_ends_up_right_at_the_client()
         x = await desk.log_in("alice", stuck=True)
         shelf.change("b", read=57)  # on another device
         before = _tries(shelf, "views")
-        desk.users.refresh("alice", "b")
+        desk.delivery.refresh("alice", "b")
         await until(lambda: _tries(shelf, "views") > before, "a look at the row")
         desk.reactor.reads_on(x.conn)
         await until(lambda: desk.got(x, t="ready"), "ready")
@@ -78,7 +78,7 @@ async def test_a_mark_moved_during_a_long_catch_up_is_right_where_one_is_not_att
         x = await desk.log_in("alice", stuck=True, only=["a"])
         shelf.change("b", read=57)
         before = _tries(shelf, "views")
-        desk.users.refresh("alice", "b")
+        desk.delivery.refresh("alice", "b")
         await until(lambda: _tries(shelf, "views") > before, "a look at the row")
         desk.reactor.reads_on(x.conn)
         await until(lambda: desk.got(x, t="ready"), "ready")
@@ -166,7 +166,7 @@ async def test_a_merge_for_which_the_store_fails_is_told_with_the_next_and_in_no
         desk.delivery.on_entry(entry)
         await until(lambda: _tries(shelf, "views") > tries, "a merge")
         shelf.failing = set()
-        await until(lambda: desk.delivery.settled >= told_at, "the position to move on")
+        await until(lambda: desk.delivery.synced >= told_at, "the position to move on")
         sync = (await desk.answer(x, desk.begin(x, "ping")))["sync"]
         assert not desk.got(x, t="conv", head=2)
         assert int(sync.rsplit(".")[-1]) < told_at
@@ -175,31 +175,31 @@ async def test_a_merge_for_which_the_store_fails_is_told_with_the_next_and_in_no
             sync = (await desk.answer(x, desk.begin(x, "ping")))["sync"]
 
 
-async def test_a_ring_holds_no_more_bytes_than_it_may_however_large_the_messages() -> None:
+async def test_the_recent_entries_hold_no_more_bytes_than_it_may_however_large_the_messages() -> None:
     """A ring held 64 entries of any size: three megabytes for each conversation that one user cared to open."""
     shelf = Shelf()
     shelf.conversation("c")
-    async with Desk(shelf, ring_bytes=262_144) as desk:
+    async with Desk(shelf, recent_bytes=262_144) as desk:
         x = await desk.log_in("alice")
         for seq in range(2, 66):
             entry = message("c", seq, LARGE)
             shelf.logs["c"].append(entry)
             desk.delivery.on_entry(entry)
-        ring = desk.delivery.rooms["c"].ring
-        assert 0 < sum(len(e.wire) for e in ring) <= 262_144
-        assert [e.seq for e in ring] == list(range(66 - len(ring), 66))
+        recent = desk.delivery.rooms["c"].recent
+        assert 0 < sum(len(e.wire) for e in recent) <= 262_144
+        assert [e.seq for e in recent] == list(range(66 - len(recent), 66))
         # What fell out of it comes from the store.
         y = await desk.log_in("alice", sync=desk.got(x, t="ready")[0]["sync"], have={"c": 1})
         assert [m["s"] for m in desk.got(y, t="msg")] == list(range(2, 66))
 
 
-async def test_small_messages_fill_a_ring_by_their_number() -> None:
+async def test_small_messages_fill_the_recent_entries_by_their_number() -> None:
     shelf = Shelf()
     shelf.conversation("c")
-    async with Desk(shelf, ring=8) as desk:
+    async with Desk(shelf, recent=8) as desk:
         await desk.log_in("alice")
         for seq in range(2, 40):
             desk.delivery.on_entry(message("c", seq))
         room = desk.delivery.rooms["c"]
-        assert [e.seq for e in room.ring] == list(range(32, 40))
-        assert room.ring_bytes == sum(len(e.wire) for e in room.ring)
+        assert [e.seq for e in room.recent] == list(range(32, 40))
+        assert room.recent_bytes == sum(len(e.wire) for e in room.recent)

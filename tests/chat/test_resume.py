@@ -117,8 +117,8 @@ async def test_a_row_that_changed_while_the_memberships_were_read_is_told() -> N
         await desk.log_in("alice")
         x = await _reading(desk, shelf, have=3)
         shelf.change("a", read=2)
-        desk.users.refresh("alice", "a")
-        await until(lambda: x.missed, "the reading of the row")
+        desk.delivery.refresh("alice", "a")
+        await until(lambda: x._deferred, "the reading of the row")
         shelf.answers.set()
         await until(lambda: desk.got(x, t="conv", c="a", read=2), "the new mark")
 
@@ -133,6 +133,6 @@ async def test_a_removal_heard_while_the_memberships_were_read_is_told() -> None
         shelf.logs["a"].append(_removal("a", 4, "alice"))
         del shelf.rows["a"]
         desk.delivery.on_entry(shelf.logs["a"][-1])
-        await until(lambda: x.missed, "the reading of the row")
+        await until(lambda: x._deferred, "the reading of the row")
         shelf.answers.set()
         await until(lambda: desk.got(x, t="conv", c="a", role="none"), "being told so")

@@ -92,7 +92,7 @@ async def test_a_log_in_that_fails_by_a_mistake_leaves_nobody_half_logged_in() -
         x = desk.connect()
         reply = await desk.answer(x, desk.begin(x, "auth", v=1, token="alice"))
         assert (reply["t"], reply["code"]) == ("error", "internal")
-        assert not desk.users.is_online("alice")
+        assert not desk.directory.is_online("alice")
         reply = await desk.answer(x, desk.begin(x, "history", c="a"))
         assert reply["code"] == "unauthenticated"
         shelf.mistaken = False

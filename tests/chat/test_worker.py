@@ -10,7 +10,8 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from chatcore.server.worker import DRAIN_BATCH, Worker
+from chatcore.server.connections import DRAIN_BATCH
+from chatcore.server.worker import Worker
 from chatcore.settings import Accounts, Server, Settings
 from chatcore.supervisor.stats import StatsCell
 from chatcore.supervisor.worker_process import WorkerContext
@@ -43,7 +44,7 @@ class Running:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        if not self.worker.draining:
+        if not self.worker.connections.draining:
             await self.worker.drain()
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._parent[0])
@@ -71,9 +72,9 @@ async def test_an_upgrade_whose_client_is_gone_leaves_no_session_behind(tmp_path
         async with asyncio.timeout(PATIENCE_S):
             answers = await asyncio.gather(*(hang_up() for _ in range(20)))
         assert not any(b" 101 " in answer for answer in answers)
-        await until(lambda: worker.reactor.connections() == 0, "the end of all connections")
-        assert not worker.reactor.sessions()
-        assert worker.reactor.websockets() == 0
+        await until(lambda: worker.connections.reactor.connections() == 0, "the end of all connections")
+        assert not worker.connections.reactor.sessions()
+        assert worker.connections.reactor.websockets() == 0
 
 
 class Client:
@@ -115,7 +116,7 @@ async def test_a_drain_closes_nobody_who_asked_for_something_after_it_began(tmp_
             client.busy = False
 
         clients = [Client(first_is_told) for _ in range(3 * DRAIN_BATCH)]
-        running.worker.to_close.update(clients)  # type: ignore[arg-type]
+        running.worker.connections.to_close.update(clients)  # type: ignore[arg-type]
         async with asyncio.timeout(PATIENCE_S):
             await running.worker.drain()
         assert all(client.closed for client in clients)

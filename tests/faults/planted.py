@@ -43,7 +43,7 @@ class EarlyStore(Instead):
         future: asyncio.Future[Appended] = asyncio.get_running_loop().create_future()
         room = self._worker.delivery.rooms.get(entry.conv)
         future.set_result(Appended(1 if room is None else room.last + 1, time.time_ns() // 1_000_000))
-        self._worker.spawn(self._late(entry), "early")
+        self._worker.tasks.spawn(self._late(entry), "early")
         return future
 
     async def _late(self, entry: NewEntry) -> None:

@@ -17,12 +17,14 @@ import orjson
 
 from chatcore.accounts.service import Identity
 from chatcore.chat.delivery import Delivery
+from chatcore.chat.directory import Directory
 from chatcore.chat.service import Chat
-from chatcore.chat.users import Users
+from chatcore.chat.user_events import UserEvents
+from chatcore.common.tasks import Tasks
 from chatcore.errors import ChatError
 from chatcore.protocol import Member as MemberRequest
 from chatcore.protocol import Send as SendRequest
-from chatcore.server.session import Session
+from chatcore.server.session import Services, Session
 from chatcore.settings import Settings
 from chatcore.store.base import Entry, User
 from chatcore.store.entries import new_entry
@@ -138,65 +140,63 @@ class Wait:
 Action = Connect | Drop | Slow | Attach | Ping | Post | Role | Open | BusCut | StoreDown | Wait
 
 MakeDelivery = Callable[..., Delivery]
-MakeUsers = Callable[..., Users]
 
 
 class Silent:
     """Presence, which is not what is looked at here."""
 
     def changed(self, user: str) -> None: ...
-    def forget(self, session: Any) -> None: ...
+    def forget(self, session: Any, watched: Any) -> None: ...
+
+
+class Failures(Tasks):
+    """Tasks, the failure of which is a broken promise."""
+
+    def __init__(self, complain: Callable[[str], None]) -> None:
+        super().__init__()
+        self._complain = complain
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        super()._done(task)
+        if not task.cancelled() and task.exception() is not None:
+            self._complain(f"a task failed: {task.get_name()} {task.exception()!r}")
 
 
 class Worker:
-    """What a session finds around itself."""
+    """The parts that a session works with."""
 
     def __init__(self, world: DeliverWorld) -> None:
         self.world = world
-        self.settings = SETTINGS
-        self.tasks: set[asyncio.Task[None]] = set()
+        self.tasks = Failures(world.complain)
         self.reactor = ModelReactor(world.weather, world.pushed)
         self.store = world.make_store(world.db, world.weather, self._on_commit)
         self.bus = world.bus.end(self._on_bus, lambda why: self.delivery.check())
         store: Any = self.store
         bus: Any = self.bus
-        self.users = world.make_users(store, bus, self.spawn, lambda user: None)
-        self.presence = Silent()
-        self.accounts = self
+        self.directory = Directory(store, bus, lambda user: None)
+        presence: Any = Silent()
         self.delivery = world.make_delivery(
-            store, bus, self.users, lambda room: ModelTopic(self.reactor), bytes,
-            ring=SETTINGS.limits.ring, backlog=SETTINGS.limits.backlog, check_interval_s=1.0,
+            store, bus, self.directory, lambda room: ModelTopic(self.reactor), bytes,
+            recent=SETTINGS.limits.ring, backlog=SETTINGS.limits.backlog, check_interval_s=1.0,
         )  # fmt: skip
-        self.users.delivery = self.delivery
-        self.chat = Chat(SETTINGS, store, bus, self.delivery, self.users)
-
-    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
-        task = asyncio.get_running_loop().create_task(work, name=name)
-        self.tasks.add(task)
-        task.add_done_callback(self._done)
-        return task
-
-    def _done(self, task: asyncio.Task[None]) -> None:
-        self.tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            self.world.complain(f"a task failed: {task.get_name()} {task.exception()!r}")
+        self.user_events = UserEvents(bus, self.directory, self.delivery.refresh)
+        self.chat = Chat(SETTINGS, store, bus, self.delivery, self.user_events)
+        accounts: Any = self
+        self.services = Services(
+            SETTINGS, self.reactor, store, accounts, self.directory, self.delivery, presence, self.chat, self.tasks
+        )
 
     def _on_commit(self, entries: list[Entry]) -> None:
         self.chat.on_commit(entries)
 
     def _on_bus(self, channel: str, payload: bytes) -> None:
         kind, _, name = channel.partition(":")
-        self.delivery.on_bus(name, payload) if kind == "c" else self.users.on_bus(payload)
+        self.delivery.on_bus(name, payload) if kind == "c" else self.user_events.on_bus(payload)
 
     async def identify(self, token: str) -> Identity:
         """Accounts: the token of a user is its id."""
         await asyncio.sleep(self.world.weather.latency())
         return Identity(User(token, token), token.encode(), 10**9)
-
-    def now_ms(self) -> int:
-        return 0
-
-    def count(self, what: str) -> None: ...
 
 
 @dataclass
@@ -206,7 +206,6 @@ class DeliverWorld:
     seed: int
     climate: Climate
     make_delivery: MakeDelivery = Delivery
-    make_users: MakeUsers = Users
     make_store: type[ModelStore] = ModelStore
     rows_follow: bool = False  # members' rows are written after the entries that decide (MongoDB)
     broken: list[str] = field(default_factory=list)
@@ -269,7 +268,7 @@ class DeliverWorld:
             case Role(worker, conv, user, role):
                 chat = self.workers[worker].chat
                 request = MemberRequest(c=CONVS[conv], user=USERS[user], role=cast(Any, role))
-                self.workers[worker].spawn(self._may_be_refused(chat.member(OWNER, request)), "model-member")
+                self.workers[worker].tasks.spawn(self._may_be_refused(chat.member(OWNER, request)), "model-member")
             case Open(device):
                 d = self.devices[device]
                 if d.ready:
@@ -301,7 +300,7 @@ class DeliverWorld:
     def _connect(self, device: Device, worker: Worker, only: list[str] | None, lie: int = 0) -> None:
         self._drop(device)
         device.only = only
-        socket = worker.reactor.accept(lambda conn: Session(cast(Any, worker), conn), lambda data: None)
+        socket = worker.reactor.accept(lambda conn: Session(worker.services, conn), lambda data: None)
         socket.received = lambda data: self._received(device, socket, data)
         device.reactor = worker.reactor
         self._send(device, device.auth(socket, lie))
@@ -378,8 +377,8 @@ class DeliverWorld:
         await asyncio.sleep(1.0)
         for worker in self.workers:
             await worker.delivery.close()
-            if worker.tasks:
-                self.complain(f"left running: {worker.tasks}")
+            if len(worker.tasks):
+                self.complain(f"left running: {list(worker.tasks)}")
 
     def _check_device(self, device: Device) -> None:
         if not device.ready:
