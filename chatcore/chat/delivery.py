@@ -371,13 +371,13 @@ class Delivery:
         convs: Sequence[str],
         have: Mapping[str, int],
         announce: Callable[[View], bool],
-    ) -> None:
+    ) -> list[str]:
         """Attach a session: its ``conv`` pushes, the entries that it misses, then live.
 
         ``announce`` decides whether the ``conv`` of a view is pushed (it always is when
         ``after`` is not what the session named). Conversations that the user is not
-        in are skipped. Returns when the session is live in all of them. The caller
-        holds the session's attach lock.
+        in are skipped, and returned. Returns when the session is live in all others, or closed.
+        The caller holds the session's attach lock.
 
         :raises Unavailable: the store does not answer (nothing half done is left).
         """
@@ -407,7 +407,7 @@ class Delivery:
                     self._start_backfill(room, 0)
                 # As fast as the client reads: a log-in pushes many views.
                 if not await x.drained():
-                    return
+                    return []
                 if x in room.attaching and x.conn in room.summaries:
                     await self._push_summary(x, room, view, announce)
                 elif x in room.attaching:
@@ -415,11 +415,12 @@ class Delivery:
                     if room.clear_stale(x):
                         self.refresh(x.user_id, room.conv)
                 if x.closed:
-                    return
+                    return []
             for room in by_conv.values():
                 self.detach(x, room)
                 # Answers of a store may overtake each other: what is read now is newer.
                 self.refresh(x.user_id, room.conv)
+            return list(by_conv)
         finally:
             for room in rooms:
                 room.arrived(x)

@@ -527,7 +527,8 @@ class Session:
             async with self.attach_lock():  # the reply comes after the `conv`
                 if not self.closed:
                     have = {opened.conv: 0} if opened.created else {}
-                    await self._services.delivery.attach(self, [opened.conv], have, lambda view: True)
+                    for conv in await self._services.delivery.attach(self, [opened.conv], have, lambda view: True):
+                        self.push(p.conv_left(conv))  # opened long ago, and left since then
         finally:
             self._services.chat.announce_opened(user, req, opened)
         return {"c": opened.conv}
