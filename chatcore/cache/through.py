@@ -141,3 +141,6 @@ class Through:
 
     async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
         return await self.inner.acquainted(user, others)
+
+    async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
+        return await self.inner.blockers(user, others)

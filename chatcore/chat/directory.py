@@ -203,6 +203,12 @@ class Directory:
             if x.token_hash == token_hash:
                 x.revoke()
 
+    # --- blocks -----------------------------------------------------------------
+    def blocks_changed(self, user: str) -> None:
+        """Another user blocked this one, or allows it again."""
+        for x in self.sessions_of(user):
+            x.blocks_changed()
+
     # --- pushing ----------------------------------------------------------------
     def push_all(self, user: str, wire: bytes) -> None:
         """Push something to the user's sessions here."""

@@ -74,6 +74,9 @@ class Subscriber(Protocol):
     def defer_refresh(self, conv: str) -> None:
         """A row changed before the session was ``ready``: it asks for a refresh as soon as it is."""
 
+    def blocks_changed(self) -> None:
+        """A user blocked the session's user, or allows it again."""
+
     def extend(self, expires: float) -> None:
         """Its token was found to be valid for longer."""
 

@@ -11,10 +11,11 @@ import hashlib
 import secrets
 import struct
 import zlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 import orjson
+from lru import LRU
 
 from ..bus.base import Bus
 from ..errors import BadRequest, Forbidden, NotFound, RateLimited, TooLarge
@@ -43,6 +44,9 @@ from .user_events import UserEvents
 _ACQUAINTED_AT_ONCE: Final = 25
 # Room for the envelope of a page around its entries.
 _ENVELOPE_BYTES: Final = 1024
+# Typing signals ask for the other member of a dm; so many are remembered, some 200 B each.
+DM_PEERS_MAX: Final = 10_000
+DM_MEMBERS: Final = 2
 _DIGEST: Final = struct.Struct("<II")
 
 
@@ -71,6 +75,8 @@ class Chat:
         self._recent_page = recent_page
         self._user_events = user_events
         self.appended = 0
+        # (user, conversation of two) -> the other member of a dm; None: it is no dm.
+        self._dm_peers: LRU[tuple[str, str], str | None] = LRU(DM_PEERS_MAX)
 
     # --- the log ---------------------------------------------------------------
     def on_commit(self, entries: list[Entry]) -> None:
@@ -212,6 +218,10 @@ class Chat:
         await self._store.block(user, other, on)
         self._user_events.blocks_changed(other)
 
+    async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
+        """Those of ``others`` who block the user."""
+        return await self._store.blockers(user, others)
+
     async def acquainted(self, user: str, others: list[str]) -> None:
         """:raises Forbidden: somebody among them shares no conversation with the user."""
         if len(others) > self._limits.watch:
@@ -236,8 +246,19 @@ class Chat:
         """Push a typing signal to the others in a small conversation. As frequent as keys: it reads cached rows."""
         if await self._store.role(user, req.c) not in MEMBER_ROLES:
             raise NotFound("no such conversation")
-        if await self._store.member_count(req.c) <= self._limits.small:
+        members = await self._store.member_count(req.c)
+        if members == DM_MEMBERS and await self._blocked_in_dm(user, req.c):
+            return  # not refused: a signal is never confirmed, and a block need not be announced
+        if members <= self._limits.small:
             self._push_state(req.c, user, orjson.dumps({"t": "typing", "c": req.c, "user": user}))
+
+    async def _blocked_in_dm(self, user: str, conv: str) -> bool:
+        """Whether the conversation is a dm whose other member blocks the user."""
+        if (user, conv) not in self._dm_peers:
+            _, views = await self._store.views(user, [conv])
+            self._dm_peers[user, conv] = views[0].with_id if views else None  # a dm has always the same two members
+        peer = self._dm_peers[user, conv]
+        return peer is not None and bool(await self._store.blockers(user, [peer]))
 
     def _push_state(self, conv: str, skip_user: str, wire: bytes) -> None:
         self._delivery.push_state(conv, skip_user, wire)

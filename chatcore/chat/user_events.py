@@ -27,6 +27,7 @@ class LocalSessions(Protocol):
 
     def push_all(self, user: str, wire: bytes) -> None: ...
     def revoke_token(self, user: str, token_hash: bytes) -> None: ...
+    def blocks_changed(self, user: str) -> None: ...
 
 
 class UserEvents:
@@ -65,7 +66,7 @@ class UserEvents:
     def blocks_changed(self, user: str) -> None:
         """The list of those who block the user changed: the workers where the user writes may have cached it."""
         self._publish(user, {"k": "blocks"})
-        self._on_blocks()
+        self._apply_blocks(user)
 
     def push(self, user: str, wire: bytes) -> None:
         """Push something to all sessions of the user."""
@@ -76,6 +77,10 @@ class UserEvents:
         """A token was revoked: its sessions end at once (the check of the store finds it, too, but later)."""
         self._publish(user, {"k": "revoked", "token": token_hash.hex()})
         self._sessions.revoke_token(user, token_hash)
+
+    def _apply_blocks(self, user: str) -> None:
+        self._on_blocks()
+        self._sessions.blocks_changed(user)
 
     def _publish(self, user: str, message: dict[str, Any]) -> None:
         self._bus.publish(user_channel(user, self._channels), orjson.dumps({"u": user, **message}))
@@ -92,7 +97,7 @@ class UserEvents:
                 self._on_remote_row(message["c"], user)
                 self._refresh(user, message["c"], message.get("have"))
             case "blocks":
-                self._on_blocks()
+                self._apply_blocks(user)
             case "push":
                 self._sessions.push_all(user, message["wire"].encode())
             case "revoked":

@@ -81,8 +81,9 @@ class Session:
         "_sync",
         "_typing",
         "_user",
+        "_visible",
         "_waiting",
-        "_watching",
+        "_watched",
         "closed",
         "conn",
         "expires",
@@ -110,7 +111,8 @@ class Session:
         self._attaches = 0  # that hold the lock or wait for it
         # Empty in nearly every session; these then share one set.
         self._deferred = NOTHING  # conversations whose row changed while logging in
-        self._watching = NOTHING  # the users whose presence it is pushed
+        self._watched: tuple[str, ...] = ()  # the users whose presence the client asked for
+        self._visible = NOTHING  # of these, the users who do not block it
         self.expires = 0.0  # when its token ends, as far as is known here (the loop's clock)
 
     # --- Subscriber -------------------------------------------------------------
@@ -184,6 +186,11 @@ class Session:
         """A row changed before the session was ``ready``: refresh it as soon as it is."""
         self._deferred |= {conv}
 
+    def blocks_changed(self) -> None:
+        """A user blocked this one, or allows it again: what it may watch changed."""
+        if self._watched:
+            self._services.tasks.spawn(self._watch_again(), "session-watch")
+
     def extend(self, expires: float) -> None:
         """The token was found to be valid for longer."""
         self.expires = expires
@@ -208,8 +215,8 @@ class Session:
         self.ready = False
         self.on_writable()
         self._waiting = None
-        watching, self._watching = self._watching, NOTHING
-        self._services.presence.forget(self, watching)
+        visible, self._visible = self._visible, NOTHING
+        self._services.presence.forget(self, visible)
         self._leave()
 
     def _gone(self) -> bool:
@@ -492,10 +499,31 @@ class Session:
                 return await chat.channels(user, req)
             case p.Watch():
                 await chat.acquainted(user, req.users)
-                if self.closed:
-                    return None
-                before, self._watching = self._watching, frozenset(req.users)
-                return {"states": await self._services.presence.watch(self, before, req.users)}
+                self._watched = tuple(dict.fromkeys(req.users))
+                return {"states": await self._watch(user)}
+
+    async def _watch(self, user: str) -> list[dict[str, Any]]:
+        """Watch the users that the client named, without those who block it: these appear offline to it."""
+        users = self._watched
+        hidden = await self._services.chat.blockers(user, users)
+        if self.closed:
+            return []  # nothing may be registered for it any more
+        visible = [other for other in users if other not in hidden]
+        before, self._visible = self._visible, frozenset(visible)
+        states = {state["user"]: state for state in await self._services.presence.watch(self, before, visible)}
+        return [states.get(other) or {"user": other, "state": "offline"} for other in users]
+
+    async def _watch_again(self) -> None:
+        async with self._services.queries.hold(self):
+            before = self._visible
+            try:
+                states = await self._watch(self.user_id)
+            except ChatError as exc:
+                log.warning("presence for %s: %s", self.user_id, exc)
+                return
+            for state in states:
+                if (state["user"] in before) != (state["user"] in self._visible):
+                    self.push(orjson.dumps({"t": "presence", **state}))
 
     async def _attach(self, user: str, req: p.Attach) -> dict[str, Any] | None:
         limits = self._services.settings.limits

@@ -247,6 +247,9 @@ class Store(Protocol):
     async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
         """Those of ``others`` who share a conversation with the user."""
 
+    async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
+        """Those of ``others`` who block the user."""
+
     # --- accounts ----------------------------------------------------------
     async def add_user(self, name: str, password: str) -> User: ...
 

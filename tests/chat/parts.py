@@ -124,6 +124,10 @@ class Shelf:
             await self.gate.wait()
         return self.acquaintances & set(others)
 
+    async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
+        await self._ask("blockers", *others)
+        return set()
+
     async def users(self, ids: Sequence[str]) -> list[User]:
         await self._ask("users", *ids)
         return [User(id, id) for id in ids]

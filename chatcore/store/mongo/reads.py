@@ -296,6 +296,16 @@ class Reads:
             found.update(doc["_id"] for doc in docs)
         return found
 
+    async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
+        """Those of ``others`` who block the user."""
+        found: set[str] = set()
+        for some in chunks(list(others)):
+            keys = [f"{other}:{user}" for other in some]
+            cursor = self._mongo["blocks"].find({"_id": {"$in": keys}}, {"_id": 1}, batch_size=len(keys))
+            docs = await self._mongo.do(cursor.limit(len(keys)).to_list(len(keys)))
+            found.update(doc["_id"].partition(":")[0] for doc in docs)
+        return found
+
     # --- accounts ------------------------------------------------------------------
     async def account(self, name: str | None, user: str | None = None) -> Account | None:
         """An account by name or id."""

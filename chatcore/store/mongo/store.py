@@ -508,6 +508,9 @@ class MongoStore:
     async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
         return await self._reads.acquainted(user, others, self._max_conversations)
 
+    async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
+        return await self._reads.blockers(user, others)
+
     # --- accounts ------------------------------------------------------------------
     async def add_user(self, name: str, password: str) -> User:
         return await self._accounts.add_user(name, password)

@@ -291,6 +291,13 @@ def acquainted(user: str, others: Sequence[str]) -> Query[set[str]]:
     return lambda db: {other for (other,) in db.execute(sql, (keys, user))}
 
 
+def blockers(user: str, others: Sequence[str]) -> Query[set[str]]:
+    """Those of ``others`` who block the user."""
+    keys = orjson.dumps(list(others)).decode()
+    sql = "SELECT b.user FROM json_each(?) j CROSS JOIN blocks b ON b.user = j.value AND b.other = ?"
+    return lambda db: {other for (other,) in db.execute(sql, (keys, user))}
+
+
 def account(name: str | None, user: str | None = None) -> Query[Account | None]:
     """An account by name or by id."""
     where, value = ("name_key", name_key(name)) if name is not None else ("id", user)

@@ -189,6 +189,9 @@ class SQLiteStore:
     async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
         return await self._read(reads.acquainted(user, others))
 
+    async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
+        return await self._read(reads.blockers(user, others))
+
     # --- accounts --------------------------------------------------------------
     async def add_user(self, name: str, password: str) -> User:
         user: User = await self._writer.put(accounts.add_user(name, password))
