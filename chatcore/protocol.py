@@ -1,6 +1,6 @@
 """The wire protocol, version 1: every message, error and close code in one place.
 
-``PROTOCOL.md`` is the document; ``tests/test_protocol_doc.py`` holds the two
+``docs/protocol.md`` is the document; ``tests/test_protocol_doc.py`` holds the two
 together. Inbound requests are typed structs that msgspec decodes and validates
 in one pass; outbound messages are made with orjson, except for log entries,
 which are assembled from bytes that are already JSON (:func:`encode_entry`).

@@ -1,4 +1,4 @@
-"""PROTOCOL.md and the code cannot drift apart.
+"""docs/protocol.md and the code cannot drift apart.
 
 The tables of the document are compared with the structs, the codes, the limits and the routes, in both
 directions; its examples are decoded, or checked against its tables; and what a real server sends is
@@ -35,7 +35,7 @@ from chatcore.store.base import View
 
 from .server import PATIENCE_S, Server
 
-DOCUMENT: Final = Path(__file__).parents[1] / "PROTOCOL.md"
+DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "protocol.md"
 Json = dict[str, Any]
 
 
@@ -116,7 +116,7 @@ def document() -> dict[str, dict[str, Section]]:
 
 
 def chapter(name: str) -> dict[str, Section]:
-    assert name in document(), f"PROTOCOL.md has no chapter {name!r}"
+    assert name in document(), f"docs/protocol.md has no chapter {name!r}"
     return document()[name]
 
 
@@ -129,7 +129,7 @@ def same(documented: Any, code: Any, what: str) -> None:
     """Both ways; says which side has what."""
     documented, code = set(documented), set(code)
     assert documented == code, (
-        f"{what}: only PROTOCOL.md has {sorted(map(str, documented - code))}, "
+        f"{what}: only docs/protocol.md has {sorted(map(str, documented - code))}, "
         f"only the code has {sorted(map(str, code - documented))}"
     )
 
@@ -222,7 +222,7 @@ def struct_fields(kind: type[msgspec.Struct]) -> dict[str, Field]:
 def same_fields(documented: dict[str, Field], code: dict[str, Field], what: str) -> None:
     same(documented, code, f"the fields of {what}")
     for name, field in code.items():
-        assert documented[name] == field, f"{what}, field {name}: PROTOCOL.md {documented[name]}, the code {field}"
+        assert documented[name] == field, f"{what}, field {name}: docs/protocol.md {documented[name]}, the code {field}"
 
 
 # --- messages against the tables ------------------------------------------------------
@@ -235,7 +235,7 @@ def entry_fields(t: str) -> dict[str, Field]:
 def documented_push(t: str) -> dict[str, Field]:
     if t in parts("Entries"):
         return entry_fields(t)
-    assert t in parts("Pushes"), f"PROTOCOL.md has no push {t!r}"
+    assert t in parts("Pushes"), f"docs/protocol.md has no push {t!r}"
     return parts("Pushes")[t].fields()
 
 
@@ -275,11 +275,11 @@ def check(value: Json, fields: dict[str, Field], what: str, seen: set[str] | Non
     """A message has what the document says, and nothing else."""
     without = set(absent(value, fields))
     missing = [path for path in sorted(without) if fields[path].presence in ("always", "required")]
-    assert not missing, f"{what} lacks {missing}, which PROTOCOL.md says is always there: {value}"
+    assert not missing, f"{what} lacks {missing}, which docs/protocol.md says is always there: {value}"
     if seen is not None:
         seen.update("no " + path for path in without)
     for path, item in paths(value, fields):
-        assert path in fields, f"{what} has a field {path!r} that PROTOCOL.md does not know: {value}"
+        assert path in fields, f"{what} has a field {path!r} that docs/protocol.md does not know: {value}"
         assert is_of(item, fields[path]), f"{what}, field {path}: {item!r} is no {fields[path].type}"
         if seen is not None:
             seen.add(path)
@@ -515,7 +515,7 @@ def test_limits_are_the_settings() -> None:
     assert set(defaults) >= INTERNAL, f"not there any more: {INTERNAL - set(defaults)}"
     same(limit_rows(), set(defaults) - INTERNAL, "limits (or a setting is internal: say so in this test)")
     for name, row in limit_rows().items():
-        assert float(row[1]) == float(defaults[name]), f"{name}: PROTOCOL.md {row[1]}, the code {defaults[name]}"
+        assert float(row[1]) == float(defaults[name]), f"{name}: docs/protocol.md {row[1]}, the code {defaults[name]}"
 
 
 def test_limits_in_hello() -> None:

@@ -1,4 +1,4 @@
-"""One client: it connects, resumes, keeps what it is told, and comes back whatever happens, as PROTOCOL.md says.
+"""One client: it connects, resumes, keeps what it is told, and comes back whatever happens, as docs/protocol.md says.
 
 Where it differs from what the protocol advises, it is because a run packs the faults of a year into minutes:
 the wait before coming back is at most ``BACKOFF_MOST_S`` and starts again after ``GOOD_S`` of a good connection

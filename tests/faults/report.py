@@ -27,7 +27,7 @@ absence. **Recovery** is counted from the fault, or from when the client lost it
 it was served again: connected and caught up, its message acknowledged, or told of what others had been acknowledged.
 It is of the clients that were hit: lost their connection, or waited for more than a second.
 
-Clients come back as PROTOCOL.md says, but wait at most 4 s between attempts and take 1 s without an answer to a
+Clients come back as docs/protocol.md says, but wait at most 4 s between attempts and take 1 s without an answer to a
 ping for the end. The two hosts of mongodb-redis are two servers with folders of their own on one machine; a data
 folder of sqlite-local belongs to one server, so there it is one host of four workers. MongoDB is FerretDB here, which
 reads every document for every query: it sets the numbers of clients and messages, and says nothing about MongoDB's.
