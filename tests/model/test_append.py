@@ -1,4 +1,4 @@
-"""The append loop keeps its promises on a store where everything goes wrong (log.md, Append)."""
+"""The append loop keeps its promises on a store where everything goes wrong (docs/log.md, Append)."""
 
 from __future__ import annotations
 

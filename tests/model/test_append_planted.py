@@ -1,7 +1,7 @@
 """The checker of the append loop is itself checked: each fault planted here must be found.
 
 A fault is a variant of the loop, or of what the store gives it, that breaks one rule
-of log.md (its number is in the name where it has one).
+of docs/log.md (its number is in the name where it has one).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The deliver loop keeps its promises whatever the bus loses, repeats and reorders (log.md, Deliver)."""
+"""The deliver loop keeps its promises whatever the bus loses, repeats and reorders (docs/log.md, Deliver)."""
 
 from __future__ import annotations
 
