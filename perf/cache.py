@@ -5,7 +5,7 @@ this one process; Redis is a real one (``--redis``, else one is started). A *vis
 does: log in to any worker (session, list, views), open some conversations (role, last 50 entries,
 names of who wrote), write in some, now and then be asked for its session again by HTTP. Users open
 the conversations that they are active in, some more often than others; one open in ten is *cold*: of a
-conversation in which nobody is active. After half of the visits one worker is replaced by a new one,
+conversation without active members. After half of the visits one worker is replaced by a new one,
 whose memory is empty.
 
 So that lives end within a short run, clocks run faster: with ``--speed 30`` a run of 20 s stands for ten
@@ -347,8 +347,8 @@ def main(argv: list[str]) -> dict[str, Any]:
     """Run it; returns what ``--json`` writes."""
     parser = argparse.ArgumentParser(prog="perf cache", description=__doc__)
     parser.add_argument("--people", type=int, default=400)
-    parser.add_argument("--active", type=int, default=200, help="conversations in which somebody is active")
-    parser.add_argument("--quiet", type=int, default=600, help="conversations in which nobody is")
+    parser.add_argument("--active", type=int, default=200, help="conversations with active members")
+    parser.add_argument("--quiet", type=int, default=600, help="conversations without")
     parser.add_argument("--entries", type=int, default=60, help="messages in each at the start")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each case")
     parser.add_argument("--rate", type=float, default=50.0, help="visits per second")

@@ -67,12 +67,12 @@ def main(argv: list[str]) -> dict[str, object]:
     with bench.progress("fanout", opts.size.rounds * sum(len(plan[2]) for plan in plans)) as step:
         for i in range(opts.size.rounds):
 
-            def told(what: str, n: int = i) -> None:
+            def started(what: str, n: int = i) -> None:
                 step(f"round {n + 1}, {what}")
 
             for peer, workers, wanted in plans:
                 with bench.survive(results, peer):
-                    run(peer, workers, wanted, opts, results, told)
+                    run(peer, workers, wanted, opts, results, started)
     return results.json()
 
 

@@ -1,7 +1,7 @@
 """``storm``: all sessions are cut at the same time, and come back at the same time.
 
 Each is in 10 conversations of 20 and resumes with what it has: nothing is missing, or one message in each
-conversation, which somebody else sent meanwhile. The time of a session is from the moment at which all come back
+conversation, which another member sent meanwhile. The time of a session is from the moment at which all come back
 until it is live; CPU is the server's from then until the last is live (closing the old ones is counted apart).
 Servers that know no resuming are simply joined again.
 """

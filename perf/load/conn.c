@@ -61,7 +61,7 @@ void conn_close(struct load *l, struct conn *c, bool meant)
     c->fd = -1;
     c->state = CLOSED;
     c->timer_epoch++;
-    if (meant) /* whoever leaves gets no answer; it is not the server's fault */
+    if (meant) /* this client leaves before its answers: not an error of the server */
         l->window_stats.abandoned += c->in_flight;
     c->in_flight = 0;
     c->listens = false;

@@ -184,8 +184,8 @@ class Generator:
     ) -> None:
         """Connect clients, and wait until each is live or has failed.
 
-        ``handshakes``: at most so many at the same time, in each process (0: all). ``meanwhile`` is called when all
-        have been told.
+        ``handshakes``: at most so many at the same time, in each process (0: all). ``meanwhile`` is called when
+        every process has its orders.
         """
         for i, part in enumerate(self._parts):
             at, n = self._range(i, first, count)

@@ -72,7 +72,7 @@ static void read_commands(struct load *l)
     /* What is begun now is not begun when the wait did: it would have to catch up. */
     l->now = clock_ns(CLOCK_MONOTONIC);
     ssize_t n = read(0, buffer + have, sizeof buffer - 1 - have);
-    if (n <= 0) { /* whoever started this is gone */
+    if (n <= 0) { /* the parent process is gone */
         l->quit = true;
         return;
     }

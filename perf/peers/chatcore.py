@@ -42,7 +42,7 @@ TOKEN_MS = 30 * 86_400_000
 
 class Chatcore(Peer):
     name = "chatcore"
-    about = "the whole chat path: authenticated, durable (SQLite, synchronous=FULL) before anybody is told"
+    about = "the whole chat path: authenticated, durable (SQLite, synchronous=FULL) before any delivery"
     benches = frozenset({"fanout", "send", "idle", "storm", "history", "users"})
     multi_process = True
     durable = True

@@ -1,6 +1,6 @@
-/* The floor: what nobody who calls send() once per delivery can be faster than.
+/* The floor: no server that calls send() once per delivery can be faster.
  *
- * A loop over epoll that does nothing but what a delivery cannot do without: one send() of a frame that was built
+ * A loop over epoll that does only what every delivery needs: one send() of a frame that was built
  * once per message. The handshake is checked for its key alone, frames only for what the load generator sends; no
  * queues, no limits, no timers. A member that reads slowly stops everybody, which is fair for a floor only.
  *
