@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -9,6 +10,9 @@ from pathlib import Path
 from typing import Final
 
 import pytest
+
+from chatcore.protocol import CloseCode
+from chatcore.settings import Settings
 
 ROOT: Final = Path(__file__).parents[1]
 #: Where our text is: folders, and files of the root by their endings.
@@ -151,3 +155,23 @@ def test_every_rule_and_invariant_has_its_tests() -> None:
     for invariant in invariants:
         named = [row for name, row in shown.items() if invariant.lower() in name.lower()]
         assert named and "::" in named[0].split("|")[2], f"no test shows: {invariant}"
+
+
+@pytest.mark.parametrize("document", [path for path in documents() if "/" not in path or path.startswith("docs/")])
+def test_every_setting_and_close_code_in_a_document_is_there(document: str) -> None:
+    if document == "CHANGELOG.md":
+        return
+    settings = Settings.default()
+    groups = "|".join(vars_of(settings))
+    for group, name in re.findall(rf"`({groups})\.(\w+)`", texts()[document]):
+        # There, `limits.` also begins fields of `hello`; the test of that document knows both.
+        if name != "py" and document != "docs/protocol.md":
+            assert name in vars_of(getattr(settings, group)), f"{document} names the setting {group}.{name}"
+    codes = {int(code) for code in CloseCode} | {1000, 1006}
+    for code in re.findall(r"\bwith (\d{4})\b", texts()[document]):
+        assert int(code) in codes, f"{document} names the close code {code}"
+
+
+def vars_of(settings: object) -> list[str]:
+    """The names of the groups, or of the settings of one."""
+    return [field.name for field in dataclasses.fields(settings)]  # type: ignore[arg-type]
