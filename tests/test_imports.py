@@ -22,8 +22,6 @@ PACKAGE: Final = "chatcore"
 #: (module, part) that are not allowed and are there still. An entry that is needed no longer fails the test.
 KNOWN_IMPORTS: Final = frozenset(
     {
-        ("chat/presence.py", "server/"),
-        ("chat/users.py", "server/"),
         ("supervisor/status.py", "cache/"),
     }
 )
@@ -32,16 +30,6 @@ KNOWN_RINGS: Final = frozenset(
     {
         frozenset({"client/client.py", "client/directory.py"}),
         frozenset({"queue/redis.py", "queue/redis_consumer.py", "queue/redis_partition.py"}),
-        frozenset(
-            {
-                "chat/presence.py",
-                "chat/service.py",
-                "chat/users.py",
-                "server/api.py",
-                "server/session.py",
-                "server/worker.py",
-            }
-        ),
     }
 )
 #: What a row may allow without using it yet.

@@ -28,8 +28,8 @@ from websockets.exceptions import ConnectionClosed
 from chatcore import errors
 from chatcore import protocol as p
 from chatcore.server import api as routes
+from chatcore.server.connections import _make_hello
 from chatcore.server.session import conv_push
-from chatcore.server.worker import Worker
 from chatcore.settings import Settings
 from chatcore.store.base import View
 
@@ -447,8 +447,7 @@ def test_pushes_and_replies() -> None:
 @cache
 def hello() -> Json:
     """What a worker with default settings says first."""
-    context = types.SimpleNamespace(version="0.0.0")
-    frame = Worker._make_hello(cast(Any, types.SimpleNamespace(settings=Settings.default(), context=context)))
+    frame = _make_hello(Settings.default(), "0.0.0")
     message: Json = orjson.loads(frame[frame.index(b"{") :])
     return message
 
@@ -549,7 +548,7 @@ def test_limits_in_the_text() -> None:
 
 
 def test_routes() -> None:
-    known = {f"{method} {path}" for method, path in routes.Api(cast(Any, None))._routes}
+    known = {f"{method} {path}" for method, path in routes.Api(*[cast(Any, None)] * 7)._routes}
     same((part.replace("{id}", "{}") for part in parts("HTTP")), known, "routes")
 
 
