@@ -35,8 +35,8 @@ import uvloop
 
 from chatcore.bus.local import LocalBus
 from chatcore.cache.invalidations import CHANNEL
-from chatcore.cache.stats import Counts
-from chatcore.cache.store import CachedStore
+from chatcore.cache.lookup import ReadCounts
+from chatcore.cache.store import SharedCachedStore
 from chatcore.chat import events
 from chatcore.chat.room import conv_channel
 from chatcore.common.redis_client import RedisClient, parse_url
@@ -100,7 +100,7 @@ class Worker:
     def __init__(self, data: Path, name: str, settings: Cache, redis: str | None, clock: Clock) -> None:
         self.store = SQLiteStore(data, self._on_commit)
         self.redis = None if redis is None else RedisClient(parse_url(redis), timeout_s=settings.l2_timeout_ms / 1000)
-        self.cache = CachedStore(self.store, settings, self.redis, clock=clock, wall=clock.wall)
+        self.cache = SharedCachedStore(self.store, settings, self.redis, clock=clock, wall=clock.wall)
         bus = Bus()
         self.bus = LocalBus(
             data / "run",
@@ -141,11 +141,11 @@ class Worker:
             self.cache.on_bus(payload)
         elif payload[:1] == events.ENTRY:
             e = events.unpack_entry(channel[2:], payload)
-            self.cache.heard(e)
+            self.cache.on_entry(e)
             self._head(e.conv, e.seq)
 
     def on_doubt(self, why: str) -> None:
-        self.cache.on_doubt()
+        self.cache.on_resync_needed()
 
     def on_peer_gone(self, peer: str) -> None: ...
 
@@ -303,9 +303,9 @@ async def alive(workers: list[Worker]) -> AsyncIterator[None]:
             await w.close()
 
 
-def counts(workers: list[Worker], kind: str) -> Counts:
+def counts(workers: list[Worker], kind: str) -> ReadCounts:
     """The reads of some workers together."""
-    total = Counts()
+    total = ReadCounts()
     for w in workers:
         shown = w.cache.stats()["kinds"][kind]
         total.l1 += shown["l1"]

@@ -10,8 +10,7 @@ from typing import Any, Final
 
 from ..bus.local import LocalBus
 from ..bus.redis import RedisBus
-from ..cache.embedded import EmbeddedCache
-from ..cache.store import CachedStore
+from ..cache.store import CachedStore, SharedCachedStore
 from ..common.redis_client import RedisClient, parse_url
 from ..queue.base import Queue
 from ..queue.redis import RedisQueue
@@ -83,12 +82,13 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
         client = RedisClient(address)
         contention = Contention(store.heard, store.on_yield, store.row_changed, store.blocks_changed)
         breakers = {"queue": client.breaker}
-        cache = near = None
+        cache: CachedStore | None = None
+        near = None
         if settings.cache.enabled:
             if settings.cache.l2:
                 near = RedisClient(address, timeout_s=settings.cache.l2_timeout_ms / 1000)
                 breakers["cache"] = near.breaker
-            cache = CachedStore(store, settings.cache, near)
+            cache = SharedCachedStore(store, settings.cache, near)
         return Backends(
             cache or store,
             contention,
@@ -110,7 +110,7 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
         timeout_ms=settings.timeouts.store_ms,
         max_conversations=settings.limits.conversations_per_user,
     )
-    cache = EmbeddedCache(embedded, settings.cache) if settings.cache.enabled else None
+    cache = CachedStore(embedded, settings.cache) if settings.cache.enabled else None
     return Backends(
         cache or embedded,
         None,

@@ -248,7 +248,7 @@ class Worker:
             if self._contention is not None:
                 self._contention.heard(entry)
             if self.cache is not None:
-                self.cache.heard(entry)
+                self.cache.on_entry(entry)
             self.delivery.on_entry(entry)
         elif kind == events.STATE:
             self.delivery.push_state(conv, *events.unpack_state(payload))
@@ -259,7 +259,7 @@ class Worker:
         """Messages may have been lost: compare with the store."""
         log.debug("resync: %s", why)
         if self.cache is not None:
-            self.cache.on_doubt()
+            self.cache.on_resync_needed()
         self.delivery.check()
 
     def on_peer_gone(self, peer: str) -> None:

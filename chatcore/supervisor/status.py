@@ -7,12 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from .. import __version__
-from ..cache.stats import Counts
 from .stats import Health
 from .worker_slot import Slot, Worker
 
 #: Whose health is told, in this order.
 PARTS: Final = ("store", "bus", "cache", "queue")
+#: What a worker's cache counts for each kind of read: reads answered by level 1, by level 2, by the store, and values
+#: read again ahead of need.
+CACHE_COUNTERS: Final = ("l1", "l2", "missed", "refreshed")
 
 
 def report(slots: Sequence[Slot], target: int, url: str, stopping: bool) -> dict[str, Any]:
@@ -86,11 +88,16 @@ def _health(of_workers: Iterable[int]) -> str:
 
 def _reads(told: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Reads that the cache answered, by kind, of all workers together: by level 1, level 2, or not at all."""
-    kinds: dict[str, Counts] = {}
+    kinds: dict[str, dict[str, Any]] = {}
     for figures in told:
-        for kind, counts in figures.get("cache", {}).get("kinds", {}).items():
-            kinds.setdefault(kind, Counts()).add(counts)
-    return {kind: counts.shown() for kind, counts in kinds.items()}
+        for kind, counters in figures.get("cache", {}).get("kinds", {}).items():
+            total = kinds.setdefault(kind, dict.fromkeys(CACHE_COUNTERS, 0))
+            for name in CACHE_COUNTERS:
+                total[name] += counters[name]
+    for total in kinds.values():
+        hits = total["l1"] + total["l2"]
+        total["ratio"] = round(hits / (hits + total["missed"]), 4) if hits + total["missed"] else 1.0
+    return kinds
 
 
 def summary(status: dict[str, Any]) -> list[str]:

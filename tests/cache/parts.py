@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from chatcore.cache.store import CachedStore
-from chatcore.cache.through import Through
+from chatcore.cache.forwarding import ForwardingStore
+from chatcore.cache.store import SharedCachedStore
 from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.errors import Unavailable
 from chatcore.settings import Cache
@@ -76,7 +76,7 @@ class Gate:
         self.open = asyncio.Event()
 
 
-class Slow(Through):
+class Slow(ForwardingStore):
     """A real store whose reads can be counted, and stopped between the answer and the asker."""
 
     def __init__(self, inner: SQLiteStore) -> None:
@@ -145,7 +145,7 @@ class Hub:
     def doubt(self) -> None:
         """Everybody may have missed something."""
         for worker in self.workers:
-            worker.cache.on_doubt()
+            worker.cache.on_resync_needed()
 
 
 class Line:
@@ -191,7 +191,9 @@ class Worker:
         self.redis = None
         if redis is not None:
             self.redis = RedisClient(parse_url(redis), timeout_s=settings.l2_timeout_ms / 1000)
-        self.cache = CachedStore(self.slow, settings, self.redis, clock=clock, wall=clock.wall, chance=lambda: 0.0)
+        self.cache = SharedCachedStore(
+            self.slow, settings, self.redis, clock=clock, wall=clock.wall, chance=lambda: 0.0
+        )
         hub.workers.append(self)
         self.line = Line(hub, self)
 
@@ -200,7 +202,7 @@ class Worker:
         for other in self.hub.workers:
             if other is not self and not self.hub.lossy and not other.deaf:
                 for e in entries:
-                    other.cache.heard(e)
+                    other.cache.on_entry(e)
 
     @property
     def calls(self) -> Counter[str]:
@@ -261,7 +263,7 @@ async def workers(
         for w in made:
             await w.cache.start()
             await w.cache.listen(w.line)
-            await within(w.cache.ahead.warm.wait(), "the end of warming")
+            await within(w.cache.prefetcher.warm.wait(), "the end of warming")
             w.calls.clear()
         yield made
     finally:

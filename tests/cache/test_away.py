@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
-from chatcore.cache.l2 import OWED
+from chatcore.cache.l2 import MAX_PENDING_DELETIONS
 
 from ..services.redis import RedisCluster, RedisServer
 from .parts import SETTINGS, Worker, seqs, until, within, workers
@@ -37,7 +37,7 @@ async def test_a_redis_that_stands_still_costs_one_time_out(tmp_path: Path, redi
         ann = await w.user("ann")
         conv = await w.conversation(ann)
         await w.fill(conv, ann, 20)
-        w.cache.on_doubt()
+        w.cache.on_resync_needed()
         loop = asyncio.get_running_loop()
         redis_server.freeze()
         began = loop.time()
@@ -45,7 +45,7 @@ async def test_a_redis_that_stands_still_costs_one_time_out(tmp_path: Path, redi
         assert loop.time() - began < 2 * stall_s
         for i in range(20):
             began = loop.time()
-            w.cache.on_doubt()
+            w.cache.on_resync_needed()
             assert len(seqs(await w.last(conv, ann))) == 22 + i
             await w.cache.update_user(ann.id, "ann", None)
             assert await w.cache.users([ann.id]) == [ann]
@@ -62,7 +62,7 @@ async def test_a_redis_that_was_emptied_matches_nothing_from_before(tmp_path: Pa
     async with workers(tmp_path, 2, redis=redis_server.url, settings=SETTINGS) as (reader, writer):
         ann = await writer.user("ann")
         for w in (reader, writer):
-            w.cache.on_doubt()
+            w.cache.on_resync_needed()
         gate = reader.slow.gate("users")
         asked = asyncio.create_task(reader.cache.users([ann.id]))
         await within(gate.reached.wait(), "the read")
@@ -75,7 +75,7 @@ async def test_a_redis_that_was_emptied_matches_nothing_from_before(tmp_path: Pa
         gate.open.set()
         await asked
         assert reader.cache.l2 is not None
-        await reader.cache.l2.sent()
+        await reader.cache.l2.flush()
         reader.hub.doubt()
         for w in (writer, reader):
             assert (await w.cache.users([ann.id]))[0].name == "anna"
@@ -101,7 +101,7 @@ async def test_everything_goes_on_while_redis_is_dead_and_is_used_again_without_
         page = await a.last(conv, ann)
         for w in (a, b):
             assert w.cache.l2 is not None
-            await w.cache.l2.sent()
+            await w.cache.l2.flush()
         a.hub.doubt()
         b.calls.clear()
         assert await b.last(conv, ann) == page
@@ -116,11 +116,11 @@ async def test_a_deletion_that_could_not_be_sent_is_sent_before_anything_is_read
         conv = await a.conversation(ann, bob)
         await a.cache.add_token(HASH, ann.id, FOR_EVER, "hash")
         for w in (a, b):
-            w.cache.on_doubt()
+            w.cache.on_resync_needed()
             await w.cache.role(bob.id, conv)
             assert await w.cache.token(HASH) is not None
             assert w.cache.l2 is not None
-            await w.cache.l2.sent()
+            await w.cache.l2.flush()
         a.hub.lossy = True
         redis_server.freeze()
         await a.cache.revoke_token(HASH)
@@ -129,7 +129,7 @@ async def test_a_deletion_that_could_not_be_sent_is_sent_before_anything_is_read
         redis_server.thaw()
         await back(a)
         await back(b)
-        b.cache.on_doubt()
+        b.cache.on_resync_needed()
         assert await b.cache.token(HASH) is None
         assert await b.cache.role(bob.id, conv) is None
 
@@ -140,14 +140,14 @@ async def test_too_many_deletions_make_their_kinds_unknown(tmp_path: Path, redis
         assert await b.cache.users([ann.id]) == [ann]
         assert a.cache.l2 is not None
         assert b.cache.l2 is not None
-        await b.cache.l2.sent()
+        await b.cache.l2.flush()
         await a.sqlite.update_user(ann.id, "anna", None)
         redis_server.freeze()
         assert not await a.cache.l2.delete([("t", "x")])
-        assert not await a.cache.l2.delete([("u", f"other{i}") for i in range(OWED + 1)])
+        assert not await a.cache.l2.delete([("u", f"other{i}") for i in range(MAX_PENDING_DELETIONS + 1)])
         redis_server.thaw()
         await back(a, b)
-        b.cache.on_doubt()
+        b.cache.on_resync_needed()
         assert (await b.cache.users([ann.id]))[0].name == "anna", "nothing of this kind is believed"
 
 
@@ -161,14 +161,14 @@ async def test_a_redis_that_came_back_with_its_data_is_not_believed(tmp_path: Pa
         await b.last(conv, ann)
         for w in (a, b):
             assert w.cache.l2 is not None
-            await w.cache.l2.sent()
+            await w.cache.l2.flush()
         await a.sqlite.update_user(ann.id, "anna", None)  # told to nobody: as if the deletion had been lost
         redis_server.restart()
         assert redis_server.command("DBSIZE") > 0
-        b.cache.on_doubt()
+        b.cache.on_resync_needed()
         assert (await b.cache.users([ann.id]))[0].name == "anna"
         await back(a, b)
-        b.cache.on_doubt()
+        b.cache.on_resync_needed()
         b.calls.clear()
         assert seqs(await b.last(conv, ann))[-1] == head
         assert b.calls["entries"] == 1
@@ -189,12 +189,12 @@ async def test_a_cluster_is_used_as_well(tmp_path: Path) -> None:
                 await w.cache.users([ann.id, bob.id])
                 assert await w.cache.token(HASH) is not None
                 assert w.cache.l2 is not None
-                await w.cache.l2.sent()
+                await w.cache.l2.flush()
             assert b.calls["entries"] == b.calls["role"] == b.calls["users"] == b.calls["token"] == 0
             a.hub.lossy = True
             await a.cache.update_user(ann.id, "anna", "new hash")
             await a.change(convs[0], ann, bob, "none")
-            b.cache.on_doubt()
+            b.cache.on_resync_needed()
             assert await b.cache.token(HASH) is None
             assert (await b.cache.users([ann.id]))[0].name == "anna"
             assert await b.cache.role(bob.id, convs[0]) is None

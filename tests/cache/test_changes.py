@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chatcore.cache.store import CachedStore
+from chatcore.cache.store import SharedCachedStore
 from chatcore.errors import NotFound
 from chatcore.store.base import Entry, Token, User
 from chatcore.store.entries import new_entry
@@ -27,16 +27,16 @@ def redis(request: pytest.FixtureRequest) -> str | None:
     return url
 
 
-async def name_of(cache: CachedStore, user: User) -> str:
+async def name_of(cache: SharedCachedStore, user: User) -> str:
     return (await cache.users([user.id]))[0].name
 
 
 async def forget(*some: Worker) -> None:
     """Level 1 is empty, and level 2 knows nothing of what is being read."""
     for w in some:
-        w.cache.on_doubt()
+        w.cache.on_resync_needed()
         if w.cache.l2 is not None:
-            await w.cache.l2.sent()
+            await w.cache.l2.flush()
 
 
 async def test_a_fill_does_not_keep_what_changed_while_it_was_read(tmp_path: Path, redis: str | None) -> None:
@@ -74,7 +74,7 @@ async def test_a_fill_does_not_keep_what_changed_while_it_was_read(tmp_path: Pat
         assert await token is None, "it was read again"
         assert await reader.cache.token(HASH) is None
         if reader.cache.l2 is not None:
-            await reader.cache.l2.sent()
+            await reader.cache.l2.flush()
             await forget(reader)
             assert await name_of(reader.cache, ann) == "anna", "what was written to level 2"
             assert await reader.cache.role(bob.id, conv) is None
@@ -98,7 +98,7 @@ async def test_a_fill_does_not_keep_what_a_deaf_reader_was_not_told(tmp_path: Pa
         for gate in gates:
             gate.open.set()
         await asyncio.gather(*asked)
-        await reader.cache.l2.sent()
+        await reader.cache.l2.flush()
         await forget(reader, writer)
         assert await name_of(writer.cache, ann) == "anna"
         assert await writer.cache.token(HASH) is None
@@ -223,7 +223,7 @@ async def test_a_doubt_while_something_is_read_keeps_it_out(tmp_path: Path, redi
         await within(gate.reached.wait(), "the read")
         reader.hub.lossy = True
         await writer.cache.update_user(ann.id, "anna", None)
-        reader.cache.on_doubt()
+        reader.cache.on_resync_needed()
         gate.open.set()
         await asked
         assert await name_of(reader.cache, ann) == "anna"
@@ -262,7 +262,7 @@ async def test_a_body_that_was_overwritten_is_given_to_nobody(tmp_path: Path, re
         (old,) = await a.sqlite.entries(conv, head - 1, 1, 10**6)
         new = Entry(conv, head, "msg", ann.id, old.msgs, old.last_msg, old.wire.replace(b'"m', b'"gone '))
         gate = b.slow.gate("entries")
-        b.cache.on_doubt()
+        b.cache.on_resync_needed()
         if b.cache.l2 is not None:
             await b.cache.l2.delete([("e", conv)])  # so that the store is asked
         asked = asyncio.create_task(b.last(conv, ann, hint=head))
@@ -272,17 +272,17 @@ async def test_a_body_that_was_overwritten_is_given_to_nobody(tmp_path: Path, re
         await asked
         for w in (a, b):
             if w.cache.l2 is not None:
-                await w.cache.l2.sent()
-        kept = b.cache.history.tails.dense(conv, head, head)
+                await w.cache.l2.flush()
+        kept = b.cache.recent.l1.dense(conv, head, head)
         # The store of this test still has the old body: what came from the store after the change may show it.
         assert kept is None or b.calls["entries"] >= 2
         if a.cache.l2 is not None:
-            record = (await a.cache.l2.tails([conv]))[conv]
+            record = (await a.cache.l2.read_entries([conv]))[conv]
             bodies = {e.seq: e.wire for e in record.entries}
             assert bodies[head] == new.wire, "nobody wrote what was read before"
-            a.cache.l2.add([old])  # late: it was committed long ago
-            await a.cache.l2.sent()
-            record = (await a.cache.l2.tails([conv]))[conv]
+            a.cache.l2.add_committed([old])  # late: it was committed long ago
+            await a.cache.l2.flush()
+            record = (await a.cache.l2.read_entries([conv]))[conv]
             assert {e.seq: e.wire for e in record.entries}[head] == new.wire
 
 

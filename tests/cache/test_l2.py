@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import orjson
 
-from chatcore.cache.l2 import L2, QUEUE, Record, TailRecord
+from chatcore.cache.l2 import L2, QUEUE, L2Entries, L2Value
 from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.protocol import encode_entry
 from chatcore.store.base import Entry
@@ -38,13 +38,13 @@ async def levels(url: str, count: int = 2) -> AsyncIterator[list[L2]]:
             await l2.close()
 
 
-async def look(l2: L2, key: str = "k", kind: str = "u") -> Record:
-    return (await l2.look(kind, [key]))[key]
+async def look(l2: L2, key: str = "k", kind: str = "u") -> L2Value:
+    return (await l2.read_values(kind, [key]))[key]
 
 
-async def fill(l2: L2, record: Record, value: bytes | None, key: str = "k", kind: str = "u") -> None:
+async def fill(l2: L2, record: L2Value, value: bytes | None, key: str = "k", kind: str = "u") -> None:
     l2.fill(kind, key, record, value)
-    await l2.sent()
+    await l2.flush()
 
 
 async def test_one_reader_gets_the_right_to_write(redis_url: str) -> None:
@@ -57,9 +57,9 @@ async def test_one_reader_gets_the_right_to_write(redis_url: str) -> None:
         await fill(b, second, b"unasked")
         assert not (await look(b)).known
         await fill(a, first, b"value")
-        assert (await look(b)).value == b"value"
+        assert (await look(b)).data == b"value"
         await fill(a, first, b"again")
-        assert (await look(b)).value == b"value", "a right is used once"
+        assert (await look(b)).data == b"value", "a right is used once"
 
 
 async def test_what_does_not_exist_is_known_too(redis_url: str) -> None:
@@ -67,9 +67,9 @@ async def test_what_does_not_exist_is_known_too(redis_url: str) -> None:
         await fill(a, await look(a), None)
         record = await look(b)
         assert record.known
-        assert record.value is None
+        assert record.data is None
         await fill(a, await look(a, "empty"), b"", "empty")
-        assert (await look(b, "empty")).value == b""
+        assert (await look(b, "empty")).data == b""
 
 
 async def test_a_deletion_takes_the_right_away(redis_url: str) -> None:
@@ -81,7 +81,7 @@ async def test_a_deletion_takes_the_right_away(redis_url: str) -> None:
         assert not after.known
         await fill(a, before, b"old")
         await fill(b, after, b"new")
-        assert (await look(a)).value == b"new"
+        assert (await look(a)).data == b"new"
 
 
 async def test_a_value_is_replaced_by_who_saw_it_and_by_nobody_else(redis_url: str) -> None:
@@ -90,7 +90,7 @@ async def test_a_value_is_replaced_by_who_saw_it_and_by_nobody_else(redis_url: s
         seen, also = await look(a), await look(b)
         await fill(a, seen, b"two")
         await fill(b, also, b"late")
-        assert (await look(b)).value == b"two"
+        assert (await look(b)).data == b"two"
 
 
 async def test_a_kind_can_be_made_unknown_at_once(redis_url: str) -> None:
@@ -104,7 +104,7 @@ async def test_a_kind_can_be_made_unknown_at_once(redis_url: str) -> None:
         await fill(a, before, b"old", "being read")
         assert not (await look(b, "being read")).known, "it was read before"
         await fill(a, await look(a), b"value")
-        assert (await look(b)).value == b"value"
+        assert (await look(b)).data == b"value"
 
 
 async def test_what_somebody_else_put_there_is_not_believed(redis_url: str) -> None:
@@ -113,86 +113,86 @@ async def test_what_somebody_else_put_there_is_not_believed(redis_url: str) -> N
         await client.call("SET", f"{a.prefix}:u:junk", b"x")
         await client.call("SET", f"{a.prefix}:u:long", b"x" * 100)
         await client.call("LPUSH", f"{a.prefix}:u:list", b"x")
-        records = await a.look("u", ["junk", "long", "list"])
+        records = await a.read_values("u", ["junk", "long", "list"])
         assert not any(record.known for record in records.values())
         assert a.ready
 
 
-async def tail(l2: L2, conv: str = "c") -> tuple[TailRecord, list[int]]:
-    record = (await l2.tails([conv]))[conv]
+async def recent(l2: L2, conv: str = "c") -> tuple[L2Entries, list[int]]:
+    record = (await l2.read_entries([conv]))[conv]
     return record, sorted(e.seq for e in record.entries)
 
 
 async def test_committed_entries_are_there_for_all_once_and_trimmed(redis_url: str) -> None:
     async with levels(redis_url) as (a, b):
         for seq in (1, 2, 4, 3, 3):
-            a.add([entry(seq)])
-            await a.sent()
-        record, seqs = await tail(b)
+            a.add_committed([entry(seq)])
+            await a.flush()
+        record, seqs = await recent(b)
         assert seqs == [1, 2, 3, 4]
         assert record.entries[0] == entry(1)
-        a.add([entry(seq) for seq in range(5, 9)])
-        await a.sent()
-        assert (await tail(b))[1] == [4, 5, 6, 7, 8]
-        b.add([entry(2)])  # late
-        await b.sent()
-        assert (await tail(b))[1] == [4, 5, 6, 7, 8]
+        a.add_committed([entry(seq) for seq in range(5, 9)])
+        await a.flush()
+        assert (await recent(b))[1] == [4, 5, 6, 7, 8]
+        b.add_committed([entry(2)])  # late
+        await b.flush()
+        assert (await recent(b))[1] == [4, 5, 6, 7, 8]
 
 
 async def test_entries_that_were_read_are_added_unless_one_was_overwritten(redis_url: str) -> None:
     async with levels(redis_url) as (a, b):
-        before, seqs = await tail(a)
+        before, seqs = await recent(a)
         assert seqs == []
         assert await b.overwrite(entry(2, "gone"))
-        a.grow("c", before, [entry(1), entry(2)])
-        await a.sent()
-        record, seqs = await tail(a)
+        a.fill_entries("c", before, [entry(1), entry(2)])
+        await a.flush()
+        record, seqs = await recent(a)
         assert seqs == [2]
         assert record.entries == [entry(2, "gone")]
-        a.grow("c", record, [entry(1), entry(2), entry(3)])
-        await a.sent()
-        record, seqs = await tail(b)
+        a.fill_entries("c", record, [entry(1), entry(2), entry(3)])
+        await a.flush()
+        record, seqs = await recent(b)
         assert seqs == [1, 2, 3]
         assert entry(2, "gone") in record.entries, "what is there stays"
         again = record
         assert await b.overwrite(entry(3, "gone too"))
-        a.grow("c", again, [entry(3), entry(4)])
-        await a.sent()
-        record, seqs = await tail(b)
+        a.fill_entries("c", again, [entry(3), entry(4)])
+        await a.flush()
+        record, seqs = await recent(b)
         assert seqs == [1, 2, 3]
         assert entry(3, "gone too") in record.entries
 
 
 async def test_a_tail_that_was_deleted_refuses_who_read_before(redis_url: str) -> None:
     async with levels(redis_url) as (a, b):
-        a.add([entry(1)])
-        await a.sent()
-        before, _ = await tail(a)
+        a.add_committed([entry(1)])
+        await a.flush()
+        before, _ = await recent(a)
         assert await b.delete([("e", "c")])
-        a.grow("c", before, [entry(1)])
-        await a.sent()
-        assert (await tail(b))[1] == []
+        a.fill_entries("c", before, [entry(1)])
+        await a.flush()
+        assert (await recent(b))[1] == []
         assert await b.delete([("e", "*")])
-        record, _ = await tail(b)
-        b.grow("c", record, [entry(1)])
-        await b.sent()
-        assert (await tail(a))[1] == [1]
+        record, _ = await recent(b)
+        b.fill_entries("c", record, [entry(1)])
+        await b.flush()
+        assert (await recent(a))[1] == [1]
 
 
 async def test_a_tail_whose_generation_was_evicted_begins_anew(redis_url: str) -> None:
     async with levels(redis_url) as (a, b):
-        a.add([entry(1, "of whom nobody knows whether it is true")])
-        await a.sent()
+        a.add_committed([entry(1, "of whom nobody knows whether it is true")])
+        await a.flush()
         await a._client.call("DEL", f"{a.prefix}:g:{{c}}")
-        assert (await tail(b))[1] == []
-        b.add([entry(2)])
-        await b.sent()
-        assert (await tail(b))[1] == [2]
+        assert (await recent(b))[1] == []
+        b.add_committed([entry(2)])
+        await b.flush()
+        assert (await recent(b))[1] == [2]
 
 
 async def test_what_cannot_be_sent_in_time_is_not_sent(redis_url: str) -> None:
     async with levels(redis_url) as (a, b):
-        a.add([entry(seq) for seq in range(1, QUEUE + 11)])
+        a.add_committed([entry(seq) for seq in range(1, QUEUE + 11)])
         assert a.shed == 10, "bounded"
-        await a.sent()
-        assert (await tail(b))[1] == list(range(QUEUE - KEEP + 1, QUEUE + 1))
+        await a.flush()
+        assert (await recent(b))[1] == list(range(QUEUE - KEEP + 1, QUEUE + 1))

@@ -20,7 +20,7 @@ async def test_the_newest_page_asks_the_store_once(tmp_path: Path) -> None:
         ann = await w.user("ann")
         conv = await w.conversation(ann)
         head = await w.fill(conv, ann, 70)
-        w.cache.on_doubt()  # nothing is known
+        w.cache.on_resync_needed()  # nothing is known
         w.calls.clear()
         for _ in range(3):
             page = await w.last(conv, ann, hint=head)
@@ -126,7 +126,7 @@ async def test_many_who_ask_at_once_cost_one_read(tmp_path: Path) -> None:
         conv = await w.conversation(ann)
         head = await w.fill(conv, ann, 60)
         await w.cache.add_token(b"t" * 32, ann.id, 2**50, "hash")
-        w.cache.on_doubt()
+        w.cache.on_resync_needed()
         w.calls.clear()
         gate = w.slow.gate("token")
         asked = [asyncio.create_task(w.cache.token(b"t" * 32)) for _ in range(50)]
@@ -151,7 +151,7 @@ async def test_a_failure_is_told_to_all_who_wait_and_to_nobody_later(tmp_path: P
     async with workers(tmp_path) as (w,):
         ann = await w.user("ann")
         conv = await w.conversation(ann)
-        w.cache.on_doubt()
+        w.cache.on_resync_needed()
         w.slow.down = True
         results = await asyncio.gather(*(w.cache.role(ann.id, conv) for _ in range(5)), return_exceptions=True)
         assert all(isinstance(r, Unavailable) for r in results)
@@ -169,7 +169,7 @@ async def test_what_is_used_much_is_read_again_before_it_ends(tmp_path: Path) ->
         ann, bob = await w.user("ann"), await w.user("bob")
         conv = await w.conversation(ann, bob)
         head = await w.fill(conv, ann, 60)
-        w.cache.on_doubt()
+        w.cache.on_resync_needed()
         for _ in range(10):
             await w.last(conv, ann, hint=head)
         await w.last(conv, bob, hint=head)
@@ -177,15 +177,18 @@ async def test_what_is_used_much_is_read_again_before_it_ends(tmp_path: Path) ->
         clock.move(28)
         await w.last(conv, ann, hint=head)
         await w.last(conv, bob, hint=head)
-        await until(lambda: w.cache.roles.counts.refreshed == 1, "the much used role was read again, the other was not")
+        await until(
+            lambda: w.cache.cached_members.roles.counts.refreshed == 1,
+            "the much used role was read again, the other was not",
+        )
         clock.move(27)
         await w.last(conv, ann, hint=head)  # nobody waited: the old one would have ended
-        await until(lambda: w.cache.history.counts.refreshed == 1, "the tail, too")
+        await until(lambda: w.cache.recent.counts.refreshed == 1, "the tail, too")
         after = w.cache.stats()["kinds"]
         assert after["roles"]["missed"] == counts["roles"]["missed"]
         clock.move(50)
         await w.last(conv, ann, hint=head)
-        assert w.cache.history.counts.missed == counts["last_entries"]["missed"]
+        assert w.cache.recent.counts.missed == counts["last_entries"]["missed"]
 
 
 async def test_a_session_that_seems_over_is_asked_about(tmp_path: Path) -> None:
@@ -213,7 +216,7 @@ async def test_how_many_are_in_a_conversation_is_read_once_and_after_each_change
         await other.change(conv, ann, eve, "member")
         assert await w.cache.member_count(conv) == 3
         await w.cache.views(ann.id)
-        w.cache.on_doubt()
+        w.cache.on_resync_needed()
         w.calls.clear()
         await w.cache.views(ann.id)
         assert await w.cache.member_count(conv) == 3, "and a list of conversations tells it, too"

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from chatcore.cache.store import CachedStore
+from chatcore.cache.store import SharedCachedStore
 from chatcore.chat.service import Chat
 from chatcore.errors import NotFound
 from chatcore.protocol import Typing
@@ -271,7 +271,7 @@ def test_a_typing_signal_asks_nothing_and_the_first_one_for_two_fields(database:
         async with workers(database, 1) as [a]:
             alice, bob = await a.user("alice"), await a.user("bob")
             conv = await a.conversation(alice, bob)
-            cache = CachedStore(a.store, Cache(refresh=False))
+            cache = SharedCachedStore(a.store, Cache(refresh=False))
             told: list[Any] = []
             settings = Settings.default()
             chat = Chat(settings, cache, cast(Any, Told(told)), cast(Any, Told(told)), cast(Any, None))

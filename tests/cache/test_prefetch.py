@@ -36,12 +36,12 @@ async def test_a_new_worker_knows_the_most_active_conversations(tmp_path: Path, 
         for conv in convs[:3]:
             assert len(seqs(await w.last(conv, ann))) == 7
         assert w.calls["entries"] == 0
-        assert w.cache.history.counts.l1 == 3
+        assert w.cache.recent.counts.l1 == 3
         w.calls.clear()
     async with workers(tmp_path, redis=redis_url, settings=SETTINGS) as (w,):
         assert w.cache.stats()["ahead"]["warmed"] == 0, "switched off"
         await w.last(convs[0], ann)
-        assert w.cache.history.counts.l1 == 0
+        assert w.cache.recent.counts.l1 == 0
 
 
 async def test_what_was_active_long_ago_counts_for_less(tmp_path: Path, redis_url: str) -> None:
@@ -83,21 +83,21 @@ async def test_a_store_that_does_not_answer_ends_the_warming_quietly(tmp_path: P
     async with workers(tmp_path, settings=WARM) as (w,):
         await conversations(w, await w.user("ann"), 3)
         w.slow.down = True
-        w.cache.on_doubt()
-        w.cache.ahead.warm.clear()
-        await w.cache.ahead.run()
-        assert w.cache.ahead.warm.is_set()
+        w.cache.on_resync_needed()
+        w.cache.prefetcher.warm.clear()
+        await w.cache.prefetcher.warm_up()
+        assert w.cache.prefetcher.warm.is_set()
 
 
 async def test_who_logs_in_finds_his_newest_conversations_loaded(tmp_path: Path) -> None:
     async with workers(tmp_path, settings=PREFETCH) as (w,):
         ann = await w.user("ann")
         convs = await conversations(w, ann, 5)
-        w.cache.on_doubt()
+        w.cache.on_resync_needed()
         w.calls.clear()
         mine = list((await w.cache.memberships(ann.id)).revs)
         await w.cache.views(ann.id, mine)
-        await within(w.cache.ahead.idle.wait(), "the end of the prefetch")
+        await within(w.cache.prefetcher.idle.wait(), "the end of the prefetch")
         assert w.cache.stats()["ahead"]["prefetched"] == 2
         assert w.calls["entries"] == 2
         for conv in convs[-2:]:
@@ -107,10 +107,10 @@ async def test_who_logs_in_finds_his_newest_conversations_loaded(tmp_path: Path)
         await w.last(convs[0], ann)
         assert w.calls["entries"] == 3
         # A list that is read for anything else loads nothing.
-        w.cache.on_doubt()
+        w.cache.on_resync_needed()
         w.calls.clear()
         await w.cache.views(ann.id, mine)
-        assert w.cache.ahead.idle.is_set()
+        assert w.cache.prefetcher.idle.is_set()
         assert w.calls["entries"] == 0
 
 
@@ -122,7 +122,7 @@ async def test_what_is_loaded_already_is_not_loaded_at_a_log_in(tmp_path: Path) 
         for _ in range(3):
             mine = list((await w.cache.memberships(ann.id)).revs)
             await w.cache.views(ann.id, mine)
-            await within(w.cache.ahead.idle.wait(), "the end of the prefetch")
+            await within(w.cache.prefetcher.idle.wait(), "the end of the prefetch")
         assert w.calls["entries"] == 0
         assert w.cache.stats()["ahead"]["prefetched"] == 0
 
@@ -131,7 +131,7 @@ async def test_a_prefetch_that_is_switched_off_loads_nothing(tmp_path: Path) -> 
     async with workers(tmp_path) as (w,):
         ann = await w.user("ann")
         await conversations(w, ann, 3)
-        w.cache.on_doubt()
+        w.cache.on_resync_needed()
         w.calls.clear()
         mine = list((await w.cache.memberships(ann.id)).revs)
         await w.cache.views(ann.id, mine)

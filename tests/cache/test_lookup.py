@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from chatcore.cache.l1 import ABSENT_PART, DROPS, JITTER, L1, REFRESH_HITS, Generations
+from chatcore.cache.l2 import JITTER
+from chatcore.cache.lookup import ABSENT_PART, DROPS, REFRESH_HITS, Generations, ValuesL1
 
 from .parts import Clock
 
 
-def level(clock: Clock, entries: int = 100, chance: float = 0.0) -> L1[str]:
-    return L1(entries, ttl_s=10.0, negative_ttl_s=1.0, clock=clock, chance=lambda: chance)
+def level(clock: Clock, entries: int = 100, chance: float = 0.0) -> ValuesL1[str]:
+    return ValuesL1(entries, ttl_s=10.0, negative_ttl_s=1.0, clock=clock, chance=lambda: chance)
 
 
-def value(l1: L1[str], key: str) -> str | None:
-    slot = l1.get(key)
-    return slot.value if slot is not None else "nothing known"
+def value(l1: ValuesL1[str], key: str) -> str | None:
+    line = l1.get(key)
+    return line.value if line is not None else "nothing known"
 
 
 def test_a_value_is_believed_until_its_time_is_over() -> None:
@@ -85,10 +86,10 @@ def test_a_ticket_older_than_all_drops_remembered_is_refused() -> None:
     before = generations.ticket()
     for i in range(DROPS):
         generations.drop(f"k{i}")
-    assert generations.good("other", before)  # all drops since are known: none is of this key
+    assert generations.valid("other", before)  # all drops since are known: none is of this key
     generations.drop("one more")
-    assert not generations.good("other", before - 1)
-    assert not generations.good("k0", before)  # its drop is forgotten, and so are tickets from before it
+    assert not generations.valid("other", before - 1)
+    assert not generations.valid("k0", before)  # its drop is forgotten, and so are tickets from before it
 
 
 def test_what_never_existed_pushes_out_nothing_that_does() -> None:
@@ -113,14 +114,14 @@ def test_what_is_used_much_is_due_once_before_its_end() -> None:
     clock = Clock()
     l1 = level(clock)
     l1.put("a", "x", l1.ticket())
-    slot = l1.get("a")
-    assert slot is not None
+    line = l1.get("a")
+    assert line is not None
     for _ in range(REFRESH_HITS):
         l1.get("a")
-    assert not slot.refresh_due(clock.now), "it has most of its life before it"
+    assert not line.refresh_due(clock.now), "it has most of its life before it"
     clock.move(9)
-    assert slot.refresh_due(clock.now)
-    assert not slot.refresh_due(clock.now)
+    assert line.refresh_due(clock.now)
+    assert not line.refresh_due(clock.now)
     l1.put("rare", "x", l1.ticket())
     clock.move(9)
     rare = l1.get("rare")

@@ -1,4 +1,4 @@
-"""A store that hands everything on to another one: what a store with a memory begins with."""
+"""A store that forwards every call to another one: the base of a store that answers some calls itself."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from ..store.base import (
 )
 
 
-class Through:
-    """Implements :class:`~chatcore.store.base.Store` by ``inner``."""
+class ForwardingStore:
+    """Implements :class:`~chatcore.store.base.Store` by forwarding to ``inner``."""
 
     def __init__(self, inner: Store) -> None:
         self.inner = inner
@@ -68,6 +68,9 @@ class Through:
     async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes:
         return await self.inner.changes(after, known, everything)
 
+    async def position(self) -> int:
+        return await self.inner.position()
+
     # --- conversations -----------------------------------------------------
     async def memberships(self, user: str, since: int | None = None) -> Memberships:
         return await self.inner.memberships(user, since)
@@ -77,47 +80,6 @@ class Through:
 
     async def role(self, user: str, conv: str) -> str | None:
         return await self.inner.role(user, conv)
-
-    # --- accounts ----------------------------------------------------------
-    async def add_user(self, name: str, password: str) -> User:
-        return await self.inner.add_user(name, password)
-
-    async def update_user(self, user: str, name: str | None, password: str | None, keep: bytes = b"") -> User:
-        return await self.inner.update_user(user, name, password, keep)
-
-    async def set_disabled(self, name: str, disabled: bool) -> None:
-        await self.inner.set_disabled(name, disabled)
-
-    async def users(self, ids: Sequence[str]) -> list[User]:
-        return await self.inner.users(ids)
-
-    async def add_token(self, token_hash: bytes, user: str, expires: int, password: str) -> None:
-        await self.inner.add_token(token_hash, user, expires, password)
-
-    async def token(self, token_hash: bytes) -> Token | None:
-        return await self.inner.token(token_hash)
-
-    async def extend_token(self, token_hash: bytes, expires: int) -> bool:
-        return await self.inner.extend_token(token_hash, expires)
-
-    async def revoke_token(self, token_hash: bytes) -> None:
-        await self.inner.revoke_token(token_hash)
-
-    # --- and the rest, in no particular order
-    async def account(self, name: str) -> Account | None:
-        return await self.inner.account(name)  # has the password's hash: asked for at log-in only, never kept
-
-    async def account_by_id(self, user: str) -> Account | None:
-        return await self.inner.account_by_id(user)
-
-    async def seen(self, ids: Sequence[str]) -> dict[str, int]:
-        return await self.inner.seen(ids)
-
-    async def mark_seen(self, users: Sequence[str]) -> None:
-        await self.inner.mark_seen(users)
-
-    async def position(self) -> int:
-        return await self.inner.position()
 
     async def member_count(self, conv: str) -> int:
         return await self.inner.member_count(conv)
@@ -144,3 +106,40 @@ class Through:
 
     async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
         return await self.inner.blockers(user, others)
+
+    # --- accounts ----------------------------------------------------------
+    async def add_user(self, name: str, password: str) -> User:
+        return await self.inner.add_user(name, password)
+
+    async def update_user(self, user: str, name: str | None, password: str | None, keep: bytes = b"") -> User:
+        return await self.inner.update_user(user, name, password, keep)
+
+    async def set_disabled(self, name: str, disabled: bool) -> None:
+        await self.inner.set_disabled(name, disabled)
+
+    async def users(self, ids: Sequence[str]) -> list[User]:
+        return await self.inner.users(ids)
+
+    async def add_token(self, token_hash: bytes, user: str, expires: int, password: str) -> None:
+        await self.inner.add_token(token_hash, user, expires, password)
+
+    async def token(self, token_hash: bytes) -> Token | None:
+        return await self.inner.token(token_hash)
+
+    async def extend_token(self, token_hash: bytes, expires: int) -> bool:
+        return await self.inner.extend_token(token_hash, expires)
+
+    async def revoke_token(self, token_hash: bytes) -> None:
+        await self.inner.revoke_token(token_hash)
+
+    async def account(self, name: str) -> Account | None:
+        return await self.inner.account(name)
+
+    async def account_by_id(self, user: str) -> Account | None:
+        return await self.inner.account_by_id(user)
+
+    async def seen(self, ids: Sequence[str]) -> dict[str, int]:
+        return await self.inner.seen(ids)
+
+    async def mark_seen(self, users: Sequence[str]) -> None:
+        await self.inner.mark_seen(users)

@@ -1,4 +1,4 @@
-"""Tails: what is there is given whole or not at all, whatever order it came in."""
+"""Recent entries in level 1: a range is returned whole or not at all, whatever order its entries came in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import orjson
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chatcore.cache.tails import Tails, cost
+from chatcore.cache.recent import EntriesL1, cost
 from chatcore.protocol import encode_entry
 from chatcore.store.base import Entry
 
@@ -22,17 +22,17 @@ def entry(seq: int, body: str = "hello", conv: str = "c") -> Entry:
     return Entry(conv, seq, "msg", "somebody", seq, seq, wire)
 
 
-def tails(clock: Clock | None = None, conversations: int = 100, max_bytes: int = 10**6) -> Tails:
-    return Tails(conversations, KEEP, max_bytes, ttl_s=10.0, clock=clock or Clock(), chance=lambda: 0.0)
+def level(clock: Clock | None = None, conversations: int = 100, max_bytes: int = 10**6) -> EntriesL1:
+    return EntriesL1(conversations, KEEP, max_bytes, ttl_s=10.0, clock=clock or Clock(), chance=lambda: 0.0)
 
 
-def held(t: Tails, first: int, last: int, conv: str = "c") -> list[int] | None:
+def held(t: EntriesL1, first: int, last: int, conv: str = "c") -> list[int] | None:
     found = t.dense(conv, first, last)
     return None if found is None else [e.seq for e in found]
 
 
 def test_entries_are_given_where_none_is_missing() -> None:
-    t = tails()
+    t = level()
     for seq in (1, 2, 4):
         t.add(entry(seq))
     assert held(t, 1, 2) == [1, 2]
@@ -46,7 +46,7 @@ def test_entries_are_given_where_none_is_missing() -> None:
 
 
 def test_only_the_last_are_kept() -> None:
-    t = tails()
+    t = level()
     for seq in range(1, 9):
         t.add(entry(seq))
     assert held(t, 4, 8) == [4, 5, 6, 7, 8]
@@ -55,17 +55,17 @@ def test_only_the_last_are_kept() -> None:
     assert len(t.held("c")) == KEEP
 
 
-def test_a_gap_longer_than_the_tail_leaves_nothing_old() -> None:
-    t = tails()
+def test_a_gap_longer_than_the_window_leaves_nothing_old() -> None:
+    t = level()
     for seq in (1, 2, 3, 1_000_000):
         t.add(entry(seq))
     assert set(t.held("c")) == {1_000_000}
     assert t.bytes == cost(entry(1_000_000))
 
 
-def test_a_tail_ends_with_its_time_however_much_is_added() -> None:
+def test_a_window_expires_however_much_is_added() -> None:
     clock = Clock()
-    t = tails(clock)
+    t = level(clock)
     for seq in range(1, 12):
         t.add(entry(seq))
         clock.move(1)
@@ -74,7 +74,7 @@ def test_a_tail_ends_with_its_time_however_much_is_added() -> None:
 
 
 def test_a_body_that_was_overwritten_does_not_come_back() -> None:
-    t = tails()
+    t = level()
     t.add(entry(1))
     before = t.ticket()
     old = [entry(1)]
@@ -88,7 +88,7 @@ def test_a_body_that_was_overwritten_does_not_come_back() -> None:
 
 
 def test_a_drop_refuses_what_was_being_read() -> None:
-    t = tails()
+    t = level()
     t.add(entry(1))
     before = t.ticket()
     t.drop("c")
@@ -101,9 +101,9 @@ def test_a_drop_refuses_what_was_being_read() -> None:
     assert t.bytes == 0
 
 
-def test_a_tail_read_anew_begins_a_new_life_and_keeps_what_came_since() -> None:
+def test_a_window_read_anew_begins_a_new_life_and_keeps_what_came_since() -> None:
     clock = Clock()
-    t = tails(clock)
+    t = level(clock)
     for seq in (1, 2):
         t.add(entry(seq))
     clock.move(9)
@@ -115,12 +115,12 @@ def test_a_tail_read_anew_begins_a_new_life_and_keeps_what_came_since() -> None:
 
 
 def test_bytes_and_conversations_are_bounded() -> None:
-    t = tails(conversations=3)
+    t = level(conversations=3)
     for conv in "abcd":
         t.add(entry(1, conv=conv))
     assert len(t) == 3
     assert t.bytes == 3 * cost(entry(1, conv="a"))
-    small = tails(max_bytes=4 * cost(entry(1, "x" * 1000)))
+    small = level(max_bytes=4 * cost(entry(1, "x" * 1000)))
     for conv in "abcdefgh":
         small.add(entry(1, "x" * 1000, conv))
     assert small.bytes <= 4 * cost(entry(1, "x" * 1000))
@@ -134,7 +134,7 @@ def test_whatever_comes_in_only_true_and_whole_ranges_come_out(
     steps: list[tuple[int, bool]], chance: random.Random
 ) -> None:
     """Against the plainest model: all that ever came; bytes always add up."""
-    t = tails()
+    t = level()
     truth: dict[int, str] = {}
     for seq, overwritten in steps:
         if overwritten and seq in truth:
