@@ -314,9 +314,7 @@ class Lookup(Generic[V]):
                 if refresh or in_l2 is None or not self._accept(key, in_l2, ticket, values):
                     left.append(key)
             self.counts.l2 += len(values)
-        if refresh:
-            self.counts.refreshed += len(left)
-        else:
+        if not refresh:
             self.counts.missed += len(left)
         for _ in range(TRIES):
             if not left:
@@ -355,6 +353,7 @@ class Lookup(Generic[V]):
     async def _refresh_value(self, key: str) -> None:
         try:
             await self._fill([key], refresh=True)
+            self.counts.refreshed += 1
         except ChatError as exc:
             log.debug("refreshing %s %s: %s", self.kind, key, exc)
 
