@@ -1,8 +1,9 @@
 """Invalidations: how a change reaches every copy of a value, in this worker, in level 2 and in the other workers.
 
 A change is announced after it is durable and before it is answered, first to level 2 and then to the other workers,
-so that a worker that has heard of it cannot find the old value in level 2 any more. The bus may lose an announcement
-(docs/log.md, rule 8): the next look at what changed in the store finds it, or the value expires.
+so that a worker that has received the announcement cannot find the old value in level 2 any more. The bus may lose an
+announcement (docs/log.md, rule 8): the store names the change when it is next asked what changed, or the value
+expires.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Invalidated(Protocol):
 
 
 class Invalidations:
-    """One per worker. Kinds that were not :meth:`register`-ed are not cached in this worker.
+    """One per worker. Kinds that were not registered are not cached in this worker.
 
     :param l2: None: level 1 alone.
     :param unheard_s: how long level 1 keeps a value while the bus brings no announcements, in seconds.

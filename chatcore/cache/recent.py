@@ -2,7 +2,7 @@
 
 The cache knows which entries exist, never that no more exist: they come from commits of this worker, from the bus
 (which loses and reorders), from level 2 and from the store. So a caller brings the head, or a seq that it knows to be
-committed, and gets all entries up to it; it is never told from here which entry is the newest.
+committed, and gets all entries up to it; nothing here says which entry is the newest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What stands around the cache in its tests: a store that counts and stands still, a bus in memory, a clock."""
+"""The surroundings of the cache in its tests: a store that counts and can be blocked, a bus in memory, a clock."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from chatcore.store.sqlite.store import SQLiteStore
 
 T = TypeVar("T")
 
-# Only what fails ever waits so long.
+# Only a test that fails waits so long.
 PATIENCE_S = 10.0
-# Lives that end only when a clock is moved; no background work that a test has not asked for.
+# Values expire only when a test moves the clock; no background work unless a test switches it on.
 SETTINGS = replace(Cache(), refresh=False, warm_conversations=0, prefetch_conversations=0, l2_timeout_ms=5_000)
 
 _cids = itertools.count()
 
 
 async def until(condition: Callable[[], Any], what: str) -> None:
-    """Wait for something that tells nobody when it happens."""
+    """Wait for something that cannot be awaited."""
     deadline = asyncio.get_running_loop().time() + PATIENCE_S
     while not condition():
         assert asyncio.get_running_loop().time() < deadline, f"not within {PATIENCE_S} s: {what}"
@@ -69,7 +69,7 @@ class Clock:
 
 
 class Gate:
-    """Where a read of the store stands still: it has its answer, and has not given it."""
+    """Blocks a read of the store that has its result and has not returned it."""
 
     def __init__(self) -> None:
         self.reached = asyncio.Event()
@@ -77,7 +77,7 @@ class Gate:
 
 
 class Slow(ForwardingStore):
-    """A real store whose reads can be counted, and stopped between the answer and the asker."""
+    """A real store whose reads are counted, and can be blocked between the result and the caller."""
 
     def __init__(self, inner: SQLiteStore) -> None:
         super().__init__(inner)
@@ -86,7 +86,7 @@ class Slow(ForwardingStore):
         self._gates: dict[str, list[Gate]] = {}
 
     def gate(self, name: str) -> Gate:
-        """The next call of a method stands still."""
+        """Block the next call of a method."""
         gate = Gate()
         self._gates.setdefault(name, []).append(gate)
         return gate
@@ -142,8 +142,8 @@ class Hub:
         self.healthy = True
         self.published: list[tuple[str, bytes]] = []
 
-    def doubt(self) -> None:
-        """Everybody may have missed something."""
+    def resync(self) -> None:
+        """Every worker may have missed messages."""
         for worker in self.workers:
             worker.cache.on_resync_needed()
 
@@ -181,11 +181,11 @@ class Line:
 
 
 class Worker:
-    """A cache over a store of its own, which shares its file with the others'."""
+    """A cache over a store of its own, which shares its file with those of the other workers."""
 
     def __init__(self, data: Path, hub: Hub, clock: Clock, settings: Cache, redis: str | None) -> None:
         self.hub = hub
-        self.deaf = False  # hears nothing of others' entries
+        self.deaf = False  # receives no entries of other workers
         self.sqlite = SQLiteStore(data, self._on_commit)
         self.slow = Slow(self.sqlite)
         self.redis = None

@@ -1,4 +1,4 @@
-"""Redis slow, away, back, emptied, restored: nobody waits for it twice, and nothing old is believed."""
+"""Redis slow, down, back, emptied, restored: no caller waits for it twice, and no outdated value is returned."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ QUICK = replace(SETTINGS, l2_timeout_ms=int(TIMEOUT_S * 1000))
 
 
 async def back(*some: Worker) -> None:
-    """They use level 2 again."""
+    """Wait until these use level 2 again."""
     for w in some:
         assert w.cache.l2 is not None
         await within(w.cache.l2.until_ready(), "the return of level 2")
 
 
 async def away(*some: Worker) -> None:
-    """They have noticed that it is away."""
+    """Wait until these have noticed that level 2 is down."""
     for w in some:
         await until(lambda w=w: not w.cache.l2.ready, "an outage")  # type: ignore[misc]
 
 
-async def test_a_redis_that_stands_still_costs_one_time_out(tmp_path: Path, redis_server: RedisServer) -> None:
-    stall_s = 3.0  # longer than all that is done below without waiting for it
+async def test_a_frozen_redis_costs_one_time_out(tmp_path: Path, redis_server: RedisServer) -> None:
+    stall_s = 3.0  # longer than the steps below take without waiting for it
     settings = replace(SETTINGS, l2_timeout_ms=int(stall_s * 1000))
     async with workers(tmp_path, redis=redis_server.url, settings=settings) as (w,):
         ann = await w.user("ann")
@@ -51,7 +51,7 @@ async def test_a_redis_that_stands_still_costs_one_time_out(tmp_path: Path, redi
             assert await w.cache.users([ann.id]) == [ann]
             await w.change(conv, ann, ann, "owner")
             await w.send(conv, ann)
-            assert loop.time() - began < stall_s, "nobody waits for it again"
+            assert loop.time() - began < stall_s, "only the first call waits for it"
         redis_server.thaw()
         await back(w)
         assert w.cache.stats()["l2"]["outages"] >= 1
@@ -76,7 +76,7 @@ async def test_a_redis_that_was_emptied_matches_nothing_from_before(tmp_path: Pa
         await asked
         assert reader.cache.l2 is not None
         await reader.cache.l2.flush()
-        reader.hub.doubt()
+        reader.hub.resync()
         for w in (writer, reader):
             assert (await w.cache.users([ann.id]))[0].name == "anna"
 
@@ -91,26 +91,24 @@ async def test_everything_goes_on_while_redis_is_dead_and_is_used_again_without_
         redis_server.kill(lose_data=True)
         for i in range(5):
             done = await a.send(conv, ann, f"while it is dead {i}")
-            a.hub.doubt()
+            a.hub.resync()
             assert seqs(await b.last(conv, ann))[-1] == done.seq
         await away(a, b)
         redis_server.start()
         await back(a, b)
-        a.hub.doubt()
+        a.hub.resync()
         done = await a.send(conv, ann)
         page = await a.last(conv, ann)
         for w in (a, b):
             assert w.cache.l2 is not None
             await w.cache.l2.flush()
-        a.hub.doubt()
+        a.hub.resync()
         b.calls.clear()
         assert await b.last(conv, ann) == page
         assert b.calls["entries"] == 0, "it is used again: what the other worker read is known"
 
 
-async def test_a_deletion_that_could_not_be_sent_is_sent_before_anything_is_read(
-    tmp_path: Path, redis_server: RedisServer
-) -> None:
+async def test_a_pending_deletion_is_sent_before_anything_is_read(tmp_path: Path, redis_server: RedisServer) -> None:
     async with workers(tmp_path, 2, redis=redis_server.url, settings=QUICK) as (a, b):
         ann, bob = await a.user("ann"), await a.user("bob")
         conv = await a.conversation(ann, bob)
@@ -134,7 +132,7 @@ async def test_a_deletion_that_could_not_be_sent_is_sent_before_anything_is_read
         assert await b.cache.role(bob.id, conv) is None
 
 
-async def test_too_many_deletions_make_their_kinds_unknown(tmp_path: Path, redis_server: RedisServer) -> None:
+async def test_too_many_pending_deletions_make_their_kinds_unknown(tmp_path: Path, redis_server: RedisServer) -> None:
     async with workers(tmp_path, 2, redis=redis_server.url, settings=QUICK) as (a, b):
         ann = await a.user("ann")
         assert await b.cache.users([ann.id]) == [ann]
@@ -148,10 +146,10 @@ async def test_too_many_deletions_make_their_kinds_unknown(tmp_path: Path, redis
         redis_server.thaw()
         await back(a, b)
         b.cache.on_resync_needed()
-        assert (await b.cache.users([ann.id]))[0].name == "anna", "nothing of this kind is believed"
+        assert (await b.cache.users([ann.id]))[0].name == "anna", "all values of this kind are unknown"
 
 
-async def test_a_redis_that_came_back_with_its_data_is_not_believed(tmp_path: Path, redis_server: RedisServer) -> None:
+async def test_the_data_of_a_restarted_redis_is_not_used(tmp_path: Path, redis_server: RedisServer) -> None:
     """It may have lost the last deletions: a snapshot restored, a replica promoted."""
     async with workers(tmp_path, 2, redis=redis_server.url, settings=QUICK) as (a, b):
         ann = await a.user("ann")
@@ -162,7 +160,7 @@ async def test_a_redis_that_came_back_with_its_data_is_not_believed(tmp_path: Pa
         for w in (a, b):
             assert w.cache.l2 is not None
             await w.cache.l2.flush()
-        await a.sqlite.update_user(ann.id, "anna", None)  # told to nobody: as if the deletion had been lost
+        await a.sqlite.update_user(ann.id, "anna", None)  # not announced, as if the deletion had been lost
         redis_server.restart()
         assert redis_server.command("DBSIZE") > 0
         b.cache.on_resync_needed()
@@ -183,7 +181,7 @@ async def test_a_cluster_is_used_as_well(tmp_path: Path) -> None:
             for conv in convs:
                 await a.fill(conv, ann, 60)
             for w in (a, b):
-                w.hub.doubt()
+                w.hub.resync()
                 for conv in convs:
                     await w.last(conv, bob)
                 await w.cache.users([ann.id, bob.id])

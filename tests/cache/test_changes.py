@@ -1,4 +1,4 @@
-"""No old value stays behind: races by construction, lost news, lost connections. With and without Redis."""
+"""No outdated value is kept: constructed races, lost announcements, lost connections. With and without Redis."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOR_EVER = 2**50
 
 @pytest.fixture(params=["level 1", "both levels"])
 def redis(request: pytest.FixtureRequest) -> str | None:
-    """Whether there is a level 2."""
+    """The URL of Redis; None: level 1 alone."""
     if request.param == "level 1":
         return None
     url: str = request.getfixturevalue("redis_url")
@@ -32,7 +32,7 @@ async def name_of(cache: SharedCachedStore, user: User) -> str:
 
 
 async def forget(*some: Worker) -> None:
-    """Level 1 is empty, and level 2 knows nothing of what is being read."""
+    """Empty level 1, and let level 2 write what is queued."""
     for w in some:
         w.cache.on_resync_needed()
         if w.cache.l2 is not None:
@@ -40,14 +40,14 @@ async def forget(*some: Worker) -> None:
 
 
 async def test_a_fill_does_not_keep_what_changed_while_it_was_read(tmp_path: Path, redis: str | None) -> None:
-    """The fill race: read old, changed and told, kept: the old value must not be."""
+    """The fill race: a reader reads the old value, a writer changes and announces it, then the reader fills."""
     async with workers(tmp_path, 2, redis=redis) as (reader, writer):
         ann, bob = await writer.user("ann"), await writer.user("bob")
         conv = await writer.conversation(ann, bob)
         await writer.cache.add_token(HASH, ann.id, FOR_EVER, "hash")
         await forget(reader, writer)
         if reader.cache.l2 is not None:
-            await reader.cache.l2.delete([("t", HASH.hex())])  # else it is known from log-in
+            await reader.cache.l2.delete([("t", HASH.hex())])  # else level 2 has it since log-in
 
         gate = reader.slow.gate("users")
         asked = asyncio.create_task(reader.cache.users([ann.id]))
@@ -76,13 +76,13 @@ async def test_a_fill_does_not_keep_what_changed_while_it_was_read(tmp_path: Pat
         if reader.cache.l2 is not None:
             await reader.cache.l2.flush()
             await forget(reader)
-            assert await name_of(reader.cache, ann) == "anna", "what was written to level 2"
+            assert await name_of(reader.cache, ann) == "anna", "level 2 has the new value"
             assert await reader.cache.role(bob.id, conv) is None
             assert await reader.cache.token(HASH) is None
 
 
-async def test_a_fill_does_not_keep_what_a_deaf_reader_was_not_told(tmp_path: Path, redis_url: str) -> None:
-    """The same race with the news lost: level 2 itself refuses what was read before the change."""
+async def test_a_fill_does_not_keep_a_change_whose_announcement_was_lost(tmp_path: Path, redis_url: str) -> None:
+    """The same race without the announcement: level 2 itself refuses a value that was read before the change."""
     async with workers(tmp_path, 2, redis=redis_url) as (reader, writer):
         ann = await writer.user("ann")
         await writer.cache.add_token(HASH, ann.id, FOR_EVER, "hash")
@@ -104,8 +104,8 @@ async def test_a_fill_does_not_keep_what_a_deaf_reader_was_not_told(tmp_path: Pa
         assert await writer.cache.token(HASH) is None
 
 
-async def test_who_asks_after_the_answer_to_a_change_is_given_the_new_value(tmp_path: Path, redis: str | None) -> None:
-    """Not even by a read that was under way before the change."""
+async def test_a_caller_after_the_answer_to_a_change_gets_the_new_value(tmp_path: Path, redis: str | None) -> None:
+    """Not the result of a read that began before the change."""
     async with workers(tmp_path, redis=redis) as (w,):
         ann, bob = await w.user("ann"), await w.user("bob")
         conv = await w.conversation(ann)
@@ -161,7 +161,9 @@ async def test_every_change_reaches_the_other_worker_before_it_is_answered(tmp_p
         assert seqs(await b.last(channel, bob))
 
 
-async def test_news_that_were_lost_are_seen_by_the_look_at_the_store(tmp_path: Path, redis: str | None) -> None:
+async def test_a_lost_announcement_is_made_up_for_by_the_changes_in_the_store(
+    tmp_path: Path, redis: str | None
+) -> None:
     async with workers(tmp_path, 2, redis=redis) as (a, b):
         ann, bob = await a.user("ann"), await a.user("bob")
         conv = await a.conversation(ann, bob)
@@ -170,18 +172,18 @@ async def test_news_that_were_lost_are_seen_by_the_look_at_the_store(tmp_path: P
         assert await b.cache.token(HASH) is not None
         at = await b.cache.position()
         a.hub.lossy = True
-        # Not by the cache: as another program would, or a worker that died between commit and telling.
+        # Past the cache: as another program would, or a worker that died between commit and announcement.
         await a.sqlite.revoke_token(HASH)
         await a.sqlite.append(new_entry(conv, ann.id, "cid-lost", "member", {"user": bob.id, "role": "none"}))
-        assert await b.cache.role(bob.id, conv) == "member", "nobody has told"
+        assert await b.cache.role(bob.id, conv) == "member", "no worker has announced it"
         await b.cache.changes(at)
         assert await b.cache.role(bob.id, conv) is None
         assert await b.cache.token(HASH) is None
         await forget(b)
-        assert await b.cache.role(bob.id, conv) is None, "level 2 was not believed, and set right"
+        assert await b.cache.role(bob.id, conv) is None, "level 2 was ignored, then corrected"
 
 
-async def test_news_that_were_lost_end_with_the_time_to_live(tmp_path: Path) -> None:
+async def test_a_value_whose_invalidation_was_lost_expires(tmp_path: Path) -> None:
     clock = Clock()
     async with workers(tmp_path, 2, clock=clock) as (a, b):
         ann = await a.user("ann")
@@ -190,14 +192,14 @@ async def test_news_that_were_lost_end_with_the_time_to_live(tmp_path: Path) -> 
         assert await b.cache.token(HASH) is not None
         a.hub.lossy = True
         await a.cache.update_user(ann.id, "anna", "new hash")
-        assert await name_of(b.cache, ann) == "ann", "it has not heard"
+        assert await name_of(b.cache, ann) == "ann", "the announcement was lost"
         clock.move(SETTINGS.session_ttl_ms / 1000 + 0.1)
         assert await b.cache.token(HASH) is None
         clock.move(SETTINGS.profile_ttl_ms / 1000)
         assert await name_of(b.cache, ann) == "anna"
 
 
-async def test_a_doubt_of_the_bus_forgets_everything(tmp_path: Path, redis: str | None) -> None:
+async def test_a_resync_drops_everything(tmp_path: Path, redis: str | None) -> None:
     async with workers(tmp_path, 2, redis=redis) as (a, b):
         ann, bob = await a.user("ann"), await a.user("bob")
         conv = await a.conversation(ann, bob)
@@ -206,15 +208,15 @@ async def test_a_doubt_of_the_bus_forgets_everything(tmp_path: Path, redis: str 
         a.hub.lossy = True
         await a.cache.update_user(ann.id, "anna", "new hash")
         await a.change(conv, ann, bob, "none")
-        a.hub.doubt()
+        a.hub.resync()
         assert await name_of(b.cache, ann) == "anna"
         assert await b.cache.token(HASH) is None
         with pytest.raises(NotFound):
             await b.last(conv, bob)
 
 
-async def test_a_doubt_while_something_is_read_keeps_it_out(tmp_path: Path, redis: str | None) -> None:
-    """The connection to the bus is lost between the read and the fill."""
+async def test_a_resync_during_a_read_refuses_its_result(tmp_path: Path, redis: str | None) -> None:
+    """The connection to the bus breaks between the read and the fill."""
     async with workers(tmp_path, 2, redis=redis) as (reader, writer):
         ann = await writer.user("ann")
         await forget(reader, writer)
@@ -229,19 +231,19 @@ async def test_a_doubt_while_something_is_read_keeps_it_out(tmp_path: Path, redi
         assert await name_of(reader.cache, ann) == "anna"
 
 
-async def test_while_the_bus_is_away_little_is_believed(tmp_path: Path) -> None:
+async def test_values_expire_early_while_the_bus_is_down(tmp_path: Path) -> None:
     clock = Clock()
     async with workers(tmp_path, 2, clock=clock) as (a, b):
         ann = await a.user("ann")
         a.hub.lossy, a.hub.healthy = True, False
-        a.hub.doubt()
+        a.hub.resync()
         assert await name_of(b.cache, ann) == "ann"
         await a.cache.update_user(ann.id, "anna", None)
         clock.move(SETTINGS.unheard_ttl_ms / 1000 + 0.01)
         assert await name_of(b.cache, ann) == "anna"
 
 
-async def test_a_message_that_nobody_understands_is_a_doubt(tmp_path: Path) -> None:
+async def test_a_malformed_announcement_drops_everything(tmp_path: Path) -> None:
     async with workers(tmp_path) as (w,):
         ann = await w.user("ann")
         for payload in (b"{", b"[]", b'{"k": 1}', b'{"k": [["t"]]}', b'{"k": [["?", "x"]]}', b"\xff"):
@@ -253,7 +255,7 @@ async def test_a_message_that_nobody_understands_is_a_doubt(tmp_path: Path) -> N
             assert w.calls["users"] == 1, payload
 
 
-async def test_a_body_that_was_overwritten_is_given_to_nobody(tmp_path: Path, redis: str | None) -> None:
+async def test_a_body_that_was_overwritten_is_not_returned(tmp_path: Path, redis: str | None) -> None:
     async with workers(tmp_path, 2, redis=redis) as (a, b):
         ann = await a.user("ann")
         conv = await a.conversation(ann)
@@ -274,19 +276,19 @@ async def test_a_body_that_was_overwritten_is_given_to_nobody(tmp_path: Path, re
             if w.cache.l2 is not None:
                 await w.cache.l2.flush()
         kept = b.cache.recent.l1.dense(conv, head, head)
-        # The store of this test still has the old body: what came from the store after the change may show it.
+        # The store of this test still has the old body, so a read of the store after the change may return it.
         assert kept is None or b.calls["entries"] >= 2
         if a.cache.l2 is not None:
             record = (await a.cache.l2.read_entries([conv]))[conv]
             bodies = {e.seq: e.wire for e in record.entries}
-            assert bodies[head] == new.wire, "nobody wrote what was read before"
+            assert bodies[head] == new.wire, "a body that was read before the change was not written"
             a.cache.l2.add_committed([old])  # late: it was committed long ago
             await a.cache.l2.flush()
             record = (await a.cache.l2.read_entries([conv]))[conv]
             assert {e.seq: e.wire for e in record.entries}[head] == new.wire
 
 
-async def test_what_one_worker_reads_the_others_know(tmp_path: Path, redis_url: str) -> None:
+async def test_a_value_that_one_worker_reads_is_cached_for_all(tmp_path: Path, redis_url: str) -> None:
     async with workers(tmp_path, 2, redis=redis_url) as (a, b):
         ann = await a.user("ann")
         conv = await a.conversation(ann)
@@ -304,4 +306,4 @@ async def test_what_one_worker_reads_the_others_know(tmp_path: Path, redis_url: 
         assert {name: counts["l2"] for name, counts in kinds.items()} == {
             "sessions": 2, "profiles": 2, "roles": 2, "member_counts": 0, "last_entries": 2,
         }  # fmt: skip
-        await until(lambda: a.cache.stats()["l2"] == {"ready": True, "outages": 0, "shed": 0}, "level 2 is well")
+        await until(lambda: a.cache.stats()["l2"] == {"ready": True, "outages": 0, "shed": 0}, "level 2 is in use")

@@ -1,4 +1,4 @@
-"""What the cache says is what the store says: after random work on two workers, with faults of every kind."""
+"""The cache returns what the store returns: after random work on two workers, with faults of every kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROLES = ("member", "none", "banned", "admin")
 
 
 class World:
-    """Some people in some conversations, and what they do at random on two workers."""
+    """Users in conversations, and random operations of theirs on two workers."""
 
     def __init__(self, a: Worker, b: Worker, chance: random.Random, clock: Clock) -> None:
         self.workers = [a, b]
@@ -45,7 +45,7 @@ class World:
             self.convs.append(await self.somewhere.conversation(self.people[0], *others, kind=kind))
 
     async def step(self) -> None:
-        """Somebody does something somewhere. It may be refused."""
+        """A random operation of a random user on a random worker. It may be refused."""
         w, user, conv = self.somewhere, self.chance.choice(self.people), self.chance.choice(self.convs)
         try:
             match self.chance.randrange(9):
@@ -77,7 +77,7 @@ class World:
             pass  # refused, as it would have been without a cache
 
     async def compare(self, *some: Worker) -> None:
-        """Everything that can be asked, at these workers."""
+        """Compare all that can be read, on these workers."""
         for w in some:
             ids = [user.id for user in self.people]
             assert await w.cache.users(ids) == await w.sqlite.users(ids)
@@ -101,7 +101,7 @@ class World:
 
 
 @pytest.mark.parametrize("seed", range(4))
-async def test_without_faults_it_says_the_same_after_every_step(tmp_path: Path, redis_url: str, seed: int) -> None:
+async def test_without_faults_it_returns_the_same_after_every_step(tmp_path: Path, redis_url: str, seed: int) -> None:
     chance, clock = random.Random(seed), Clock()
     url = redis_url if seed % 2 else None
     async with workers(tmp_path, 2, redis=url, settings=QUICK, clock=clock) as (a, b):
@@ -111,13 +111,13 @@ async def test_without_faults_it_says_the_same_after_every_step(tmp_path: Path, 
             await world.step()
             await world.compare(world.somewhere)
         kinds = a.cache.stats()["kinds"]
-        del kinds["member_counts"]  # near enough, but not the same
+        del kinds["member_counts"]  # may be some seconds old
         assert all(counts["l1"] > 20 for counts in kinds.values()), kinds
 
 
 @pytest.mark.parametrize("seed", range(2))
-async def test_after_faults_it_says_the_same(tmp_path: Path, redis_server: RedisServer, seed: int) -> None:
-    """Redis frozen, killed, emptied; news lost; then a doubt, as the bus raises one after each of these."""
+async def test_after_faults_it_returns_the_same(tmp_path: Path, redis_server: RedisServer, seed: int) -> None:
+    """Redis frozen, killed, emptied; announcements lost; then a resync, as the bus asks for one after each of these."""
     chance, clock = random.Random(100 + seed), Clock()
     async with workers(tmp_path, 2, redis=redis_server.url, settings=QUICK, clock=clock) as (a, b):
         world = World(a, b, chance, clock)
@@ -147,7 +147,7 @@ async def test_after_faults_it_says_the_same(tmp_path: Path, redis_server: Redis
                 assert w.cache.l2 is not None
                 await within(w.cache.l2.until_ready(), "the return of level 2")
             a.hub.lossy = False
-            a.hub.doubt()
+            a.hub.resync()
             await world.compare(a, b)
         assert world.compared > 15
         await until(lambda: a.cache.l2 is not None and a.cache.l2.ready, "it is used in the end")

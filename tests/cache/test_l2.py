@@ -1,4 +1,4 @@
-"""Level 2 by itself, on a real Redis: who may write what, and what is believed."""
+"""Level 2 by itself, on a real Redis: which writer may write, and which values are used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def entry(seq: int, body: str = "hello", conv: str = "c") -> Entry:
 
 @contextlib.asynccontextmanager
 async def levels(url: str, count: int = 2) -> AsyncIterator[list[L2]]:
-    """Those of some workers of one server."""
+    """Level 2 as seen by some workers."""
     prefix = f"test-{secrets.token_hex(6)}"
     clients = [RedisClient(parse_url(url), timeout_s=5.0) for _ in range(count)]
     made = [L2(client, lives_ms=LIVES, negative_ms=2_000, keep=KEEP) for client in clients]
@@ -62,7 +62,7 @@ async def test_one_reader_gets_the_right_to_write(redis_url: str) -> None:
         assert (await look(b)).data == b"value", "a right is used once"
 
 
-async def test_what_does_not_exist_is_known_too(redis_url: str) -> None:
+async def test_an_absent_value_is_cached_too(redis_url: str) -> None:
     async with levels(redis_url) as (a, b):
         await fill(a, await look(a), None)
         record = await look(b)
@@ -72,7 +72,7 @@ async def test_what_does_not_exist_is_known_too(redis_url: str) -> None:
         assert (await look(b, "empty")).data == b""
 
 
-async def test_a_deletion_takes_the_right_away(redis_url: str) -> None:
+async def test_a_deletion_ends_the_right_to_write(redis_url: str) -> None:
     async with levels(redis_url) as (a, b):
         before = await look(a)
         assert await b.delete([("u", "k")])
@@ -84,7 +84,7 @@ async def test_a_deletion_takes_the_right_away(redis_url: str) -> None:
         assert (await look(a)).data == b"new"
 
 
-async def test_a_value_is_replaced_by_who_saw_it_and_by_nobody_else(redis_url: str) -> None:
+async def test_a_value_is_replaced_only_by_a_reader_that_saw_it(redis_url: str) -> None:
     async with levels(redis_url) as (a, b):
         await fill(a, await look(a), b"one")
         seen, also = await look(a), await look(b)
@@ -107,7 +107,7 @@ async def test_a_kind_can_be_made_unknown_at_once(redis_url: str) -> None:
         assert (await look(b)).data == b"value"
 
 
-async def test_what_somebody_else_put_there_is_not_believed(redis_url: str) -> None:
+async def test_foreign_data_is_ignored(redis_url: str) -> None:
     async with levels(redis_url) as (a, _):
         client = a._client
         await client.call("SET", f"{a.prefix}:u:junk", b"x")
@@ -123,7 +123,7 @@ async def recent(l2: L2, conv: str = "c") -> tuple[L2Entries, list[int]]:
     return record, sorted(e.seq for e in record.entries)
 
 
-async def test_committed_entries_are_there_for_all_once_and_trimmed(redis_url: str) -> None:
+async def test_committed_entries_are_there_once_for_all_workers_and_trimmed(redis_url: str) -> None:
     async with levels(redis_url) as (a, b):
         for seq in (1, 2, 4, 3, 3):
             a.add_committed([entry(seq)])
@@ -163,7 +163,7 @@ async def test_entries_that_were_read_are_added_unless_one_was_overwritten(redis
         assert entry(3, "gone too") in record.entries
 
 
-async def test_a_tail_that_was_deleted_refuses_who_read_before(redis_url: str) -> None:
+async def test_entries_that_were_deleted_refuse_a_reader_from_before(redis_url: str) -> None:
     async with levels(redis_url) as (a, b):
         a.add_committed([entry(1)])
         await a.flush()
@@ -179,9 +179,9 @@ async def test_a_tail_that_was_deleted_refuses_who_read_before(redis_url: str) -
         assert (await recent(a))[1] == [1]
 
 
-async def test_a_tail_whose_generation_was_evicted_begins_anew(redis_url: str) -> None:
+async def test_entries_whose_generation_was_evicted_begin_anew(redis_url: str) -> None:
     async with levels(redis_url) as (a, b):
-        a.add_committed([entry(1, "of whom nobody knows whether it is true")])
+        a.add_committed([entry(1, "of unknown age")])
         await a.flush()
         await a._client.call("DEL", f"{a.prefix}:g:{{c}}")
         assert (await recent(b))[1] == []
@@ -190,7 +190,7 @@ async def test_a_tail_whose_generation_was_evicted_begins_anew(redis_url: str) -
         assert (await recent(b))[1] == [2]
 
 
-async def test_what_cannot_be_sent_in_time_is_not_sent(redis_url: str) -> None:
+async def test_writes_beyond_the_queue_are_shed(redis_url: str) -> None:
     async with levels(redis_url) as (a, b):
         a.add_committed([entry(seq) for seq in range(1, QUEUE + 11)])
         assert a.shed == 10, "bounded"

@@ -1,4 +1,4 @@
-"""Level 1: how long something is believed, and what may not be kept at all."""
+"""Values in level 1: how long they are kept, and which are refused."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ def level(clock: Clock, entries: int = 100, chance: float = 0.0) -> ValuesL1[str
 
 def value(l1: ValuesL1[str], key: str) -> str | None:
     line = l1.get(key)
-    return line.value if line is not None else "nothing known"
+    return line.value if line is not None else "unknown"
 
 
-def test_a_value_is_believed_until_its_time_is_over() -> None:
+def test_a_value_is_kept_until_it_expires() -> None:
     clock = Clock()
     l1 = level(clock)
-    assert value(l1, "a") == "nothing known"
+    assert value(l1, "a") == "unknown"
     assert l1.put("a", "x", l1.ticket())
     clock.move(9.9)
     assert value(l1, "a") == "x"
     clock.move(0.2)
-    assert value(l1, "a") == "nothing known"
+    assert value(l1, "a") == "unknown"
 
 
 def test_lives_are_shortened_at_random() -> None:
@@ -35,16 +35,16 @@ def test_lives_are_shortened_at_random() -> None:
     clock.move(10 * (1 - JITTER) - 0.1)
     assert value(l1, "a") == "x"
     clock.move(0.2)
-    assert value(l1, "a") == "nothing known"
+    assert value(l1, "a") == "unknown"
 
 
-def test_what_does_not_exist_is_believed_for_a_shorter_time() -> None:
+def test_an_absent_value_expires_earlier() -> None:
     clock = Clock()
     l1 = level(clock)
     l1.put("a", None, l1.ticket())
     assert value(l1, "a") is None
     clock.move(1.1)
-    assert value(l1, "a") == "nothing known"
+    assert value(l1, "a") == "unknown"
     l1.put("a", None, l1.ticket())
     l1.put("a", "x", l1.ticket())
     assert value(l1, "a") == "x"
@@ -52,31 +52,31 @@ def test_what_does_not_exist_is_believed_for_a_shorter_time() -> None:
     assert value(l1, "a") is None
 
 
-def test_a_shorter_life_can_be_asked_for() -> None:
+def test_a_caller_can_ask_for_a_shorter_life() -> None:
     clock = Clock()
     l1 = level(clock)
     l1.put("a", "x", l1.ticket(), 2.0)
     clock.move(2.1)
-    assert value(l1, "a") == "nothing known"
+    assert value(l1, "a") == "unknown"
 
 
-def test_what_was_read_before_a_drop_is_not_kept() -> None:
+def test_a_value_that_was_read_before_a_drop_is_refused() -> None:
     l1 = level(Clock())
     before = l1.ticket()
     l1.drop("a")
     assert not l1.put("a", "old", before)
-    assert value(l1, "a") == "nothing known"
-    assert l1.put("b", "x", before)  # nothing was said of it
+    assert value(l1, "a") == "unknown"
+    assert l1.put("b", "x", before)  # it was not dropped
     assert l1.put("a", "new", l1.ticket())
 
 
-def test_what_was_read_before_everything_was_forgotten_is_not_kept() -> None:
+def test_a_value_that_was_read_before_a_clear_is_refused() -> None:
     l1 = level(Clock())
     before = l1.ticket()
     l1.put("b", "x", before)
     l1.clear()
     assert not l1.put("a", "old", before)
-    assert value(l1, "b") == "nothing known"
+    assert value(l1, "b") == "unknown"
     assert l1.put("a", "new", l1.ticket())
 
 
@@ -92,7 +92,7 @@ def test_a_ticket_older_than_all_drops_remembered_is_refused() -> None:
     assert not generations.valid("k0", before)  # its drop is forgotten, and so are tickets from before it
 
 
-def test_what_never_existed_pushes_out_nothing_that_does() -> None:
+def test_absent_values_evict_no_present_ones() -> None:
     l1 = level(Clock(), entries=16 * ABSENT_PART)
     l1.put("a", "x", l1.ticket())
     for i in range(1000):
@@ -101,16 +101,16 @@ def test_what_never_existed_pushes_out_nothing_that_does() -> None:
     assert len(l1) == 1 + 16
 
 
-def test_the_least_recently_used_goes_first() -> None:
+def test_the_least_recently_used_value_is_evicted_first() -> None:
     l1 = level(Clock(), entries=2)
     for key in "ab":
         l1.put(key, key, l1.ticket())
     l1.get("a")
     l1.put("c", "c", l1.ticket())
-    assert [value(l1, key) for key in "abc"] == ["a", "nothing known", "c"]
+    assert [value(l1, key) for key in "abc"] == ["a", "unknown", "c"]
 
 
-def test_what_is_used_much_is_due_once_before_its_end() -> None:
+def test_a_value_with_many_hits_is_due_once_before_its_end() -> None:
     clock = Clock()
     l1 = level(clock)
     l1.put("a", "x", l1.ticket())
@@ -118,7 +118,7 @@ def test_what_is_used_much_is_due_once_before_its_end() -> None:
     assert line is not None
     for _ in range(REFRESH_HITS):
         l1.get("a")
-    assert not line.refresh_due(clock.now), "it has most of its life before it"
+    assert not line.refresh_due(clock.now), "most of its life is left"
     clock.move(9)
     assert line.refresh_due(clock.now)
     assert not line.refresh_due(clock.now)

@@ -1,4 +1,4 @@
-"""Warming and prefetch: what is loaded before it is asked for, within which bounds, and that it can be left out."""
+"""Warming and prefetch at log-in: which conversations are loaded, within which bounds, and how it is switched off."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ async def conversations(w: Worker, ann: User, count: int) -> list[str]:
     return convs
 
 
-async def test_a_new_worker_knows_the_most_active_conversations(tmp_path: Path, redis_url: str) -> None:
+async def test_a_new_worker_warms_the_most_active_conversations(tmp_path: Path, redis_url: str) -> None:
     async with workers(tmp_path, redis=redis_url) as (w,):
         ann = await w.user("ann")
         convs = await conversations(w, ann, 6)
         await w.cache.activity.send()
-        for conv in convs[:3] * 5:  # the older ones are read much
+        for conv in convs[:3] * 5:  # the older ones are read often
             await w.last(conv, ann)
     async with workers(tmp_path, redis=redis_url, settings=WARM) as (w,):
         assert w.cache.stats()["ahead"]["warmed"] == 3
@@ -44,7 +44,7 @@ async def test_a_new_worker_knows_the_most_active_conversations(tmp_path: Path, 
         assert w.cache.recent.counts.l1 == 0
 
 
-async def test_what_was_active_long_ago_counts_for_less(tmp_path: Path, redis_url: str) -> None:
+async def test_older_activity_counts_for_less(tmp_path: Path, redis_url: str) -> None:
     clock = Clock()
     async with workers(tmp_path, redis=redis_url, clock=clock) as (w,):
         for _ in range(10):
@@ -60,7 +60,7 @@ async def test_what_was_active_long_ago_counts_for_less(tmp_path: Path, redis_ur
         assert await w.cache.activity.hottest(10) == []
 
 
-async def test_without_redis_what_was_written_to_last_is_warm(tmp_path: Path) -> None:
+async def test_without_redis_the_conversations_last_written_to_are_warmed(tmp_path: Path) -> None:
     async with workers(tmp_path) as (w,):
         ann = await w.user("ann")
         convs = await conversations(w, ann, 6)
@@ -79,7 +79,7 @@ async def test_warming_ends_with_its_budget(tmp_path: Path, settings: Cache) -> 
         assert w.cache.stats()["ahead"]["warmed"] == 0
 
 
-async def test_a_store_that_does_not_answer_ends_the_warming_quietly(tmp_path: Path) -> None:
+async def test_a_store_that_does_not_answer_ends_the_warming(tmp_path: Path) -> None:
     async with workers(tmp_path, settings=WARM) as (w,):
         await conversations(w, await w.user("ann"), 3)
         w.slow.down = True
@@ -89,7 +89,7 @@ async def test_a_store_that_does_not_answer_ends_the_warming_quietly(tmp_path: P
         assert w.cache.prefetcher.warm.is_set()
 
 
-async def test_who_logs_in_finds_his_newest_conversations_loaded(tmp_path: Path) -> None:
+async def test_a_log_in_prefetches_the_newest_conversations(tmp_path: Path) -> None:
     async with workers(tmp_path, settings=PREFETCH) as (w,):
         ann = await w.user("ann")
         convs = await conversations(w, ann, 5)
@@ -106,7 +106,7 @@ async def test_who_logs_in_finds_his_newest_conversations_loaded(tmp_path: Path)
         assert w.calls["role"] == 0, "the views brought the roles"
         await w.last(convs[0], ann)
         assert w.calls["entries"] == 3
-        # A list that is read for anything else loads nothing.
+        # Views that are read at any other time start no prefetch.
         w.cache.on_resync_needed()
         w.calls.clear()
         await w.cache.views(ann.id, mine)
@@ -114,7 +114,7 @@ async def test_who_logs_in_finds_his_newest_conversations_loaded(tmp_path: Path)
         assert w.calls["entries"] == 0
 
 
-async def test_what_is_loaded_already_is_not_loaded_at_a_log_in(tmp_path: Path) -> None:
+async def test_a_log_in_prefetches_nothing_that_is_cached(tmp_path: Path) -> None:
     async with workers(tmp_path, settings=PREFETCH) as (w,):
         ann = await w.user("ann")
         await conversations(w, ann, 3)
@@ -127,7 +127,7 @@ async def test_what_is_loaded_already_is_not_loaded_at_a_log_in(tmp_path: Path) 
         assert w.cache.stats()["ahead"]["prefetched"] == 0
 
 
-async def test_a_prefetch_that_is_switched_off_loads_nothing(tmp_path: Path) -> None:
+async def test_prefetch_can_be_switched_off(tmp_path: Path) -> None:
     async with workers(tmp_path) as (w,):
         ann = await w.user("ann")
         await conversations(w, ann, 3)

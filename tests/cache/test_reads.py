@@ -1,4 +1,4 @@
-"""Reads through one worker: once from the store, then from memory; never less than what was acknowledged."""
+"""Reads of one worker: first from the store, then from memory; never without an acknowledged entry."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chatcore.errors import NotFound, Unavailable
 
 from .parts import SETTINGS, Clock, seqs, until, within, workers
 
-TAIL = SETTINGS.tail_entries
+KEEP = SETTINGS.tail_entries
 
 
 async def test_the_newest_page_asks_the_store_once(tmp_path: Path) -> None:
@@ -20,11 +20,11 @@ async def test_the_newest_page_asks_the_store_once(tmp_path: Path) -> None:
         ann = await w.user("ann")
         conv = await w.conversation(ann)
         head = await w.fill(conv, ann, 70)
-        w.cache.on_resync_needed()  # nothing is known
+        w.cache.on_resync_needed()  # level 1 is empty
         w.calls.clear()
         for _ in range(3):
             page = await w.last(conv, ann, hint=head)
-            assert seqs(page) == list(range(head - TAIL + 1, head + 1))
+            assert seqs(page) == list(range(head - KEEP + 1, head + 1))
             assert page.more
             assert page.head == head
         assert w.calls == {"role": 1, "entries": 1}
@@ -43,7 +43,7 @@ async def test_without_a_live_room_the_store_is_asked_for_the_head(tmp_path: Pat
         w.calls.clear()
         page = await w.last(conv, ann)
         assert page.head == done.seq
-        assert seqs(page)[-1] == done.seq, "the newest entry, of which this worker has not heard"
+        assert seqs(page)[-1] == done.seq, "the newest entry, which this worker has not received"
         assert w.calls["heads"] == 1
 
 
@@ -56,7 +56,7 @@ async def test_every_page_is_the_one_the_store_would_have_given(tmp_path: Path) 
         compared = 0
         for before in odd:
             for after in odd:
-                for limit in (1, 7, TAIL, 100):
+                for limit in (1, 7, KEEP, 100):
                     for size in (1, 700, 10**6):
                         args = (ann.id, conv, before, after, limit, size)
                         assert await w.cache.page(*args) == await w.sqlite.page(*args), args
@@ -70,7 +70,7 @@ async def test_every_page_is_the_one_the_store_would_have_given(tmp_path: Path) 
             assert await w.cache.page(*args) == await w.sqlite.page(*args)
 
 
-async def test_what_was_acknowledged_is_on_the_next_page(tmp_path: Path) -> None:
+async def test_an_acknowledged_entry_is_on_the_next_page(tmp_path: Path) -> None:
     async with workers(tmp_path) as (w,):
         ann = await w.user("ann")
         conv = await w.conversation(ann)
@@ -80,7 +80,7 @@ async def test_what_was_acknowledged_is_on_the_next_page(tmp_path: Path) -> None
             assert seqs(page)[-1] == done.seq
 
 
-async def test_a_replay_uses_what_is_known_up_to_where_it_is_to_go(tmp_path: Path) -> None:
+async def test_a_replay_uses_cached_entries_up_to_its_end(tmp_path: Path) -> None:
     async with workers(tmp_path) as (w,):
         ann = await w.user("ann")
         conv = await w.conversation(ann)
@@ -94,12 +94,12 @@ async def test_a_replay_uses_what_is_known_up_to_where_it_is_to_go(tmp_path: Pat
         found = await w.cache.replay(conv, 0, head, 10, 10**6)  # long ago
         assert [e.seq for e in found] == list(range(1, 11))
         assert w.calls == {"entries": 1}
-        # Whoever wants to know what there is beyond asks the store.
+        # A read beyond the end asks the store.
         await w.cache.entries(conv, head, 10, 10**6)
         assert w.calls == {"entries": 2}
 
 
-async def test_who_is_no_member_sees_nothing_and_asks_the_store_once(tmp_path: Path) -> None:
+async def test_a_user_who_is_no_member_sees_nothing_and_costs_one_read(tmp_path: Path) -> None:
     clock = Clock()
     async with workers(tmp_path, clock=clock) as (w,):
         ann, eve = await w.user("ann"), await w.user("eve")
@@ -113,14 +113,14 @@ async def test_who_is_no_member_sees_nothing_and_asks_the_store_once(tmp_path: P
             clock.move(SETTINGS.negative_ttl_ms / 1000 + 0.1)
             with pytest.raises(NotFound):
                 await w.last(name, eve)
-            assert w.calls == {"role": 2}, "what does not exist is believed for a short time"
+            assert w.calls == {"role": 2}, "an absent value expires early"
         assert await w.cache.users(["nobody", ann.id, "nobody", ann.id]) == [ann, ann]
         assert await w.cache.token(b"\0" * 32) is None
         assert await w.cache.token(b"\0" * 32) is None
         assert w.calls["token"] == 1
 
 
-async def test_many_who_ask_at_once_cost_one_read(tmp_path: Path) -> None:
+async def test_concurrent_callers_share_one_read(tmp_path: Path) -> None:
     async with workers(tmp_path) as (w,):
         ann = await w.user("ann")
         conv = await w.conversation(ann)
@@ -131,7 +131,7 @@ async def test_many_who_ask_at_once_cost_one_read(tmp_path: Path) -> None:
         gate = w.slow.gate("token")
         asked = [asyncio.create_task(w.cache.token(b"t" * 32)) for _ in range(50)]
         await within(gate.reached.wait(), "the one read")
-        asked[0].cancel()  # who gives up takes nobody down
+        asked[0].cancel()  # a caller that gives up does not cancel the others
         gate.open.set()
         tokens = await asyncio.gather(*asked[1:])
         assert {t.user for t in tokens if t is not None} == {ann}
@@ -140,14 +140,14 @@ async def test_many_who_ask_at_once_cost_one_read(tmp_path: Path) -> None:
         pages = [asyncio.create_task(w.last(conv, ann, hint=head)) for _ in range(50)]
         await within(gate.reached.wait(), "the one read")
         gate.open.set()
-        assert {tuple(seqs(page)) for page in await asyncio.gather(*pages)} == {tuple(range(head - TAIL + 1, head + 1))}
+        assert {tuple(seqs(page)) for page in await asyncio.gather(*pages)} == {tuple(range(head - KEEP + 1, head + 1))}
         assert w.calls["entries"] == 1
         assert w.calls["role"] == 1
         await asyncio.gather(*(w.cache.users([ann.id]) for _ in range(50)))
-        assert w.calls["users"] == 0, "the token had brought the name"
+        assert w.calls["users"] == 0, "the read of the token returned the name, too"
 
 
-async def test_a_failure_is_told_to_all_who_wait_and_to_nobody_later(tmp_path: Path) -> None:
+async def test_a_failure_reaches_all_waiting_callers_and_no_later_one(tmp_path: Path) -> None:
     async with workers(tmp_path) as (w,):
         ann = await w.user("ann")
         conv = await w.conversation(ann)
@@ -162,7 +162,7 @@ async def test_a_failure_is_told_to_all_who_wait_and_to_nobody_later(tmp_path: P
         assert seqs(await w.last(conv, ann)) == [1, 2]
 
 
-async def test_what_is_used_much_is_read_again_before_it_ends(tmp_path: Path) -> None:
+async def test_values_with_many_hits_are_refreshed_before_they_expire(tmp_path: Path) -> None:
     clock = Clock()
     settings = replace(SETTINGS, refresh=True, role_ttl_ms=30_000, tail_ttl_ms=60_000)
     async with workers(tmp_path, clock=clock, settings=settings) as (w,):
@@ -179,11 +179,11 @@ async def test_what_is_used_much_is_read_again_before_it_ends(tmp_path: Path) ->
         await w.last(conv, bob, hint=head)
         await until(
             lambda: w.cache.cached_members.roles.counts.refreshed == 1,
-            "the much used role was read again, the other was not",
+            "the refresh of the role with many hits, and of no other",
         )
         clock.move(27)
-        await w.last(conv, ann, hint=head)  # nobody waited: the old one would have ended
-        await until(lambda: w.cache.recent.counts.refreshed == 1, "the tail, too")
+        await w.last(conv, ann, hint=head)  # no caller waited, although the old value has expired
+        await until(lambda: w.cache.recent.counts.refreshed == 1, "the refresh of the recent entries")
         after = w.cache.stats()["kinds"]
         assert after["roles"]["missed"] == counts["roles"]["missed"]
         clock.move(50)
@@ -191,7 +191,7 @@ async def test_what_is_used_much_is_read_again_before_it_ends(tmp_path: Path) ->
         assert w.cache.recent.counts.missed == counts["last_entries"]["missed"]
 
 
-async def test_a_session_that_seems_over_is_asked_about(tmp_path: Path) -> None:
+async def test_a_token_that_seems_to_have_expired_is_read_from_the_store(tmp_path: Path) -> None:
     clock = Clock()
     async with workers(tmp_path, 2, clock=clock) as (w, other):
         ann = await w.user("ann")
@@ -204,7 +204,7 @@ async def test_a_session_that_seems_over_is_asked_about(tmp_path: Path) -> None:
         assert (await w.cache.token(b"t" * 32)).expires == soon + 60_000  # type: ignore[union-attr]
 
 
-async def test_how_many_are_in_a_conversation_is_read_once_and_after_each_change(tmp_path: Path) -> None:
+async def test_the_number_of_members_is_read_once_and_after_each_change(tmp_path: Path) -> None:
     async with workers(tmp_path, 2) as (w, other):
         ann, bob, eve = [await w.user(name) for name in ("ann", "bob", "eve")]
         conv = await w.conversation(ann, bob)
@@ -219,12 +219,12 @@ async def test_how_many_are_in_a_conversation_is_read_once_and_after_each_change
         w.cache.on_resync_needed()
         w.calls.clear()
         await w.cache.views(ann.id)
-        assert await w.cache.member_count(conv) == 3, "and a list of conversations tells it, too"
+        assert await w.cache.member_count(conv) == 3, "the views had it, too"
         assert await w.cache.member_count("none") == 0
         assert w.calls == {"views": 1, "member_count": 1}
 
 
-async def test_a_number_of_members_of_which_nobody_tells_ends_by_its_time(tmp_path: Path) -> None:
+async def test_a_number_of_members_that_is_not_announced_expires(tmp_path: Path) -> None:
     clock = Clock()
     async with workers(tmp_path, 2, clock=clock) as (w, other):
         ann, bob = await w.user("ann"), await w.user("bob")

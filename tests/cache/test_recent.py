@@ -31,14 +31,14 @@ def held(t: EntriesL1, first: int, last: int, conv: str = "c") -> list[int] | No
     return None if found is None else [e.seq for e in found]
 
 
-def test_entries_are_given_where_none_is_missing() -> None:
+def test_a_range_without_gaps_is_returned() -> None:
     t = level()
     for seq in (1, 2, 4):
         t.add(entry(seq))
     assert held(t, 1, 2) == [1, 2]
     assert held(t, 1, 4) is None, "3 is missing"
     assert held(t, 4, 4) == [4]
-    assert held(t, 4, 5) is None, "5 is not known of"
+    assert held(t, 4, 5) is None, "5 is unknown"
     t.add(entry(3))  # reordered
     t.add(entry(3))  # repeated
     assert held(t, 1, 4) == [1, 2, 3, 4]
@@ -55,7 +55,7 @@ def test_only_the_last_are_kept() -> None:
     assert len(t.held("c")) == KEEP
 
 
-def test_a_gap_longer_than_the_window_leaves_nothing_old() -> None:
+def test_a_gap_longer_than_the_window_removes_all_older_entries() -> None:
     t = level()
     for seq in (1, 2, 3, 1_000_000):
         t.add(entry(seq))
@@ -63,7 +63,7 @@ def test_a_gap_longer_than_the_window_leaves_nothing_old() -> None:
     assert t.bytes == cost(entry(1_000_000))
 
 
-def test_a_window_expires_however_much_is_added() -> None:
+def test_a_window_expires_whatever_is_added() -> None:
     clock = Clock()
     t = level(clock)
     for seq in range(1, 12):
@@ -87,7 +87,7 @@ def test_a_body_that_was_overwritten_does_not_come_back() -> None:
     assert b"gone" in now.wire
 
 
-def test_a_drop_refuses_what_was_being_read() -> None:
+def test_a_drop_refuses_entries_that_are_being_read() -> None:
     t = level()
     t.add(entry(1))
     before = t.ticket()
@@ -101,7 +101,7 @@ def test_a_drop_refuses_what_was_being_read() -> None:
     assert t.bytes == 0
 
 
-def test_a_window_read_anew_begins_a_new_life_and_keeps_what_came_since() -> None:
+def test_a_replaced_window_begins_a_new_life_and_keeps_newer_entries() -> None:
     clock = Clock()
     t = level(clock)
     for seq in (1, 2):
@@ -130,9 +130,7 @@ def test_bytes_and_conversations_are_bounded() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 20), st.booleans()), max_size=60), st.randoms(use_true_random=False))
-def test_whatever_comes_in_only_true_and_whole_ranges_come_out(
-    steps: list[tuple[int, bool]], chance: random.Random
-) -> None:
+def test_only_correct_and_complete_ranges_are_returned(steps: list[tuple[int, bool]], chance: random.Random) -> None:
     """Against the plainest model: all that ever came; bytes always add up."""
     t = level()
     truth: dict[int, str] = {}
