@@ -104,6 +104,9 @@ class ForwardingStore:
     async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
         return await self.inner.acquainted(user, others)
 
+    async def dm_peer(self, user: str, conv: str) -> str | None:
+        return await self.inner.dm_peer(user, conv)
+
     async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
         return await self.inner.blockers(user, others)
 

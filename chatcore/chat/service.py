@@ -255,8 +255,7 @@ class Chat:
     async def _blocked_in_dm(self, user: str, conv: str) -> bool:
         """Whether the conversation is a dm whose other member blocks the user."""
         if (user, conv) not in self._dm_peers:
-            _, views = await self._store.views(user, [conv])
-            self._dm_peers[user, conv] = views[0].with_id if views else None  # a dm has always the same two members
+            self._dm_peers[user, conv] = await self._store.dm_peer(user, conv)  # it never changes
         peer = self._dm_peers[user, conv]
         return peer is not None and bool(await self._store.blockers(user, [peer]))
 

@@ -247,6 +247,9 @@ class Store(Protocol):
     async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
         """Those of ``others`` who share a conversation with the user."""
 
+    async def dm_peer(self, user: str, conv: str) -> str | None:
+        """The other member of a dm of the user; None: it is no such dm. The answer never changes."""
+
     async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
         """Those of ``others`` who block the user."""
 

@@ -296,6 +296,12 @@ class Reads:
             found.update(doc["_id"] for doc in docs)
         return found
 
+    async def dm_peer(self, user: str, conv: str) -> str | None:
+        """The other member of a dm of the user; None: it is no such dm."""
+        doc = await self._mongo.do(self._mongo["convs"].find_one({"_id": conv}, {"a": 1, "b": 1}))
+        pair = [] if doc is None else [doc.get("a"), doc.get("b")]
+        return next((other for other in pair if other != user), None) if user in pair else None
+
     async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
         """Those of ``others`` who block the user."""
         found: set[str] = set()

@@ -508,6 +508,9 @@ class MongoStore:
     async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
         return await self._reads.acquainted(user, others, self._max_conversations)
 
+    async def dm_peer(self, user: str, conv: str) -> str | None:
+        return await self._reads.dm_peer(user, conv)
+
     async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
         return await self._reads.blockers(user, others)
 

@@ -291,6 +291,17 @@ def acquainted(user: str, others: Sequence[str]) -> Query[set[str]]:
     return lambda db: {other for (other,) in db.execute(sql, (keys, user))}
 
 
+def dm_peer(user: str, conv: str) -> Query[str | None]:
+    """The other member of a dm of the user; None: it is no such dm."""
+    sql = "SELECT CASE a WHEN ?1 THEN b ELSE a END FROM convs WHERE id = ?2 AND ?1 IN (a, b)"
+
+    def query(db: apsw.Connection) -> str | None:
+        row = db.execute(sql, (user, conv)).fetchone()
+        return row[0] if row else None
+
+    return query
+
+
 def blockers(user: str, others: Sequence[str]) -> Query[set[str]]:
     """Those of ``others`` who block the user."""
     keys = orjson.dumps(list(others)).decode()

@@ -189,6 +189,9 @@ class SQLiteStore:
     async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
         return await self._read(reads.acquainted(user, others))
 
+    async def dm_peer(self, user: str, conv: str) -> str | None:
+        return await self._read(reads.dm_peer(user, conv))
+
     async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
         return await self._read(reads.blockers(user, others))
 
