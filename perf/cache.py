@@ -38,7 +38,6 @@ from chatcore.cache.invalidations import CHANNEL
 from chatcore.cache.lookup import ReadCounts
 from chatcore.cache.store import SharedCachedStore
 from chatcore.chat import events
-from chatcore.chat.room import conv_channel
 from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.settings import Bus, Cache
 from chatcore.store.base import Entry, Opening, View
@@ -123,7 +122,7 @@ class Worker:
     async def attach(self, views: list[View]) -> None:
         """Rooms become live: their entries are heard."""
         fresh = [view.conv for view in views if view.conv not in self.heads]
-        await self.bus.subscribe([conv_channel(conv) for conv in fresh])
+        await self.bus.subscribe([events.conv_channel(conv) for conv in fresh])
         for view in views:
             self._head(view.conv, view.head)
 
@@ -134,7 +133,7 @@ class Worker:
         self.cache.on_commit(entries)
         for e in entries:
             self._head(e.conv, e.seq)
-            self.bus.publish(conv_channel(e.conv), events.pack_entry(e))
+            self.bus.publish(events.conv_channel(e.conv), events.pack_entry(e))
 
     def on_bus(self, channel: str, payload: bytes) -> None:
         if channel == CHANNEL:

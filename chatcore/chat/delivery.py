@@ -28,7 +28,7 @@ from ..protocol import MEMBER_ROLES, conv_left
 from ..store.base import Entry, View
 from . import events
 from .directory import OUT
-from .room import EMPTY_TOPIC, Connected, Reads, Room, Sessions, Subscriber, Subscriptions, TopicLike, conv_channel
+from .room import EMPTY_TOPIC, Connected, Reads, Room, Sessions, Subscriber, Subscriptions, TopicLike
 
 log = logging.getLogger("chatcore.delivery")
 
@@ -173,7 +173,7 @@ class Delivery:
             room.recent_bytes -= len(room.recent.pop(0).wire)
         if len(room.topic):
             self.deliveries += room.topic.fan_out(self._make_frame(e.wire))
-        if len(room.summaries):
+        if room.summaries is not EMPTY_TOPIC and len(room.summaries):
             self._dirty.add(room)
         if e.t == "member":
             self._apply_member(room, e)
@@ -279,7 +279,7 @@ class Delivery:
         return rooms
 
     async def _load(self, fresh: list[Room]) -> None:
-        channels = [conv_channel(room.conv) for room in fresh]
+        channels = [events.conv_channel(room.conv) for room in fresh]
         try:
             await self._bus.subscribe(channels)
             heads = await self._store.heads([room.conv for room in fresh])
@@ -625,7 +625,7 @@ class Delivery:
                 if room.idle_sweeps >= 2 and room.backfill is None:
                     del self.rooms[room.conv]
                     self._dirty.discard(room)
-                    gone.append(conv_channel(room.conv))
+                    gone.append(events.conv_channel(room.conv))
             if gone:
                 self._bus.unsubscribe(gone)
 

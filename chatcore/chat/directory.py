@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import zlib
 from collections.abc import Callable, Iterable
 from typing import Final, Protocol
 
@@ -28,11 +27,13 @@ EXPIRY_STEP_S: Final = 10.0
 
 #: What the names of these channels begin with.
 USER_CHANNEL: Final = "u:"
+#: One channel for the events of all users (no user id is "*").
+SHARED_USER_CHANNEL: Final = USER_CHANNEL + "*"
 
 
-def user_channel(user: str, channels: int = 0) -> str:
-    """The channel of what concerns one user's own sessions; or the one of ``channels`` that the user shares."""
-    return f"{USER_CHANNEL}{zlib.crc32(user.encode()) % channels}" if channels else USER_CHANNEL + user
+def user_channel(user: str) -> str:
+    """The channel of the events of one user."""
+    return USER_CHANNEL + user
 
 
 class TokenReads(Protocol):
@@ -73,23 +74,25 @@ class Directory:
     """One per worker. Owns the task that closes sessions whose token has ended."""
 
     def __init__(
-        self, store: TokenReads, bus: Subscriptions, on_presence: Callable[[str], None], *, channels: int = 0
+        self, store: TokenReads, bus: Subscriptions, on_presence: Callable[[str], None], *, one_channel: bool = False
     ) -> None:
         """:param on_presence: called with a user of whom a session ended.
-        :param channels: how many channels the users share on the bus; 0: each has one of its own.
+        :param one_channel: the users share one channel of the bus; otherwise each has its own.
         """
         self._store = store
         self._bus = bus
         self._on_presence = on_presence
-        self._channels = channels
+        self._one_channel = one_channel
         self._by_id: dict[str, ConnectedUser] = {}
         self._numbers = 0
         self.sessions = 0
         self._tasks = Tasks()
         self._expiry_at = 0.0
 
-    def start(self) -> None:
-        """Start the task that closes sessions whose token has ended."""
+    async def start(self) -> None:
+        """Subscribe to a shared channel, and start the task that closes sessions whose token has ended."""
+        if self._one_channel:
+            await self._bus.subscribe([SHARED_USER_CHANNEL])
         self._tasks.spawn(self._expire(), "directory-expiry")
 
     async def close(self) -> None:
@@ -98,14 +101,15 @@ class Directory:
 
     # --- registering ------------------------------------------------------------
     async def add(self, x: Subscriber, user: str) -> ConnectedUser:
-        """Register a session, and subscribe to its user's channel, before anything is read for it."""
+        """Register a session before anything is read for it: it misses no event of its user from here on."""
         connected = self._by_id.get(user)
         if connected is None:
             self._numbers += 1
             connected = self._by_id[user] = ConnectedUser(user, self._numbers)
         connected.sessions += (x,)
         self.sessions += 1
-        await self._bus.subscribe([user_channel(user, self._channels)])
+        if not self._one_channel:
+            await self._bus.subscribe([user_channel(user)])
         return connected
 
     def remove(self, x: Subscriber, connected: ConnectedUser) -> None:
@@ -114,7 +118,8 @@ class Directory:
             return
         connected.sessions = tuple(other for other in connected.sessions if other is not x)
         self.sessions -= 1
-        self._bus.unsubscribe([user_channel(connected.id, self._channels)])
+        if not self._one_channel:
+            self._bus.unsubscribe([user_channel(connected.id)])
         if not connected.sessions:
             self._by_id.pop(connected.id, None)
         self._on_presence(connected.id)

@@ -11,6 +11,9 @@ from typing import Final
 
 from ..store.base import Entry
 
+#: What the names of these channels begin with.
+CONV_CHANNEL: Final = "c:"
+
 # kind, seq, msgs, last_msg, length of t, length of sender
 _ENTRY: Final = struct.Struct("<cQQQBB")
 _STATE: Final = struct.Struct("<cB")
@@ -18,6 +21,11 @@ ENTRY: Final = b"e"
 STATE: Final = b"s"
 #: The whole message: a host loses every race to append to the conversation, and asks the others to pause.
 YIELD: Final = b"y"
+
+
+def conv_channel(conv: str) -> str:
+    """The bus channel of a conversation."""
+    return CONV_CHANNEL + conv
 
 
 def pack_entry(e: Entry) -> bytes:

@@ -15,15 +15,8 @@ from ..store.base import Changes, Entry, Known, View
 
 #: Shared by all rooms to which no session is being attached: a set of their own would be most of what a room costs.
 NO_SESSIONS: Final[frozenset[Any]] = frozenset()
-#: What the names of the channels of conversations begin with.
-CONV_CHANNEL: Final = "c:"
 # Removals remembered of one room; rows lag behind their entries for moments only.
 REMOVALS_MAX: Final = 1000
-
-
-def conv_channel(conv: str) -> str:
-    """The bus channel of a conversation."""
-    return CONV_CHANNEL + conv
 
 
 class Subscriber(Protocol):

@@ -37,7 +37,6 @@ from ..store.base import Appended, Entry, NewEntry, Opened, Opening, Page, Store
 from ..store.entries import new_entry
 from . import events
 from .delivery import Delivery
-from .room import conv_channel
 from .user_events import UserEvents
 
 # Users in one query of who knows whom: it may look at every conversation of each, and others wait for it.
@@ -85,7 +84,7 @@ class Chat:
         # The bus first: it is flushed in this order, so that the other workers know of an entry, or are about to,
         # when its sender is answered and asks them.
         for e in entries:
-            self._bus.publish(conv_channel(e.conv), events.pack_entry(e))
+            self._bus.publish(events.conv_channel(e.conv), events.pack_entry(e))
         for e in entries:
             self._delivery.on_entry(e)
 
@@ -261,7 +260,7 @@ class Chat:
 
     def _push_state(self, conv: str, skip_user: str, wire: bytes) -> None:
         self._delivery.push_state(conv, skip_user, wire)
-        self._bus.publish(conv_channel(conv), events.pack_state(skip_user, wire))
+        self._bus.publish(events.conv_channel(conv), events.pack_state(skip_user, wire))
 
 
 class TypingGate:

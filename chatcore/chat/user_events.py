@@ -1,6 +1,6 @@
 """What concerns all sessions of one user, on whichever worker they are: published on the user's channel, applied here.
 
-Channel ``u:<user>``; on the local bus users share ``u:<number>``.
+Each user has a channel ``u:<user>``; on the local bus all users share one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import orjson
 
-from .directory import user_channel
+from .directory import SHARED_USER_CHANNEL, user_channel
 
 log = logging.getLogger("chatcore.user_events")
 
@@ -41,19 +41,19 @@ class UserEvents:
         on_remote_row: Callable[[str, str], None] = lambda conv, user: None,
         on_blocks: Callable[[], None] = lambda: None,
         *,
-        channels: int = 0,
+        one_channel: bool = False,
     ) -> None:
         """:param refresh: (user, conversation, have): brings the user's sessions here up to date.
         :param on_remote_row: (conversation, user): another worker changed the row.
         :param on_blocks: some user with a session here was blocked, or no longer is.
-        :param channels: how many channels the users share on the bus; 0: each has one of its own.
+        :param one_channel: the users share one channel of the bus; otherwise each has its own.
         """
         self._bus = bus
         self._sessions = sessions
         self._refresh = refresh
         self._on_remote_row = on_remote_row
         self._on_blocks = on_blocks
-        self._channels = channels
+        self._one_channel = one_channel
 
     def row_changed(self, user: str, conv: str, have: int | None = None) -> None:
         """The user's row of a conversation changed.
@@ -83,7 +83,9 @@ class UserEvents:
         self._sessions.blocks_changed(user)
 
     def _publish(self, user: str, message: dict[str, Any]) -> None:
-        self._bus.publish(user_channel(user, self._channels), orjson.dumps({"u": user, **message}))
+        self._bus.publish(
+            SHARED_USER_CHANNEL if self._one_channel else user_channel(user), orjson.dumps({"u": user, **message})
+        )
 
     def on_bus(self, payload: bytes) -> None:
         """An event that another worker published.

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from ..bus.local import LocalBus
 from ..bus.redis import RedisBus
@@ -24,9 +24,6 @@ from ..store.sqlite.schema import BrokenStore, prepare
 from ..store.sqlite.store import SQLiteStore
 from ..supervisor.worker_process import StartError, WorkerContext
 from .health import Metrics
-
-#: Many more than workers, so that while users are few a worker hears few events that do not concern it.
-LOCAL_USER_CHANNELS: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,13 +129,13 @@ def bus_metrics(bus: RedisBus | LocalBus) -> dict[str, Any]:
     )
 
 
-def user_channels(bus: RedisBus | LocalBus) -> int:
-    """How many channels the users of the bus share (0: each has one of its own).
+def shares_user_channel(bus: RedisBus | LocalBus) -> bool:
+    """Whether the events of all users go over one channel of the bus.
 
-    On one host every worker may as well hear the events of all users: they are rare, and a channel
-    of its own would cost half a kilobyte for each user.
+    On one host every worker may as well hear the events of all users: they are rare, and a channel for each user
+    would cost half a kilobyte, and each log-in a round over the other workers.
     """
-    return 0 if isinstance(bus, RedisBus) else LOCAL_USER_CHANNELS
+    return isinstance(bus, LocalBus)
 
 
 async def start_store(settings: Settings, store: Store) -> None:

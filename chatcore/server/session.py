@@ -53,6 +53,7 @@ class Services:
     """The parts of a worker that its sessions use; all sessions share one."""
 
     settings: Settings
+    store_id: str
     reactor: Connection
     store: Store
     accounts: Accounts
@@ -409,7 +410,7 @@ class Session:
     def _known_sync(self, sync: str | None, user: str) -> int | None:
         """The position in a ``sync``, if this server may have given it to this user."""
         parts = (sync or "").rsplit(".", 2)
-        if len(parts) != 3 or parts[0] != self._services.store.store_id or parts[1] != user:
+        if len(parts) != 3 or parts[0] != self._services.store_id or parts[1] != user:
             return None
         if not (parts[2].isascii() and parts[2].isdigit()) or len(parts[2]) > 16:
             return None
@@ -424,7 +425,7 @@ class Session:
         return {"sync": self._sync_text()}
 
     def _sync_text(self) -> str:
-        return f"{self._services.store.store_id}.{self.user_id}.{self._sync}"
+        return f"{self._services.store_id}.{self.user_id}.{self._sync}"
 
     def _caught_up(self) -> None:
         """All entries that the client missed were queued: ``ready``."""

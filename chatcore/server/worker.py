@@ -23,7 +23,6 @@ from ..chat import events
 from ..chat.delivery import Delivery
 from ..chat.directory import USER_CHANNEL, Directory
 from ..chat.presence import PRESENCE_CHANNEL, Presence
-from ..chat.room import CONV_CHANNEL, conv_channel
 from ..chat.service import Chat
 from ..chat.user_events import UserEvents
 from ..common.tasks import Tasks
@@ -32,7 +31,7 @@ from ..store.base import CommitHooks, Store
 from ..supervisor.stats import State
 from ..supervisor.worker_process import WorkerContext
 from .api import Api
-from .backends import bus_metrics, make_bus, make_store, start_store, user_channels
+from .backends import bus_metrics, make_bus, make_store, shares_user_channel, start_store
 from .connections import Connections
 from .health import Health
 from .session import Services
@@ -98,7 +97,7 @@ class Worker:
         await start_store(self.settings, self.store)
         bus = make_bus(self.context, self.store)
         self.bus: Bus = bus
-        self._user_channels = user_channels(bus)
+        self._one_user_channel = shares_user_channel(bus)
         self._make_parts()
         if self.cache is not None:
             committed.append(self.cache.on_commit)
@@ -120,10 +119,11 @@ class Worker:
         if self.handlers.topics():
             await self.queue.start()
         await self.delivery.start()
-        self.directory.start()
+        await self.directory.start()
         self.presence.start()
         services = Services(
             self.settings,
+            self.store.store_id,
             self.connections.reactor,
             self.store,
             self.accounts,
@@ -145,7 +145,9 @@ class Worker:
         store, bus, reactor = self.store, self.bus, self.connections.reactor
         self.queue = self._backends.queue()
         self.handlers = Handlers()
-        self.directory = Directory(store, bus, lambda user: self.presence.changed(user), channels=self._user_channels)
+        self.directory = Directory(
+            store, bus, lambda user: self.presence.changed(user), one_channel=self._one_user_channel
+        )
         self.presence = Presence(store, bus, self.directory.is_online)
         self.delivery = Delivery(
             store,
@@ -167,7 +169,7 @@ class Worker:
             self.delivery.refresh,
             contention.row_changed if contention is not None else lambda conv, user: None,
             contention.blocks_changed if contention is not None else lambda: None,
-            channels=self._user_channels,
+            one_channel=self._one_user_channel,
         )
         page = None if cache is None else cache.page
         self.chat = Chat(settings, store, bus, self.delivery, self._user_events, page)
@@ -223,14 +225,14 @@ class Worker:
         self._tick_timer = self._loop.call_later(TICK_MS / 1000, self._tick)
 
     def _publish_yield(self, conv: str) -> None:
-        self.bus.publish(conv_channel(conv), events.YIELD)
+        self.bus.publish(events.conv_channel(conv), events.YIELD)
 
     # --- the bus' listener ------------------------------------------------------------
     def on_bus(self, channel: str, payload: bytes) -> None:
         """A message of another worker. A malformed one is a bug of that worker: logged and dropped."""
         kind, name = channel[:2], channel[2:]
         try:
-            if kind == CONV_CHANNEL:
+            if kind == events.CONV_CHANNEL:
                 self._on_conversation(name, payload)
             elif kind == USER_CHANNEL:
                 self._user_events.on_bus(payload)

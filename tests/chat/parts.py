@@ -252,6 +252,7 @@ class Desk:
         self.chat = Chat(self.settings, shelf, self.bus, self.delivery, self.user_events)  # type: ignore[arg-type]
         self._services = Services(
             self.settings,
+            shelf.store_id,
             self.reactor,
             shelf,  # type: ignore[arg-type]
             self.accounts,  # type: ignore[arg-type]

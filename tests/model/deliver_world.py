@@ -183,7 +183,16 @@ class Worker:
         self.chat = Chat(SETTINGS, store, bus, self.delivery, self.user_events)
         accounts: Any = self
         self.services = Services(
-            SETTINGS, self.reactor, store, accounts, self.directory, self.delivery, presence, self.chat, self.tasks
+            SETTINGS,
+            store.store_id,
+            self.reactor,
+            store,
+            accounts,
+            self.directory,
+            self.delivery,
+            presence,
+            self.chat,
+            self.tasks,
         )
 
     def _on_commit(self, entries: list[Entry]) -> None:
