@@ -245,10 +245,8 @@ REQUESTS: Final[tuple[type[Request], ...]] = (
     Ping,
 )
 
-#: Pushes and replies that this version can send, by ``t``.
-PUSHES: Final = ("hello", "ok", "error", "conv", "ready", "msg", "member", "meta", "typing", "read", "presence", "user")
-#: Those of them that are entries of a log.
-ENTRY_TYPES: Final = ("msg", "member", "meta")
+#: Pushes and replies that this version can send, by ``t``, beside entries (:data:`~chatcore.entries.ENTRY_TYPES`).
+PUSHES: Final = ("hello", "ok", "error", "conv", "ready", "typing", "read", "presence", "user")
 
 
 class Malformed(Exception):

@@ -39,9 +39,9 @@ from chatcore.cache.lookup import ReadCounts
 from chatcore.cache.store import SharedCachedStore
 from chatcore.chat import events
 from chatcore.common.redis_client import RedisClient, parse_url
+from chatcore.entries import MsgFields, new_entry
 from chatcore.settings import Bus, Cache
 from chatcore.store.base import Entry, Opening, View
-from chatcore.store.entries import new_entry
 from chatcore.store.sqlite.schema import prepare
 from chatcore.store.sqlite.store import SQLiteStore
 
@@ -188,10 +188,7 @@ async def seed(data: Path, load: Load, chance: random.Random) -> list[Person]:
         convs.append((conv, members[0]))
     for conv, owner in convs:
         await asyncio.gather(
-            *(
-                store.append(new_entry(conv, owner.id, f"seed{i}", "msg", {"body": "x" * 80}))
-                for i in range(load.entries)
-            )
+            *(store.append(new_entry(conv, owner.id, f"seed{i}", MsgFields("x" * 80))) for i in range(load.entries))
         )
     await store.close()
     return people
@@ -242,7 +239,7 @@ class Run:
             assert page.entries[-1].seq >= hint
             if not is_cold and chance.random() < 0.3:
                 cid = f"{chance.getrandbits(96):x}"
-                await w.cache.append(new_entry(conv, person.id, cid, "msg", {"body": "x" * 80}))
+                await w.cache.append(new_entry(conv, person.id, cid, MsgFields("x" * 80)))
             if chance.random() < 0.1:
                 await chance.choice(self.workers).cache.token(person.token)
 

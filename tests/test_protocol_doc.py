@@ -27,6 +27,7 @@ from websockets.exceptions import ConnectionClosed
 
 from chatcore import errors
 from chatcore import protocol as p
+from chatcore.entries import ENTRY_TYPES
 from chatcore.server import api as routes
 from chatcore.server.connections import _make_hello
 from chatcore.server.session import conv_push
@@ -37,6 +38,8 @@ from .server import PATIENCE_S, Server
 
 DOCUMENT: Final = Path(__file__).parents[1] / "docs" / "protocol.md"
 Json = dict[str, Any]
+#: All that the server sends, by `t`.
+PUSHES: Final = (*p.PUSHES, *ENTRY_TYPES)
 
 
 # --- reading the document ---------------------------------------------------------
@@ -438,10 +441,10 @@ def test_no_other_close_code_is_spoken_of() -> None:
 def test_pushes_and_replies() -> None:
     same(
         [*parts("Pushes"), *parts("Entries"), *parts("Envelope")],
-        p.PUSHES,
+        PUSHES,
         "pushes and replies",
     )
-    same(parts("Entries"), p.ENTRY_TYPES, "entries")
+    same(parts("Entries"), ENTRY_TYPES, "entries")
 
 
 @cache
@@ -640,7 +643,7 @@ def test_examples_in_the_text() -> None:
                     assert TYPES["map of id to seq"](message), f"{name}: what is {example}?"
             for fragment in re.findall(r'`("[a-z_]+":[^`]*)`', text):
                 json.loads("{" + fragment + "}")
-    assert found == len(p.ENTRY_TYPES) + 1
+    assert found == len(ENTRY_TYPES) + 1
 
 
 def test_examples_of_http() -> None:
@@ -677,7 +680,7 @@ def test_hello_in_the_examples_is_that_of_today() -> None:
 
 def test_reserved_names_are_not_in_use() -> None:
     names = [row[0].strip("`") for row in chapter("Reserved")[""].tables["Name"]]
-    used = {*map(tag, p.REQUESTS), *p.PUSHES}
+    used = {*map(tag, p.REQUESTS), *PUSHES}
     assert not used & set(names), "it is there: move it from Reserved to where it belongs"
     same(names, ["edit", "del", "react", "search", "files", "mentions"], "reserved names")
     assert hello()["features"] == [], "the document says that there are none"
@@ -874,7 +877,7 @@ def test_what_a_real_server_says(tmp_path: Path) -> None:
     finally:
         server.stop()
         server.kill()
-    expected = {(t, path) for t in p.PUSHES if t not in ("ok", "error") for path in both_ways(documented_push(t))}
+    expected = {(t, path) for t in PUSHES if t not in ("ok", "error") for path in both_ways(documented_push(t))}
     expected |= {(f"ok {t}", path) for t in parts("Requests") for path in both_ways(documented_ok(t))}
     same(expected, (one for one in seen if not one[0].startswith("error")), "what a real server sends (no: without)")
     expected = {(t, path) for t, section in parts("HTTP").items() for path in both_ways(section.fields("Answer field"))}

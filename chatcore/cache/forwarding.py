@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from ..entries import NewEntry
 from ..store.base import (
     Account,
     Appended,
@@ -14,7 +15,6 @@ from ..store.base import (
     Entry,
     Known,
     Memberships,
-    NewEntry,
     Opened,
     Opening,
     Page,

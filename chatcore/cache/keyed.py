@@ -10,13 +10,12 @@ import asyncio
 import struct
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Final, TypeVar
 
-import orjson
-
+from ..entries import RoleChange, change_of
 from ..protocol import MEMBER_ROLES
 from ..settings import Cache as CacheSettings
-from ..store.base import Appended, Entry, NewEntry, Opened, Opening, Store, Token, User, View
+from ..store.base import Appended, Entry, Opened, Opening, Store, Token, User, View
 from .invalidations import Invalidations
 from .l2 import L2
 from .l2_format import ALL, PROFILE, ROLE, TOKEN, Key, role_key
@@ -28,17 +27,6 @@ V = TypeVar("V")
 COUNT: Final = "n"
 #: Roles taken from one list of conversations; more would evict those of other users.
 MAX_SEEN: Final = 200
-
-# --- entry types ----------------------------------------------------------------------
-#: Types of entries that change the role of a user. All that the cache knows about entry types is here.
-ROLE_CHANGING: Final = frozenset({"member"})
-
-
-def user_of(e: Entry) -> str | None:
-    """Whose role an entry of such a type changes."""
-    fields: Any = orjson.loads(e.wire)
-    user = fields.get("user")
-    return user if isinstance(user, str) else None
 
 
 # --- what the parts share -----------------------------------------------------------------
@@ -244,11 +232,9 @@ class CachedMembers:
             await self._invalidations.invalidate([(ROLE, role_key(user, opened.conv)) for user in users])
         return opened
 
-    def appended(self, entry: NewEntry, future: asyncio.Future[Appended]) -> asyncio.Future[Appended]:
-        """The outcome of an append of a type in :data:`ROLE_CHANGING`, once the role is invalidated."""
-        if entry.user is None:
-            return future
-        key = (ROLE, role_key(entry.user, entry.conv))
+    def appended(self, user: str, conv: str, future: asyncio.Future[Appended]) -> asyncio.Future[Appended]:
+        """The outcome of an append that changes the role of a user, once the role is invalidated."""
+        key = (ROLE, role_key(user, conv))
 
         async def after() -> Appended:
             # The append itself is not awaited: a caller that is cancelled must not cancel it.
@@ -258,9 +244,9 @@ class CachedMembers:
         return asyncio.ensure_future(after())
 
     def on_role_change(self, e: Entry) -> None:
-        """An entry of such a type was committed. The worker that made it invalidates the role, too, when the row
+        """An entry that changes a role was committed. The worker that made it invalidates the role, too, when the row
         reflects the entry, which may be later."""
         self.counts.drop(e.conv)
-        user = user_of(e)
-        if user is not None:
-            self.roles.drop(role_key(user, e.conv))
+        change = change_of(e.t, e.wire)
+        if isinstance(change, RoleChange):
+            self.roles.drop(role_key(change.user, e.conv))

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..bus.base import Bus
 from ..common.tasks import Tasks
+from ..entries import ROLE_CHANGING, NewEntry, RoleChange
 from ..errors import NotFound
 from ..protocol import MEMBER_ROLES
 from ..settings import Cache as CacheSettings
@@ -27,7 +28,6 @@ from ..store.base import (
     Entry,
     Known,
     Memberships,
-    NewEntry,
     Opened,
     Opening,
     Page,
@@ -38,7 +38,7 @@ from ..store.base import (
 )
 from .forwarding import ForwardingStore
 from .invalidations import Invalidations
-from .keyed import ROLE_CHANGING, CacheContext, CachedAccounts, CachedMembers
+from .keyed import CacheContext, CachedAccounts, CachedMembers
 from .l2 import L2, Commands
 from .l2_format import ENTRIES, PROFILE, ROLE, TOKEN, role_key
 from .prefetch import Activity, Prefetcher
@@ -303,7 +303,10 @@ class SharedCachedStore(CachedStore):
 
     def append(self, entry: NewEntry) -> asyncio.Future[Appended]:
         future = self.inner.append(entry)
-        return future if entry.t not in ROLE_CHANGING else self.cached_members.appended(entry, future)
+        change = entry.change
+        if not isinstance(change, RoleChange):
+            return future
+        return self.cached_members.appended(change.user, entry.conv, future)
 
     async def open(self, conv: Opening) -> Opened:
         return await self.cached_members.open(conv)

@@ -20,9 +20,8 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-import orjson
-
 from ..common.tasks import Tasks
+from ..entries import ROLE_CHANGING, RoleChange, change_of
 from ..errors import ChatError, Unavailable
 from ..protocol import MEMBER_ROLES, conv_left
 from ..store.base import Entry, View
@@ -175,14 +174,15 @@ class Delivery:
             self.deliveries += room.topic.fan_out(self._make_frame(e.wire))
         if room.summaries is not EMPTY_TOPIC and len(room.summaries):
             self._dirty.add(room)
-        if e.t == "member":
+        if e.t in ROLE_CHANGING:
             self._apply_member(room, e)
 
     def _apply_member(self, room: Room, e: Entry) -> None:
         """A user joined or left by this entry: attach or detach the user's sessions here."""
-        change = orjson.loads(e.wire)
-        user = change["user"]
-        if change["role"] in MEMBER_ROLES:
+        change = change_of(e.t, e.wire)
+        assert isinstance(change, RoleChange)
+        user = change.user
+        if change.role in MEMBER_ROLES:
             room.readmitted(user)
             for x in self._sessions.sessions_of(user):
                 self.attach_soon(x, room.conv, e.seq - 1)

@@ -18,6 +18,7 @@ import orjson
 from lru import LRU
 
 from ..bus.base import Bus
+from ..entries import MemberFields, MetaFields, MsgFields, NewEntry, encode_fields, new_entry
 from ..errors import BadRequest, Forbidden, NotFound, RateLimited, TooLarge
 from ..protocol import (
     MAX_SERVER_MESSAGE_BYTES,
@@ -33,8 +34,7 @@ from ..protocol import (
     Typing,
 )
 from ..settings import Settings
-from ..store.base import Appended, Entry, NewEntry, Opened, Opening, Page, Store
-from ..store.entries import new_entry
+from ..store.base import Appended, Entry, Opened, Opening, Page, Store
 from . import events
 from .delivery import Delivery
 from .user_events import UserEvents
@@ -105,12 +105,7 @@ class Chat:
             raise BadRequest("files: this server takes none")
         if not body and not data:
             raise BadRequest("body: a message needs a text or data")
-        fields: dict[str, Any] = {"body": body}
-        if req.re is not None:
-            fields["re"] = req.re
-        if data is not None:
-            fields["data"] = data
-        encoded = orjson.dumps(fields)
+        encoded = encode_fields(MsgFields(body, req.re, data))
         # It detects mistakes, not attacks: the user's own other message under the same cid.
         digest = _DIGEST.pack(zlib.crc32(encoded), zlib.adler32(encoded))
         return self._store.append(NewEntry(req.c, user, req.cid, "msg", encoded, digest))
@@ -170,14 +165,14 @@ class Chat:
 
     async def member(self, user: str, req: Member) -> Appended:
         """Join, leave, invite, remove, ban, appoint."""
-        entry = new_entry(req.c, user, secrets.token_urlsafe(12), "member", {"user": req.user, "role": req.role})
+        entry = new_entry(req.c, user, secrets.token_urlsafe(12), MemberFields(req.user, req.role))
         done = await self._store.append(entry)
         self._user_events.row_changed(req.user, req.c, have=done.seq - 1 if done.seq else None)
         return done
 
     async def meta(self, user: str, req: Meta) -> Appended:
         """Change the title."""
-        return await self._store.append(new_entry(req.c, user, req.cid, "meta", {"title": self._title(req.title)}))
+        return await self._store.append(new_entry(req.c, user, req.cid, MetaFields(self._title(req.title))))
 
     async def notify(self, user: str, conv: str, level: str) -> None:
         """Set which messages notify the user, and bring the user's other sessions up to date."""

@@ -1,6 +1,6 @@
 """The store: what every implementation offers, and the values that go in and out.
 
-All methods are called on the worker's loop. Whatever raises :class:`ChatError`
+All methods are called on the worker's loop. A call that raises :class:`ChatError`
 changed nothing, except that ``Unavailable`` from a write means *unknown*: the
 caller repeats it with the same ids, and finds out.
 
@@ -16,25 +16,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-
-class NewEntry(msgspec.Struct, frozen=True, gc=False):
-    """An entry that somebody wants to append.
-
-    ``fields`` is the JSON object with what the type adds to the common fields;
-    ``digest`` is a hash of type and fields: the same ``cid`` with another digest
-    is a conflict. ``user`` and ``role`` are set for ``member`` entries, ``title``
-    for ``meta``: what the projection of the entry needs.
-    """
-
-    conv: str
-    sender: str
-    cid: str
-    t: str
-    fields: bytes
-    digest: bytes
-    user: str | None = None
-    role: str | None = None
-    title: str | None = None
+from ..entries import NewEntry
 
 
 class Appended(msgspec.Struct, frozen=True, gc=False):
@@ -121,13 +103,13 @@ class Memberships(msgspec.Struct, frozen=True, gc=False):
 
 
 class Known(Protocol):
-    """What a worker holds, for a store that has to be asked about each: all of these may have changed."""
+    """What a worker holds, for a store that has to look at each: all of these may have changed."""
 
     def lasts(self) -> dict[str, int]:
-        """The conversations that somebody here is attached to, and the newest seq known of each."""
+        """The conversations with sessions attached here, and the newest seq known of each."""
 
     def users(self) -> list[str]:
-        """Who is connected."""
+        """The users who are connected."""
 
     def tokens(self) -> list[bytes]:
         """The hashes of the tokens in use."""
@@ -166,10 +148,15 @@ class Peer(msgspec.Struct, frozen=True, gc=False):
 
 
 class Opened(msgspec.Struct, frozen=True, gc=False):
-    """The outcome of ``open``. ``created`` is False if it was there already."""
+    """The outcome of ``open``. ``created`` is False if it was there already.
+
+    ``member`` is False if the user who asks is no longer in it: a request that is repeated after leaving
+    still finds the conversation that it made.
+    """
 
     conv: str
     created: bool
+    member: bool = True
 
 
 class Store(Protocol):
@@ -178,7 +165,7 @@ class Store(Protocol):
     #: What `ctl status` calls it: "sqlite", "mongodb".
     name: str
     #: One counter orders all changes, so that a position stands for all of them up to it. Otherwise
-    #: a position is of one user's rows, and entries are told by ``have`` alone.
+    #: a position is of one user's rows, and ``have`` alone says which entries a client lacks.
     global_positions: bool
 
     @property
@@ -196,9 +183,13 @@ class Store(Protocol):
     def append(self, entry: NewEntry) -> asyncio.Future[Appended]:
         """Append durably. The future fails with ChatError. New entries are given to
         ``on_commit`` (set at construction) before their futures are resolved. Joining or leaving
-        a channel by oneself is the row alone: ``Appended`` with seq 0."""
+        a channel by oneself changes the row alone: ``Appended`` with seq 0."""
 
-    async def open(self, conv: Opening) -> Opened: ...
+    async def open(self, conv: Opening) -> Opened:
+        """Make a conversation, or find it.
+
+        :raises Conflict: the creator's cid made another conversation.
+        """
 
     async def heads(self, convs: Sequence[str]) -> dict[str, int]:
         """The newest committed seq of each (0: no such conversation)."""
@@ -209,14 +200,17 @@ class Store(Protocol):
     async def page(
         self, user: str, conv: str, before: int | None, after: int | None, limit: int, max_bytes: int
     ) -> Page:
-        """A page for a member (NotFound for anybody else)."""
+        """A page for a member.
+
+        :raises NotFound: the user is none.
+        """
 
     async def position(self) -> int:
         """The newest position of the change counter."""
 
     async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes:
-        """What changed after a position. Where no position tells, what is ``known`` is looked at:
-        all of it, or the next part of a rotation."""
+        """What changed after a position. A store without global positions looks at what is ``known``
+        instead: at all of it, or at the next part of a rotation."""
 
     # --- conversations -----------------------------------------------------
     async def memberships(self, user: str, since: int | None = None) -> Memberships:
@@ -228,7 +222,7 @@ class Store(Protocol):
         beside it: every change up to it is in."""
 
     async def role(self, user: str, conv: str) -> str | None:
-        """The role in the user's row of a conversation (None: there is no row). NotFound is up to the caller."""
+        """The role in the user's row of a conversation (None: there is no row)."""
 
     async def member_count(self, conv: str) -> int: ...
 
@@ -273,7 +267,10 @@ class Store(Protocol):
     async def mark_seen(self, users: Sequence[str]) -> None: ...
 
     async def add_token(self, token_hash: bytes, user: str, expires: int, password: str) -> None:
-        """Unauthenticated if ``password`` is no longer the account's hash, or it is disabled."""
+        """A new session token.
+
+        :raises Unauthenticated: ``password`` is no longer the account's hash, or the account is disabled.
+        """
 
     async def token(self, token_hash: bytes) -> Token | None: ...
 

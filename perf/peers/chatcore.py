@@ -19,8 +19,8 @@ import apsw
 
 from chatcore import __version__
 from chatcore.accounts.service import token_hash
+from chatcore.entries import MsgFields, new_entry
 from chatcore.store.base import Opening
-from chatcore.store.entries import new_entry
 from chatcore.store.sqlite import accounts, ops
 from chatcore.store.sqlite.schema import connect, database_path, prepare
 
@@ -112,10 +112,10 @@ class Chatcore(Peer):
         tx.appended.clear()
 
     def _fill(self, tx: ops.Transaction, room: int, users: list[str], entries: int) -> None:
-        conv, body = self.convs[room], {"body": "x" * 80}
+        conv, body = self.convs[room], MsgFields("x" * 80)
         for start in range(0, entries, BATCH):
             some = range(start, min(entries, start + BATCH))
-            ops.append_messages(tx, [new_entry(conv, users[i % len(users)], f"seed-{i}", "msg", body) for i in some])
+            ops.append_messages(tx, [new_entry(conv, users[i % len(users)], f"seed-{i}", body) for i in some])
             tx.appended.clear()
 
     def _auth(self, user: int, **more: object) -> list[Step]:

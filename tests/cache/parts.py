@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 from chatcore.cache.forwarding import ForwardingStore
 from chatcore.cache.store import SharedCachedStore
 from chatcore.common.redis_client import RedisClient, parse_url
+from chatcore.entries import MemberFields, MsgFields, NewEntry, new_entry
 from chatcore.errors import Unavailable
 from chatcore.settings import Cache
-from chatcore.store.base import Appended, Changes, Entry, Known, NewEntry, Opening, Page, Token, User, View
-from chatcore.store.entries import new_entry
+from chatcore.store.base import Appended, Changes, Entry, Known, Opening, Page, Token, User, View
 from chatcore.store.sqlite.schema import prepare
 from chatcore.store.sqlite.store import SQLiteStore
 
@@ -226,7 +226,7 @@ class Worker:
         return max(d.seq for d in done)
 
     async def change(self, conv: str, actor: User, user: User, role: str) -> Appended:
-        entry = new_entry(conv, actor.id, f"cid-{next(_cids)}", "member", {"user": user.id, "role": role})
+        entry = new_entry(conv, actor.id, f"cid-{next(_cids)}", MemberFields(user.id, role))
         return await self.cache.append(entry)
 
     async def last(self, conv: str, user: User, limit: int = 50, hint: int = 0) -> Page:
@@ -236,7 +236,7 @@ class Worker:
 
 def message(conv: str, sender: User, body: str = "hello") -> NewEntry:
     """A message to append."""
-    return new_entry(conv, sender.id, f"cid-{next(_cids)}", "msg", {"body": body})
+    return new_entry(conv, sender.id, f"cid-{next(_cids)}", MsgFields(body))
 
 
 def seqs(page: Page) -> list[int]:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from chatcore.cache.store import SharedCachedStore
+from chatcore.entries import MemberFields, new_entry
 from chatcore.errors import NotFound
 from chatcore.store.base import Entry, Token, User
-from chatcore.store.entries import new_entry
 
 from .parts import SETTINGS, Clock, Worker, seqs, until, within, workers
 
@@ -174,7 +174,7 @@ async def test_a_lost_announcement_is_made_up_for_by_the_changes_in_the_store(
         a.hub.lossy = True
         # Past the cache: as another program would, or a worker that died between commit and announcement.
         await a.sqlite.revoke_token(HASH)
-        await a.sqlite.append(new_entry(conv, ann.id, "cid-lost", "member", {"user": bob.id, "role": "none"}))
+        await a.sqlite.append(new_entry(conv, ann.id, "cid-lost", MemberFields(bob.id, "none")))
         assert await b.cache.role(bob.id, conv) == "member", "no worker has announced it"
         await b.cache.changes(at)
         assert await b.cache.role(bob.id, conv) is None

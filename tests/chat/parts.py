@@ -15,11 +15,12 @@ from chatcore.chat.presence import Presence
 from chatcore.chat.service import Chat
 from chatcore.chat.user_events import UserEvents
 from chatcore.common.tasks import Tasks
+from chatcore.entries import NewEntry
 from chatcore.errors import Unavailable
 from chatcore.protocol import encode_entry
 from chatcore.server.session import Services, Session
 from chatcore.settings import Settings
-from chatcore.store.base import Appended, Changes, Entry, Known, Memberships, NewEntry, User, View
+from chatcore.store.base import Appended, Changes, Entry, Known, Memberships, User, View
 
 # Only what fails ever waits so long.
 PATIENCE_S = 10.0

@@ -9,8 +9,9 @@ from collections.abc import Coroutine
 from typing import Any
 
 from chatcore.chat import events
+from chatcore.entries import NewEntry
 from chatcore.server.worker import Worker
-from chatcore.store.base import Appended, Entry, NewEntry, Page
+from chatcore.store.base import Appended, Entry, Page
 from chatcore.supervisor.worker_process import WorkerContext
 
 #: Long enough that a kill falls into it, and that the log is looked at before it is over.

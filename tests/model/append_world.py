@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+
+from chatcore.entries import MemberFields, NewEntry, RoleChange, new_entry
 from chatcore.errors import ChatError, Conflict, Forbidden, NotFound, Unavailable
 from chatcore.protocol import MEMBER_ROLES
 from chatcore.store.append import Appender, AppendLimits, LogOps, Row
-from chatcore.store.base import Appended, Entry, NewEntry
+from chatcore.store.base import Appended, Entry
 
 from . import loop as virtual
 from .replica import Client, ReplicaSet
@@ -21,8 +24,8 @@ ADMIN = "alice"
 USERS = (ADMIN, "bob", "carol")
 CONVS = ("c1", "c2")
 LIMITS = AppendLimits(batch_entries=5, max_wait_s=3.0)
-#: The last late look is 60 s after a failure; nothing of the model is later than 30 s.
-SETTLED_S = 130.0
+#: Until nothing happens any more: the last late look is 60 s after a failure, and the model delays up to 30 s.
+QUIET_S = 130.0
 
 MakeAppender = Callable[..., Appender]
 MakeClient = Callable[[ReplicaSet], LogOps]
@@ -42,7 +45,7 @@ class Send:
 
 @dataclass(frozen=True)
 class Member:
-    """The admin gives somebody a role."""
+    """The admin gives a user a role."""
 
     writer: int
     conv: int
@@ -51,8 +54,17 @@ class Member:
 
 
 @dataclass(frozen=True)
+class SameMember:
+    """The admin gives one user several roles at once, each through another worker."""
+
+    conv: int
+    user: int
+    roles: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class ByRow:
-    """Somebody leaves a channel by oneself, or comes back: no entry tells."""
+    """A user leaves a channel by oneself, or comes back: without an entry."""
 
     conv: int
     user: int
@@ -68,7 +80,7 @@ class Failover:
 
 @dataclass(frozen=True)
 class Crash:
-    """A worker dies; another one takes its place."""
+    """A worker dies; another one replaces it."""
 
     writer: int
 
@@ -78,7 +90,7 @@ class Wait:
     seconds: float
 
 
-Action = Send | Member | ByRow | Failover | Crash | Wait
+Action = Send | Member | SameMember | ByRow | Failover | Crash | Wait
 
 
 @dataclass
@@ -131,7 +143,7 @@ class World:
         self._cids: dict[str, list[NewEntry]] = {}
         for conv in CONVS:
             first = [
-                Row(entry(conv, ADMIN, f"m{i}", "member", b"{}", user, role), i + 1, 0, 0, 0)
+                Row(new_role(conv, f"m{i}", user, role).completed(MemberFields(user, role, "none")), i + 1, 0, 0, 0)
                 for i, (user, role) in enumerate(zip(USERS, ("admin", "member", "member"), strict=True))
             ]
             self.cluster.preset(first)
@@ -142,7 +154,7 @@ class World:
         await asyncio.sleep(5.0)
         self.cluster.left_by_row.clear()
         await self._all_is_well_again()
-        await asyncio.sleep(SETTLED_S)
+        await asyncio.sleep(QUIET_S)
         for appender in self.workers:
             await appender.close(1.0)
         for task in list(self.cluster.tasks):
@@ -178,8 +190,13 @@ class World:
                     self.submit(action.writer % self.writers, self._message(action))
             case Member():
                 user = USERS[action.user]
-                new = entry(CONVS[action.conv], ADMIN, f"r{len(self.sent)}", "member", b"{}", user, action.role)
+                new = new_role(CONVS[action.conv], f"r{len(self.sent)}", user, action.role)
                 self.submit(action.writer % self.writers, new)
+            case SameMember():
+                # Each of the workers changes the role of one user, at the same time.
+                for writer, role in enumerate(action.roles):
+                    new = new_role(CONVS[action.conv], f"r{len(self.sent)}", USERS[action.user], role)
+                    self.submit(writer % self.writers, new)
             case ByRow():
                 place = (CONVS[action.conv], USERS[action.user])
                 if action.out:
@@ -295,8 +312,13 @@ class World:
             if seq > len(USERS):
                 role = roles.get(row.new.sender)
                 assert role in MEMBER_ROLES, f"{conv} {seq}: {row.new.sender} wrote as {role}"
-            if row.new.user is not None and row.new.role is not None:
-                roles[row.new.user] = row.new.role
+            if isinstance(row.new.change, RoleChange):
+                change, fields = row.new.change, orjson.loads(row.new.fields)
+                before = roles.get(change.user, "none")
+                assert fields == {"user": change.user, "role": change.role, "was": before}, (
+                    f"{conv} {seq}: {fields}, but {change.user} was {before} before"
+                )
+                roles[change.user] = change.role
 
     def _check_refusals(self) -> None:
         """What was refused, every time, is not in the log; and it was refused for a reason."""
@@ -311,7 +333,7 @@ class World:
                 assert key not in self.cluster.durable_keys, f"{key} was refused, but is in the log"
             for s in refused:
                 ever_out = s.out_by_row or any(
-                    r.new.user == s.new.sender and r.new.role not in MEMBER_ROLES
+                    isinstance(c := r.new.change, RoleChange) and c.user == s.new.sender and c.role not in MEMBER_ROLES
                     for r in self.cluster.durable[s.new.conv].values()
                 )
                 assert ever_out, f"{key} was refused, but its sender was always a member"
@@ -343,13 +365,13 @@ class World:
                     assert sa is not None or sb is None, f"{b.key} is in the log, {a.key} before it is not"
 
 
-def entry(
-    conv: str, sender: str, cid: str, t: str, fields: bytes, user: str | None = None, role: str | None = None
-) -> NewEntry:
-    if user is not None:
-        fields = b'{"user":"%b","role":"%b"}' % (user.encode(), (role or "").encode())
-    digest = hashlib.blake2b(fields, digest_size=8).digest()
-    return NewEntry(conv, sender, cid, t, fields, digest, user, role)
+def entry(conv: str, sender: str, cid: str, t: str, fields: bytes) -> NewEntry:
+    return NewEntry(conv, sender, cid, t, fields, hashlib.blake2b(fields, digest_size=8).digest())
+
+
+def new_role(conv: str, cid: str, user: str, role: str) -> NewEntry:
+    """The admin gives a user a role."""
+    return new_entry(conv, ADMIN, cid, MemberFields(user, role))
 
 
 def play(script: Sequence[Action], seed: int, climate: Climate, writers: int, **parts: Any) -> World:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import msgspec
 
+from chatcore.entries import ENTRY_TYPES, Fact, NewEntry, RoleChange, Standing, by_oneself
 from chatcore.errors import ChatError, Conflict, Unavailable
 from chatcore.protocol import MEMBER_ROLES, encode_entry
-from chatcore.store import rules
-from chatcore.store.base import Appended, Changes, Entry, Known, Memberships, NewEntry, Opened, Opening, View
-from chatcore.store.entries import conversation_id, first_entries
+from chatcore.store.base import Appended, Changes, Entry, Known, Memberships, Opened, Opening, View
+from chatcore.store.opening import conversation_id, first_entries
 
 from .weather import Weather
 
@@ -66,8 +66,8 @@ class Database:
         place = Place(self.counter, asyncio.get_running_loop().time(), new, entry)
         log.append(place)
         self.keys[new.conv, new.sender, new.cid] = place
-        if new.t == "member" and new.user is not None and new.role is not None:
-            self.set_role(new.conv, new.user, new.role)
+        if isinstance(new.change, RoleChange):
+            self.set_role(new.conv, new.change.user, new.change.role)
         return entry
 
     def set_role(self, conv: str, user: str, role: str) -> None:
@@ -92,14 +92,14 @@ class Database:
     def repair(self, conv: str) -> None:
         """A look at a conversation's rows brings them up to its head first (MongoStore.views)."""
         for place in self.logs.get(conv, ()):
-            user, role = place.new.user, place.new.role
-            row = self.rows.get((conv, user or ""))
-            if user is None or role is None or self.rows is self.members:
+            change = place.new.change
+            if not isinstance(change, RoleChange) or self.rows is self.members:
                 continue
+            row = self.rows.get((conv, change.user))
             if row is None or row.as_of < place.entry.seq:
-                rev = self.revs.get(user, 0) + 1
-                self.revs[user] = rev
-                self.rows[conv, user] = MemberRow(role, self.counter, rev, place.entry.seq)
+                rev = self.revs.get(change.user, 0) + 1
+                self.revs[change.user] = rev
+                self.rows[conv, change.user] = MemberRow(change.role, self.counter, rev, place.entry.seq)
 
     def row_is_in(self, conv: str, user: str) -> bool:
         """As far as the row tells."""
@@ -117,8 +117,9 @@ class Database:
         """Whether the entries up to a seq make somebody a member."""
         role = None
         for place in self.logs[conv][:upto]:
-            if place.new.user == user:
-                role = place.new.role
+            change = place.new.change
+            if isinstance(change, RoleChange) and change.user == user:
+                role = change.role
         return role in MEMBER_ROLES
 
     def head(self, conv: str) -> int:
@@ -195,7 +196,7 @@ class ModelStore:
             outcome = exc
         if isinstance(outcome, Entry):
             await self._tell([outcome])
-            await self._project(new, outcome)
+            await self._project(self.db.keys[new.conv, new.sender, new.cid].new, outcome)
             future.set_result(Appended(outcome.seq, 0))
         elif isinstance(outcome, Appended):
             await self._back()
@@ -206,8 +207,9 @@ class ModelStore:
 
     async def _project(self, new: NewEntry, entry: Entry) -> None:
         """A change is answered when its row reflects it."""
-        if self.db.rows is not self.db.members and new.t == "member" and new.user is not None:
-            await self.db.project(entry, new.user, new.role or "none", self.weather.latency)
+        change = new.change
+        if self.db.rows is not self.db.members and isinstance(change, RoleChange):
+            await self.db.project(entry, change.user, change.role, self.weather.latency)
 
     async def _tell(self, entries: list[Entry]) -> None:
         """On_commit comes some time after others can read it, in the order of the commits."""
@@ -222,21 +224,25 @@ class ModelStore:
         if place is not None:
             same = place.new.digest == new.digest
             return Appended(place.entry.seq, 0, dup=True) if same else Conflict("another content")
-        kind, mine = db.kinds.get(new.conv), db.role(new.conv, new.sender)
-        if new.t == "member":
-            assert new.user is not None
-            assert new.role is not None
-            theirs = db.role(new.conv, new.user)
-            count = sum(db.is_in(c, u) for c, u in db.members if c == new.conv)
-            refused = rules.check_member(kind, new.sender, mine, new.user, theirs, new.role, 1, count)
-            if refused is None and (theirs or "none") == new.role:
-                return Appended(0, 0)
-            if refused is None and kind == "channel" and new.user == new.sender:
-                db.set_role(new.conv, new.user, new.role)
-                return Appended(0, 0)
-        else:
-            refused = rules.check_send(kind, mine, False)
-        return refused if refused is not None else db.commit(new)
+        change = new.change
+        members = sum(db.is_in(c, u) for c, u in db.members if c == new.conv)
+        standing = Standing(
+            db.kinds.get(new.conv), db.role(new.conv, new.sender), owners=1, members=members,
+            user_exists=True, user_conversations=0,
+        )  # fmt: skip
+        if isinstance(change, RoleChange):
+            standing.user_role = db.role(new.conv, change.user)
+        decision = ENTRY_TYPES[new.t].rule(new, standing)
+        assert not isinstance(decision, Fact)
+        if decision is None:
+            return Appended(0, 0)
+        if isinstance(decision, ChatError):
+            return decision
+        if standing.kind == "channel" and by_oneself(new):
+            assert isinstance(decision.change, RoleChange)
+            db.set_role(new.conv, decision.change.user, decision.change.role)
+            return Appended(0, 0)
+        return db.commit(decision)
 
     async def open(self, o: Opening) -> Opened:
         await self._way()

@@ -21,13 +21,13 @@ from chatcore.chat.directory import Directory
 from chatcore.chat.service import Chat
 from chatcore.chat.user_events import UserEvents
 from chatcore.common.tasks import Tasks
+from chatcore.entries import MemberFields, new_entry
 from chatcore.errors import ChatError
 from chatcore.protocol import Member as MemberRequest
 from chatcore.protocol import Send as SendRequest
 from chatcore.server.session import Services, Session
 from chatcore.settings import Settings
 from chatcore.store.base import Entry, User
-from chatcore.store.entries import new_entry
 
 from . import loop as virtual
 from .deliver_store import Database, ModelStore
@@ -236,7 +236,7 @@ class DeliverWorld:
             self.db.kinds[conv] = "group"
             for i, user in enumerate(USERS):
                 role = "owner" if user == OWNER else "member"
-                self.db.commit(new_entry(conv, OWNER, f"m{i}", "member", {"user": user, "role": role}))
+                self.db.commit(new_entry(conv, OWNER, f"m{i}", MemberFields(user, role)))
         if self.rows_follow:
             self.db.split_rows()
         self.bus = ModelBus(self.weather)

@@ -14,10 +14,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from chatcore.entries import MemberFields, NewEntry, RoleChange
 from chatcore.errors import Forbidden, NotFound
 from chatcore.protocol import MEMBER_ROLES
-from chatcore.store.append import Found, Head, Key, Row, Ruling, Unknown, Verdict
-from chatcore.store.base import Appended, NewEntry
+from chatcore.store.append import Decision, Decisions, Found, Head, Key, Row, Unknown
+from chatcore.store.base import Appended
 
 from .weather import Weather
 
@@ -154,9 +155,9 @@ class ReplicaSet:
         """The roles that the entries give, in order."""
         roles: dict[str, str] = {}
         for seq in sorted(log):
-            new = log[seq].new
-            if (upto is None or seq <= upto) and new.user is not None and new.role is not None:
-                roles[new.user] = new.role
+            change = log[seq].new.change
+            if (upto is None or seq <= upto) and isinstance(change, RoleChange):
+                roles[change.user] = change.role
         return roles
 
 
@@ -242,24 +243,25 @@ class Client:
     def visible(self, node: Node, conv: str) -> dict[int, Row]:
         return node.log(conv)
 
-    async def allowed(self, conv: str, head: Head, entries: Sequence[NewEntry]) -> Ruling:
+    async def decide(self, conv: str, head: Head, entries: Sequence[NewEntry]) -> Decisions:
         node = await self._read_at(lambda node: not head.seq or head.seq in node.log(conv))
         roles = self.cluster.roles(node.log(conv))
         # The length of what a majority has only grows: it is this model's time of an operation.
-        ruling = Ruling([self._verdict(roles, e) for e in entries], node.committed)
+        decisions = Decisions([self._decide(roles, e) for e in entries], node.committed)
         await asyncio.sleep(self.weather.latency())
-        return ruling
+        return decisions
 
-    def _verdict(self, roles: dict[str, str], e: NewEntry) -> Verdict:
+    def _decide(self, roles: dict[str, str], e: NewEntry) -> Decision:
         if roles.get(e.sender) not in MEMBER_ROLES or (e.conv, e.sender) in self.cluster.left_by_row:
             return NotFound("no such conversation")
-        if e.t == "member":
-            assert e.user is not None
-            if roles[e.sender] != "admin":
-                return Forbidden("only admins")
-            if roles.get(e.user, "none") == e.role:
-                return Appended(0, 0)
-        return None
+        if not isinstance(e.change, RoleChange):
+            return e
+        if roles[e.sender] != "admin":
+            return Forbidden("only admins")
+        was = roles.get(e.change.user, "none")
+        if was == e.change.role:
+            return Appended(0, 0)
+        return e.completed(MemberFields(e.change.user, e.change.role, was))
 
     async def find(self, conv: str, keys: Sequence[Key], as_of: object) -> list[Found]:
         node = await self._read_at(lambda node: not isinstance(as_of, int) or node.committed >= as_of)

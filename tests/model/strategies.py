@@ -11,7 +11,7 @@ import os
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
-from .append_world import Action, ByRow, Crash, Failover, Member, Send, Wait
+from .append_world import Action, ByRow, Crash, Failover, Member, SameMember, Send, Wait
 from .weather import Climate
 
 EXPLORE = int(os.environ.get("MODEL_EXPLORE", "0"))
@@ -40,6 +40,12 @@ _again = st.builds(Send, _writer, _conv, _user, again=st.integers(1, 3), same=st
 _member = st.builds(
     Member, _writer, _conv, st.integers(1, 2), st.sampled_from(("none", "none", "banned", "member", "member"))
 )
+_same_member = st.builds(
+    SameMember,
+    _conv,
+    st.integers(1, 2),
+    st.lists(st.sampled_from(("none", "banned", "member")), min_size=2, max_size=3).map(tuple),
+)
 _by_row = st.builds(ByRow, _conv, st.integers(1, 2), st.booleans())
 _failover = st.builds(
     Failover, st.sampled_from((0.0, 0.5, 1.0)), st.sampled_from((0.0, 0.5, 3.0)), st.sampled_from((0.01, 0.3, 2.0))
@@ -47,13 +53,14 @@ _failover = st.builds(
 _wait = st.builds(Wait, st.sampled_from((0.0, 0.0005, 0.001, 0.002, 0.005, 0.02, 0.1, 0.6, 2.5)))
 
 single: st.SearchStrategy[Action] = st.one_of(
-    *[_send] * 6, *[_again] * 5, *[_member] * 4, *[_wait] * 6, *[_by_row] * 2, _failover, st.builds(Crash, _writer)
+    *[_send] * 6, *[_again] * 5, *[_member] * 4, *[_same_member] * 2, *[_wait] * 6, *[_by_row] * 2, _failover,
+    st.builds(Crash, _writer),
 )  # fmt: skip
 
 
 @st.composite
-def race(draw: st.DrawFn) -> list[Action]:
-    """Somebody writes while being removed (or put out by a row), perhaps repeats it, perhaps in a failover."""
+def removed(draw: st.DrawFn) -> list[Action]:
+    """A user writes while being removed (or put out by a row), perhaps repeats it, perhaps in a failover."""
     conv, user = draw(_conv), draw(st.integers(1, 2))
     send = Send(draw(_writer), conv, user, n=draw(st.sampled_from((1, 2, 4))))
     again = Send(draw(_writer), conv, user, again=draw(st.integers(1, 2)))
@@ -77,7 +84,7 @@ def repeat(draw: st.DrawFn) -> list[Action]:
 
 @st.composite
 def deposed(draw: st.DrawFn) -> list[Action]:
-    """A primary that has lost its office and has not noticed is still asked, while somebody is removed."""
+    """A primary that was deposed and has not noticed is still asked, while a user is removed."""
     conv, user = draw(_conv), draw(st.integers(1, 2))
     steps: list[Action] = [
         Failover(draw(st.sampled_from((0.0, 1.0))), 3.0, 0.01),
@@ -92,7 +99,9 @@ def deposed(draw: st.DrawFn) -> list[Action]:
 
 
 scripts: st.SearchStrategy[list[Action]] = st.lists(
-    st.one_of(st.lists(single, min_size=1, max_size=8), repeat(), race(), race(), deposed()), min_size=1, max_size=6
+    st.one_of(st.lists(single, min_size=1, max_size=8), repeat(), removed(), removed(), deposed()),
+    min_size=1,
+    max_size=6,
 ).map(lambda groups: [action for group in groups for action in group])
 
 
@@ -108,6 +117,14 @@ put_out = _several(
         _conv,
         st.integers(1, 2),
         st.sampled_from((0.005, 0.1)),
+    )
+)
+same_member = _several(
+    st.builds(
+        lambda one, pause, other: [one, Wait(pause), other, Wait(0.6)],
+        _same_member,
+        st.sampled_from((0.0, 0.001, 0.005)),
+        _same_member,
     )
 )
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from chatcore.entries import NewEntry
 from chatcore.errors import ChatError, Conflict, NotFound, Unavailable
-from chatcore.store.append import LATE_LOOKS_S, Appender, AppendLimits, Found, Head, Key, Row, Ruling, Unknown
-from chatcore.store.base import Appended, Entry, NewEntry
+from chatcore.store.append import LATE_LOOKS_S, Appender, AppendLimits, Decisions, Found, Head, Key, Row, Unknown
+from chatcore.store.base import Appended, Entry
 
 from . import loop as virtual
 from .append_world import Send as SendAction
@@ -49,8 +50,8 @@ class Ops:
         last = log[max(log)]
         return Head(last.seq, last.msgs, last.last_msg)
 
-    async def allowed(self, conv: str, head: Head, entries: Sequence[NewEntry]) -> Ruling:
-        return Ruling([NotFound("no") if e.sender in self.denied else None for e in entries])
+    async def decide(self, conv: str, head: Head, entries: Sequence[NewEntry]) -> Decisions:
+        return Decisions([NotFound("no") if e.sender in self.denied else e for e in entries])
 
     async def insert(self, conv: str, rows: Sequence[Row]) -> None:
         await self._take("insert", [r.new.cid for r in rows])

@@ -11,8 +11,8 @@ from typing import Any
 
 import uvloop
 
-from chatcore.store.base import Entry, NewEntry, Opening, Store, User
-from chatcore.store.entries import new_entry
+from chatcore.entries import MemberFields, MsgFields, NewEntry, new_entry
+from chatcore.store.base import Entry, Opening, Store, User
 from chatcore.store.mongo.client import MongoSettings
 from chatcore.store.mongo.store import MongoStore
 from chatcore.store.sqlite.schema import prepare
@@ -23,12 +23,12 @@ _cids = itertools.count()
 
 def message(conv: str, sender: User, body: str = "hello", cid: str | None = None) -> NewEntry:
     """A message to append; without a cid, one of its own."""
-    return new_entry(conv, sender.id, cid or f"cid-{next(_cids)}", "msg", {"body": body})
+    return new_entry(conv, sender.id, cid or f"cid-{next(_cids)}", MsgFields(body))
 
 
 def change(conv: str, actor: User, user: User, role: str) -> NewEntry:
     """A ``member`` entry to append."""
-    return new_entry(conv, actor.id, f"cid-{next(_cids)}", "member", {"user": user.id, "role": role})
+    return new_entry(conv, actor.id, f"cid-{next(_cids)}", MemberFields(user.id, role))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ Place = Path | Database
 
 
 class Opened:
-    """A store in use: what it told, and who and what is in it."""
+    """A store in use: the entries that it announced, and what is in it."""
 
     def __init__(self, store: Store, told: list[Entry]) -> None:
         self.store = store

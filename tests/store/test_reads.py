@@ -11,8 +11,9 @@ import apsw
 import orjson
 import pytest
 
+from chatcore.entries import NewEntry
 from chatcore.errors import Conflict, NotFound
-from chatcore.store.base import NewEntry, Opening, User, View
+from chatcore.store.base import Opening, User, View
 from chatcore.store.sqlite import accounts, ops, reads
 from chatcore.store.sqlite.schema import connect, database_path, prepare
 
@@ -190,12 +191,12 @@ def _statements(tmp_path: Path) -> list[str]:
     alice: User = do(accounts.add_user("alice", "h"))
     bob: User = do(accounts.add_user("bob", "h"))
     group = do(ops.open_conversation(Opening(alice.id, "c", "group", "t", (bob.id,), b"12345678"))).conv
-    dm = do(ops.open_conversation(Opening(alice.id, "c", "dm", None, (bob.id,), b"12345678"))).conv
+    dm = do(ops.open_conversation(Opening(alice.id, "e", "dm", None, (bob.id,), b"12345678"))).conv
     channel = do(ops.open_conversation(Opening(alice.id, "d", "channel", "t", (), b"12345678"))).conv
     entry: NewEntry = message(group, alice)
     ops.append_messages(tx, [entry, message(dm, bob)])
-    do(ops.append_change(change(group, alice, bob, "admin")))
-    do(ops.append_change(change(channel, bob, bob, "member")))
+    do(ops.append_one(change(group, alice, bob, "admin")))
+    do(ops.append_one(change(channel, bob, bob, "member")))
     for op in (
         accounts.update_user(alice.id, "al", "h", b"kept"),
         accounts.add_token(b"x", alice.id, 1, "h"),

@@ -14,8 +14,9 @@ import apsw
 import pytest
 import uvloop
 
+from chatcore.entries import NewEntry
 from chatcore.errors import Unavailable
-from chatcore.store.base import Appended, Entry, NewEntry, Opening
+from chatcore.store.base import Appended, Entry, Opening
 from chatcore.store.sqlite.schema import database_path, prepare
 from chatcore.store.sqlite.store import SQLiteStore
 

@@ -11,18 +11,19 @@ from bson.datetime_ms import DatetimeMS
 from pymongo import UpdateOne
 from pymongo.errors import DuplicateKeyError
 
+from ...common.clock import now_ms
 from ...errors import Conflict, NotFound, Unauthenticated
 from ...protocol import MEMBER_ROLES
 from ..base import User
 from ..names import name_key
-from .client import Document, Mongo, now_ms
+from .client import Document, Mongo
 from .members import Members, row_id
 from .reads import CHUNK, Marks, Reads
 
 # Updates in one command. More would hold more connections of a FerretDB than it has, for ever;
 # and a command that takes long keeps others waiting.
 UPDATES: Final = 20
-# Tries to take a name that others take and leave meanwhile.
+# Tries to take a name that other users take and leave meanwhile.
 NAME_TRIES: Final = 3
 
 
@@ -37,7 +38,7 @@ class Accounts:
     async def _reserve(self, name: str, user: str) -> None:
         """Take a name for a user; names are unique by being keys.
 
-        :raises Conflict: somebody has it.
+        :raises Conflict: another user has it.
         """
         key = name_key(name)
         for _ in range(NAME_TRIES):
@@ -65,7 +66,7 @@ class Accounts:
             "at": 0,
             "settled": 0,
         }
-        # The account before its name: without a name nobody finds it, and no name is ever without an account.
+        # The account before its name: without a name it is not found, and no name is ever without an account.
         await self._mongo.do(self._mongo["users"].insert_one(doc))
         try:
             await self._reserve(name, user.id)
@@ -85,8 +86,8 @@ class Accounts:
             fields |= {"name": name, "key": name_key(name)}
         if password is not None:
             fields["password"] = password
-            # Before it, so that none is left if nobody lives to do it after it; and after it, for what
-            # was made with the old one meanwhile.
+            # Before it, so that none is left if this worker dies before it comes to the second time; and after
+            # it, for tokens that were made with the old password meanwhile.
             await self._end_tokens(user, keep)
         if fields:
             await self._mongo.do(self._mongo["users"].update_one({"_id": user}, {"$set": fields}))
@@ -112,7 +113,7 @@ class Accounts:
 
     async def add_token(self, token_hash: bytes, user: str, expires: int, password: str) -> None:
         """A new session token, unless the password was changed since it was verified."""
-        # The token first: whoever changes the password after the check below finds it, and deletes it.
+        # The token first: a change of the password after the check below finds it, and deletes it.
         gone = DatetimeMS(expires)
         doc = {"_id": token_hash.hex(), "u": user, "exp": expires, "gone": gone}
         await self._mongo.do(self._mongo["tokens"].insert_one(doc))
@@ -162,13 +163,13 @@ class Accounts:
         query = {"_id": row_id(conv, user), "c": conv, "read": {"$lt": upto}}
         if await self._mongo.do(self._mongo["members"].find_one(query, {"_id": 1})) is None:
             return False
-        async with self._members.moving(user) as rev:
+        async with self._members.row_write(user) as rev:
             fields = {"read": upto, "read_n": msgs, "rev": rev}
             done = await self._mongo.do(self._mongo["members"].update_one(query, {"$set": fields}))
         return bool(done.matched_count)
 
     async def sent(self, marks: Marks) -> None:
-        """Sending moved these marks; told to nobody, since the entries are."""
+        """Sending moved these marks. Nothing announces that: the entries are announced."""
         updates = [
             UpdateOne(
                 {"_id": row_id(conv, user), "c": conv, "read": {"$lt": seq}}, {"$set": {"read": seq, "read_n": msgs}}
@@ -183,7 +184,7 @@ class Accounts:
         await self._member(conv, user)
         query = {"_id": row_id(conv, user), "c": conv, "notify": {"$ne": level}}
         if await self._mongo.do(self._mongo["members"].find_one(query, {"_id": 1})) is not None:
-            async with self._members.moving(user) as rev:
+            async with self._members.row_write(user) as rev:
                 update = {"$set": {"notify": level, "rev": rev}}
                 await self._mongo.do(self._mongo["members"].update_one(query, update))
 

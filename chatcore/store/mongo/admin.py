@@ -14,7 +14,7 @@ from .schema import Finding
 
 T = TypeVar("T")
 
-# An index of a large collection takes hours, and goes on in the database if the operator gives up.
+# An index of a large collection takes hours, and goes on in the database if the operator interrupts it.
 INDEX_LIMIT_S: Final = 86_400.0
 
 
@@ -64,7 +64,7 @@ def check(settings: Settings) -> list[Finding]:
 def migrate(settings: Settings, tell: Callable[[str], None]) -> list[Finding]:
     """Make what is missing; returns what is wrong after that.
 
-    :param tell: told of each index before and after it is made.
+    :param tell: called with a line of text before and after each index is made.
     :raises ConfigError: the settings name no database, or not one that can be.
     :raises Unavailable: it does not answer, or refuses an index that must be.
     """

@@ -1,7 +1,7 @@
 """The connection to MongoDB: one client for each worker, made in its loop, after the fork.
 
 The driver's defaults are not for a server that must answer in milliseconds (a wait
-for a server of 30 s, retries that rule 3 of log.md does better): every one that
+for a server of 30 s, retries that docs/log.md, rule 3 does better): every one that
 matters is set here, from the settings.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
@@ -41,7 +40,7 @@ MAJORITY: Final = ReadConcern("majority")
 # A secondary that is further behind is not asked for history; the least that the driver takes.
 MAX_STALENESS_S: Final = 90
 DUPLICATE: Final = 11000
-# What is under way may take so long at the end, and the goodbye after it.
+# Operations under way may take so long at the end, and ending the sessions after them.
 CLOSE_S: Final = 5.0
 GOODBYE_S: Final = 0.5
 # Pairs of one `$or`. A server without $lookup is no MongoDB, and looks at every document for each pair.
@@ -152,7 +151,7 @@ class Mongo:
                 waitQueueTimeoutMS=settings.wait_queue_ms,
                 serverSelectionTimeoutMS=settings.server_selection_ms,
                 timeoutMS=settings.timeout_ms,
-                retryWrites=False,  # the append loop does it better: it knows the cid (log.md)
+                retryWrites=False,  # the append loop does it better: it knows the cid (docs/log.md, rule 3)
                 retryReads=True,
                 appname="chatcore",
                 event_listeners=[self.listener, *listeners],
@@ -174,8 +173,8 @@ class Mongo:
         self.outage.watch()
         #: ``$lookup`` with a pipeline: the ends of many logs in one query.
         self.lookups = False
-        self._places = asyncio.Semaphore(settings.pool_max)
-        self._waiting = 0  # for a place
+        self._permits = asyncio.Semaphore(settings.pool_max)
+        self._waiting = 0  # for a permit
         self._running: set[asyncio.Task[Any]] = set()
         #: When the last operation ended, by the loop's clock.
         self.last_s = asyncio.get_running_loop().time()
@@ -209,7 +208,7 @@ class Mongo:
         await (await self.db["meta"].aggregate(pipeline)).to_list(1)
 
     async def close(self, limit_s: float = CLOSE_S) -> None:
-        """Let what is under way end, which it does by itself within its time, and close every connection."""
+        """Wait for the operations under way, which end by themselves within their time, and close every connection."""
         until = asyncio.get_running_loop().time() + limit_s
         try:
             await self._close(until)
@@ -220,7 +219,7 @@ class Mongo:
         limit_s = max(0.0, until - asyncio.get_running_loop().time())
         if self._running:
             await asyncio.wait(self._running, timeout=limit_s)
-        # The driver tells the server which sessions it ends, and would wait for an answer for ever.
+        # The driver sends the server the sessions that it ends, and would wait for an answer for ever.
         with pymongo.timeout(GOODBYE_S):
             closing = asyncio.ensure_future(self.client.close())
         left_s = max(0.0, until - asyncio.get_running_loop().time())
@@ -243,7 +242,7 @@ class Mongo:
         """A session that reads no state older than any that this worker has seen (or than ``since``).
 
         A majority read alone may go back in time: a new primary learns late what its
-        predecessor knew to be committed, and one that lost its office may not know it yet.
+        predecessor knew to be committed, and one that was deposed may not know it yet.
         """
         seen = self.listener.operation_time
         moment = max((t for t in (seen, since) if isinstance(t, Timestamp)), default=None)
@@ -263,17 +262,17 @@ class Mongo:
         of the pool pay for it. It ends by itself at ``timeoutMS`` (or ``limit_s``).
 
         The driver's own limits on the wait for a connection and for a primary are void
-        beside ``timeoutMS``, so they are kept here: there are as many places as
-        connections, and who begins while the server is away gives up sooner.
+        beside ``timeoutMS``, so they are kept here: there are as many permits as
+        connections, and an operation that begins while the server is away gives up sooner.
 
         ``may_refuse``: some servers do not do this, and are well.
 
-        :raises DuplicateKeyError: as the driver does: some expect it.
+        :raises DuplicateKeyError: as the driver does: some callers expect it.
         :raises BulkWriteError: the same, of several documents: there are duplicates, and nothing else is wrong.
         :raises Refused: the server answered that it does not do this.
         :raises Unavailable: for everything else.
         """
-        await self._place(operation)
+        await self._acquire(operation)
         settings = self.settings
         if limit_s is None:
             ms = settings.timeout_ms if self.healthy else min(settings.timeout_ms, settings.server_selection_ms)
@@ -310,18 +309,18 @@ class Mongo:
         self.healthy = False
         self.outage.failed(why)
 
-    async def _place(self, operation: Coroutine[Any, Any, T]) -> None:
+    async def _acquire(self, operation: Coroutine[Any, Any, T]) -> None:
         try:
-            if self._places.locked():
+            if self._permits.locked():
                 self.listener.count("waits")
                 self._waiting += 1
                 try:
                     async with asyncio.timeout(self.settings.wait_queue_ms / 1000):
-                        await self._places.acquire()
+                        await self._permits.acquire()
                 finally:
                     self._waiting -= 1
             else:
-                await self._places.acquire()  # at once
+                await self._permits.acquire()  # at once
         except TimeoutError:
             operation.close()
             self.listener.count("waits_failed")
@@ -331,11 +330,11 @@ class Mongo:
             raise
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
-        self._places.release()
+        self._permits.release()
         self._running.discard(task)
         self.last_s = asyncio.get_running_loop().time()
         if not task.cancelled():
-            task.exception()  # whoever waited may be gone
+            task.exception()  # its caller may be gone
 
     def stats(self) -> dict[str, Any]:
         """The pool, the wait for it and the commands, for JSON; counters since the start."""
@@ -363,13 +362,8 @@ class Mongo:
         }
 
     async def ping(self) -> None:
-        """Ask for a sign of life of what a majority has, to find out that it is back."""
+        """Read a small document that a majority has, to find out whether the server is back."""
         await self.do(self.db["meta"].find_one({"_id": "store"}, {"_id": 1}))
-
-
-def now_ms() -> int:
-    """Unix time in ms: a label, and what tokens expire by."""
-    return time.time_ns() // 1_000_000
 
 
 class Refused(Unavailable):
@@ -377,7 +371,7 @@ class Refused(Unavailable):
 
 
 def _only_duplicates(exc: DuplicateKeyError | BulkWriteError) -> bool:
-    """Whether the server is well: a race was lost, nothing else."""
+    """Whether the server is well: another writer was first, nothing else."""
     if isinstance(exc, DuplicateKeyError):
         return True
     details = exc.details

@@ -1,9 +1,9 @@
 """Members of conversations: rows that are the projection of their changes.
 
-An entry decides, its row follows: whoever folds the entry writes the row, if its
-``as_of`` is lower. ``convs.folded`` is the newest change that all rows reflect; a
-row found behind (its writer died in between) is repaired by whoever loads the
-conversation or comes across the change (log.md, "Members").
+An entry decides, its row follows: a worker that applies the entry writes the row, if its
+``as_of`` is lower. ``convs.folded`` is the seq of the newest change that is applied to all
+rows. A row found behind (its writer died in between) is repaired by the worker that loads
+the conversation or comes across the change (docs/log.md, "Members").
 """
 
 from __future__ import annotations
@@ -14,34 +14,35 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Final
 
-import orjson
 from pymongo import ReturnDocument
 from pymongo.errors import DuplicateKeyError
 
+from ...common.clock import now_ms
 from ...common.locks import Locks
+from ...entries import Change, ConversationChange, NewEntry, RoleChange, change_of
 from ...errors import ChatError, Unavailable
 from ...protocol import MEMBER_ROLES
 from ..append import Head
-from ..base import NewEntry
-from .client import Document, Mongo, now_ms
+from ..opening import DM_REQUEST
+from .client import Document, Mongo
 
-# Changes that one load folds at a time; a conversation has few that nobody folded.
-FOLD_ROWS: Final = 500
+# Changes that one load applies at a time; a conversation has few that are not applied.
+CHANGES_AT_ONCE: Final = 500
 # Conversations whose roles this worker keeps, for the entries that it appends itself.
 CONVS_MAX: Final = 10_000
-# Roles kept of one conversation, those who write through this worker; and of all, some 150 B each.
+# Roles kept of one conversation, those of users who write through this worker; and of all, some 150 B each.
 ROLES_PER_CONV: Final = 1_000
 ROLES_MAX: Final = 200_000
-# Conversations of which is remembered how far they are folded.
-FOLDED_MAX: Final = 10_000
-# A conversation with more members is not counted anew; others after this, when whoever was counting is done or dead.
+# Conversations of which is remembered how far their changes are applied.
+APPLIED_MAX: Final = 10_000
+# A conversation with more members is not counted anew; others after this, when another counting worker is done or dead.
 COUNT_MAX: Final = 10_000
 RECOUNT_AFTER_S: Final = 10.0
-# A row is made once; whoever lost that race finds it at the second try.
+# A row is made once; a writer that lost to another finds it at the second try.
 WRITE_TRIES: Final = 3
 
-# A change of a row that takes longer has died.
-SETTLED_MS: Final = 60_000
+# A write of a row that takes longer has died.
+ROW_WRITE_MS: Final = 60_000
 POSITION_FIELDS: Final = {"rev": 1, "open": 1, "at": 1, "settled": 1}
 
 ROLE_IN: Final = {"$in": list(MEMBER_ROLES)}
@@ -52,20 +53,20 @@ def row_id(conv: str, user: str) -> str:
     return f"{conv}:{user}"
 
 
-def settled_at(doc: Document) -> int:
+def written_upto(doc: Document) -> int:
     """A position up to which all rows of this user (POSITION_FIELDS) are written."""
-    still = not doc["open"] or doc["at"] < now_ms() - SETTLED_MS
-    return int(doc["rev"] if still else doc["settled"])
+    idle = not doc["open"] or doc["at"] < now_ms() - ROW_WRITE_MS
+    return int(doc["rev"] if idle else doc["settled"])
 
 
 class Roles:
     """What this worker knows of one conversation, as of entry ``valid``: no change up to it is missing.
 
     A role comes with the seq that it reflects. That of a change stands against a row
-    that is older: nobody may have folded the change yet.
+    that is older: the change may not be applied yet.
     """
 
-    __slots__ = ("_roles", "a", "b", "blocked", "blocked_until", "doubted", "held", "kind", "used", "valid")
+    __slots__ = ("_roles", "a", "b", "blocked", "blocked_until", "held", "kind", "stale", "used", "valid")
 
     def __init__(self, kind: str | None, a: str | None, b: str | None) -> None:
         self.kind = kind
@@ -73,9 +74,9 @@ class Roles:
         self.b = b
         self.valid = -1
         self._roles: dict[str, tuple[str | None, int]] = {}
-        #: Whose row may have changed without an entry.
-        self.doubted: set[str] = set()
-        #: Of a dm: who is blocked in it, until when that is believed, and when it was last asked for.
+        #: Users whose row may have changed without an entry.
+        self.stale: set[str] = set()
+        #: Of a dm: the users blocked in it, until when that is believed, and when it was last used.
         self.blocked: set[str] = set()
         self.blocked_until = 0.0
         self.used = 0.0
@@ -89,19 +90,19 @@ class Roles:
         """The role (None: no row, or nothing known)."""
         return self._roles.get(user or "", (None, -1))[0]
 
-    def sure(self, user: str) -> bool:
-        """Known as a member. Who is not may have joined a channel by a row alone, which no entry tells."""
-        return user not in self.doubted and self.role(user) in MEMBER_ROLES
+    def is_member(self, user: str) -> bool:
+        """Known as a member. A user who is not may have joined a channel by a row alone, without an entry."""
+        return user not in self.stale and self.role(user) in MEMBER_ROLES
 
     def note(self, user: str, role: str | None, as_of: int) -> None:
         """A role as of an entry, unless a later one is known."""
         if as_of >= self._roles.get(user, (None, -1))[1]:
             self._roles[user] = (role, as_of)
 
-    def change(self, seq: int, t: str, user: str | None, role: str | None) -> None:
-        """An entry that changes something, in the order of the log."""
-        if seq > self.valid and t == "member" and user is not None:
-            self.note(user, role, seq)
+    def apply(self, seq: int, change: Change | None) -> None:
+        """The change of an entry, in the order of the log."""
+        if seq > self.valid and isinstance(change, RoleChange):
+            self.note(change.user, change.role, seq)
 
 
 class Members:
@@ -112,21 +113,21 @@ class Members:
         self._recount_after_s = recount_after_s
         self._known: OrderedDict[str, Roles] = OrderedDict()
         self._held = 0
-        self._folded: OrderedDict[str, int] = OrderedDict()
+        self._applied: OrderedDict[str, int] = OrderedDict()
         self._recounts: dict[str, float] = {}
-        # One fold of a conversation at a time in this worker: a second one would do the same once more (and a
-        # server whose updates are not atomic, FerretDB, would let an older change overwrite a later).
-        self._folding: Locks[str] = Locks()
+        # This worker applies the changes of a conversation once at a time: a second task would do the same again (and
+        # a server whose updates are not atomic, FerretDB, would let an older change overwrite a later).
+        self._applying: Locks[str] = Locks()
 
     # --- rows ------------------------------------------------------------------
     @contextlib.asynccontextmanager
-    async def moving(self, user: str) -> AsyncIterator[int]:
-        """A change of one of the user's rows; gives the number to write into it.
+    async def row_write(self, user: str) -> AsyncIterator[int]:
+        """The time of a write to one of the user's rows; gives the number to write into it.
 
-        The user's counter ``rev`` is raised before the row is written. So that nobody takes the
-        counter for a position up to which all rows are written, ``open`` counts the changes in
-        between, and ``settled`` is a counter at which there was none. Whoever dies in between is
-        forgiven after SETTLED_MS: what he wrote last has landed by then.
+        The user's counter ``rev`` is raised before the row is written. So that the counter is not
+        taken for a position up to which all rows are written, ``open`` counts the writes in
+        between, and ``settled`` is a counter at which there was none. A worker that dies in between
+        holds ``settled`` back for ROW_WRITE_MS: its last write has landed by then.
         """
         users = self._mongo["users"]
         step = {"$inc": {"rev": 1, "open": 1}, "$set": {"at": now_ms()}}
@@ -148,10 +149,10 @@ class Members:
         doc = await self._mongo.do(users.find_one({"_id": user}, POSITION_FIELDS))
         if doc is None:
             return 0
-        position, settled = settled_at(doc), int(doc["settled"])
+        position, settled = written_upto(doc), int(doc["settled"])
         if position == settled:
             return settled
-        # Noted before it is told, unless something moves again.
+        # Noted before it is given out, unless a row is being written again.
         query = {"_id": user, "rev": position, "open": doc["open"]}
         noted = await self._mongo.do(users.update_one(query, {"$set": {"open": 0, "settled": position}}))
         return position if noted.matched_count else settled
@@ -181,7 +182,7 @@ class Members:
         return owners, inside
 
     async def _set_role(self, conv: str, user: str, role: str, as_of: int, msgs: int) -> None:
-        """Write a row as of an entry, unless it reflects a later one; who comes in has read everything."""
+        """Write a row as of an entry, unless it reflects a later one; a user who comes in has read everything."""
         members = self._mongo["members"]
         key = {"_id": row_id(conv, user), "c": conv}
         for _ in range(WRITE_TRIES):
@@ -191,8 +192,8 @@ class Members:
             comes_in = role in MEMBER_ROLES and (before is None or before["role"] not in MEMBER_ROLES)
             if await self._write({**key, "as_of": {"$lt": as_of}}, conv, user, role, as_of, msgs, comes_in):
                 return
-            # Somebody made the row meanwhile, of an earlier entry as likely as of a later one.
-        raise Unavailable("this member is being changed by others")  # not folded: the next one does it
+            # Another worker made the row meanwhile, of an earlier entry as likely as of a later one.
+        raise Unavailable("this member is being changed by others")  # not applied: the next change does it
 
     async def set_own_row(self, conv: str, user: str, role: str, as_of: int, msgs: int) -> bool:
         """Joining or leaving a channel by oneself: the row alone, by the rules as of an entry
@@ -205,7 +206,7 @@ class Members:
     ) -> bool:
         mark = {"read": as_of, "read_n": msgs}
         new: Document = {"notify": "all"}
-        async with self.moving(user) as rev:
+        async with self.row_write(user) as rev:
             fields: Document = {"role": role, "as_of": as_of, "rev": rev, "u": user}
             (fields if comes_in else new).update(mark)
             update = {"$set": fields, "$setOnInsert": new}
@@ -227,7 +228,7 @@ class Members:
         return True
 
     async def recount(self) -> None:
-        """Count the members where somebody may have died between a row and the number."""
+        """Count the members where a worker may have died between writing a row and the number."""
         now = asyncio.get_running_loop().time()
         for conv in [conv for conv, due in self._recounts.items() if due <= now]:
             there = await self._mongo.do(self._mongo["convs"].find_one({"_id": conv}, {"members": 1, "folded": 1}))
@@ -235,25 +236,24 @@ class Members:
                 self._mongo["members"].count_documents({"c": conv, "role": ROLE_IN}, limit=COUNT_MAX)
             )
             if there is not None and inside < COUNT_MAX:
-                # As it was before: otherwise somebody else is counting.
+                # As it was before: otherwise another worker is counting.
                 await self._mongo.do(self._mongo["convs"].update_one(there, {"$set": {"members": inside}}))
             self._recounts.pop(conv, None)
 
-    # --- folding -----------------------------------------------------------------
-    async def fold(self, conv: str, changes: Iterable[Document]) -> None:
+    # --- applying changes ----------------------------------------------------------
+    async def apply(self, conv: str, changes: Iterable[Document]) -> None:
         """Bring the rows and the title up to these changes (documents of ``entries``, ascending)."""
         newest = 0
         for doc in changes:
-            fields = orjson.loads(doc["b"])
-            if doc["t"] == "member":
-                await self._set_role(conv, fields["user"], fields["role"], doc["s"], doc["n"])
-            elif doc["t"] == "meta":
-                title = fields["title"]
-                update = {"$set": {"title": title, "key": title.casefold(), "title_as_of": doc["s"]}}
-                await self._mongo.do(
-                    self._mongo["convs"].update_one({"_id": conv, "title_as_of": {"$lt": doc["s"]}}, update)
-                )
-            newest = doc["s"]
+            seq = doc["s"]
+            match change_of(doc["t"], doc["b"]):
+                case RoleChange(user=user, role=role):
+                    await self._set_role(conv, user, role, seq, doc["n"])
+                case ConversationChange(title=title):
+                    update = {"$set": {"title": title, "key": title.casefold(), "title_as_of": seq}}
+                    query: Document = {"_id": conv, "title_as_of": {"$lt": seq}}
+                    await self._mongo.do(self._mongo["convs"].update_one(query, update))
+            newest = seq
         if newest:
             await self._mongo.do(self._mongo["convs"].update_one({"_id": conv}, {"$max": {"folded": newest}}))
 
@@ -264,39 +264,39 @@ class Members:
                 {"c": conv, "x": {"$gt": after}},
                 {"_id": 0, "s": 1, "t": 1, "n": 1, "b": 1},
                 sort=[("x", 1)],
-                batch_size=FOLD_ROWS,
+                batch_size=CHANGES_AT_ONCE,
                 session=session,
             )
-            return await self._mongo.do(cursor.limit(FOLD_ROWS).to_list(FOLD_ROWS))
+            return await self._mongo.do(cursor.limit(CHANGES_AT_ONCE).to_list(CHANGES_AT_ONCE))
 
-    async def _repair(self, conv: str, folded: int, late: bool) -> int:
-        """Fold what nobody folded; returns the newest change that the rows reflect then."""
-        began = folded
-        while found := await self.changes(conv, folded):
-            await self.fold(conv, found)
-            folded = found[-1]["s"]
-            if len(found) < FOLD_ROWS:
+    async def _apply_after(self, conv: str, applied: int, late: bool) -> int:
+        """Apply the changes after a seq; returns the newest one that the rows reflect then."""
+        began = applied
+        while found := await self.changes(conv, applied):
+            await self.apply(conv, found)
+            applied = found[-1]["s"]
+            if len(found) < CHANGES_AT_ONCE:
                 break
-        if late and folded > began:
+        if late and applied > began:
             self._recounts[conv] = asyncio.get_running_loop().time() + self._recount_after_s
-        self._folded[conv] = max(folded, self._folded.pop(conv, 0))
-        if len(self._folded) > FOLDED_MAX:
-            self._folded.popitem(last=False)
-        return folded
+        self._applied[conv] = max(applied, self._applied.pop(conv, 0))
+        if len(self._applied) > APPLIED_MAX:
+            self._applied.popitem(last=False)
+        return applied
 
-    async def fold_up(self, conv: str, *, late: bool = False) -> None:
+    async def apply_changes(self, conv: str, *, late: bool = False) -> None:
         """Bring the rows of a conversation up to its log.
 
-        :param late: whose it was to do has had the time: if they are behind, he may be dead.
+        :param late: the worker whose task it was has had the time: if the rows are behind, it may be dead.
         """
-        async with self._folding.hold(conv):
+        async with self._applying.hold(conv):
             doc = await self._mongo.do(self._mongo["convs"].find_one({"_id": conv}, {"folded": 1}))
             if doc is not None:
-                await self._repair(conv, int(doc.get("folded", 0)), late)
+                await self._apply_after(conv, int(doc.get("folded", 0)), late)
 
-    def folded(self, conv: str) -> int:
+    def applied_upto(self, conv: str) -> int:
         """A change up to which the rows are known to reflect all (0: not known)."""
-        return self._folded.get(conv, 0)
+        return self._applied.get(conv, 0)
 
     # --- roles as of a head ----------------------------------------------------------
     async def as_of(self, conv: str, head: Head, users: Iterable[str]) -> Roles:
@@ -313,12 +313,11 @@ class Members:
         while known.valid < head.seq:
             found = await self.changes(conv, known.valid) if head.last_change > known.valid else []
             for doc in found:
-                fields = orjson.loads(doc["b"])
-                known.change(doc["s"], doc["t"], fields.get("user"), fields.get("role"))
-            known.valid = max(known.valid, head.seq if len(found) < FOLD_ROWS else found[-1]["s"])
-        asked = [user for user in dict.fromkeys(users) if not known.sure(user)]
+                known.apply(doc["s"], change_of(doc["t"], doc["b"]))
+            known.valid = max(known.valid, head.seq if len(found) < CHANGES_AT_ONCE else found[-1]["s"])
+        asked = [user for user in dict.fromkeys(users) if not known.is_member(user)]
         if asked:
-            known.doubted.difference_update(asked)  # now: who is doubted meanwhile is asked for again
+            known.stale.difference_update(asked)  # now: a row that changes meanwhile is read again
             rows = await self._rows(conv, asked)
             for user in asked:
                 known.note(user, *rows.get(user, (None, -1)))
@@ -345,32 +344,33 @@ class Members:
             doc = await self._mongo.do(
                 self._mongo["convs"].find_one({"_id": conv}, {"kind": 1, "a": 1, "b": 1, "folded": 1}, session=session)
             )
-        if doc is None:
+        if doc is None or doc["kind"] == DM_REQUEST:
             return None
         known = Roles(doc["kind"], doc.get("a"), doc.get("b"))
-        async with self._folding.hold(conv):
-            known.valid = await self._repair(conv, int(doc.get("folded", 0)), late=True)
+        async with self._applying.hold(conv):
+            known.valid = await self._apply_after(conv, int(doc.get("folded", 0)), late=True)
         return known
 
     def appended(self, conv: str, first: int, entries: Iterable[NewEntry], last: int) -> None:
-        """This worker appended entries ``first`` … ``last``, so nobody else changed anything in between."""
+        """This worker appended entries ``first`` … ``last``, so no other changed anything in between."""
         known = self._known.get(conv)
         if known is None or known.valid < first - 1:
-            return  # what is missing is read as changes
+            return  # the missing ones are read as changes
         for seq, e in enumerate(entries, first):
-            known.change(seq, e.t, e.user, e.role)
+            if e.change is not None:
+                known.apply(seq, e.change)
         known.valid = max(known.valid, last)
         self._keep(conv, known)
 
-    def forget(self, conv: str, user: str) -> None:
+    def mark_stale(self, conv: str, user: str) -> None:
         """A row, or a block, changed without an entry: read it again."""
         known = self._known.get(conv)
         if known is not None:
-            known.doubted.add(user)
+            known.stale.add(user)
             known.blocked_until = 0.0
 
-    def forget_blocks(self) -> None:
-        """Somebody blocked somebody, or no longer: ask again in every dm."""
+    def mark_blocks_stale(self) -> None:
+        """A user blocked another, or no longer does: read the blocks of every dm again."""
         for known in self._known.values():
             known.blocked_until = 0.0
 

@@ -8,20 +8,20 @@ from typing import Final
 
 from pymongo.errors import BulkWriteError
 
-from ...errors import ChatError, Unavailable
+from ...entries import ENTRY_TYPES, MESSAGES, Fact, NewEntry, RoleChange, Standing, check_message
+from ...errors import Unavailable
 from ...protocol import MEMBER_ROLES, encode_entry
-from .. import rules
-from ..append import CHANGES, Found, Head, Key, Row, Ruling, Unknown, Verdict
-from ..base import Appended, Entry, NewEntry
+from ..append import Decision, Decisions, Found, Head, Key, Row, Unknown
+from ..base import Appended, Entry
 from .client import Document, Mongo
 from .members import ROLE_IN, Members, Roles
 
-#: How long it may take until a block of a dm is seen by a worker that has not heard of it.
+#: How long it may take until a worker that the bus did not reach sees a block of a dm.
 BLOCK_TTL_S: Final = 5.0
 # Blocks of so many dms are read at once.
 BLOCK_DMS: Final = 250
-# An entry that is being opened: (conversation, sender, cid, digest).
-Opening = tuple[str, str, str, bytes]
+# A first entry of a conversation that is being opened: (conversation, sender, cid, digest).
+FirstEntry = tuple[str, str, str, bytes]
 
 # Which index a query with alternatives is for: then each of them need not be planned.
 BY_SEQ: Final = [("c", 1), ("s", 1)]
@@ -46,7 +46,7 @@ def to_document(row: Row) -> Document:
         "k": row.last_change,
         "b": e.fields.decode(),
     }
-    if e.t in CHANGES:
+    if e.change is not None:
         doc["x"] = row.seq
     return doc
 
@@ -66,7 +66,7 @@ class MongoOps:
         self._max_conversations = max_conversations
         self._now_ms = now_ms
         #: First entries of conversations that are being opened here: allowed before there is a member.
-        self.opening: set[Opening] = set()
+        self.opening: set[FirstEntry] = set()
 
     async def newest(self, conv: str) -> Head:
         """The newest entry that a majority has."""
@@ -113,29 +113,54 @@ class MongoOps:
             found += [Found(doc["cid"], bytes.fromhex(doc["d"]), doc["ts"], to_entry(doc)) for doc in docs]
         return found
 
-    async def allowed(self, conv: str, head: Head, entries: Sequence[NewEntry]) -> Ruling:
-        """What becomes of each, by what this worker knows as of ``head``; it asks where it does not know."""
+    async def decide(self, conv: str, head: Head, entries: Sequence[NewEntry]) -> Decisions:
+        """What becomes of each, by what this worker knows as of ``head``; it queries what it does not know."""
         users = {e.sender for e in entries if not self._opens(e)}
-        users |= {e.user for e in entries if e.t == "member" and e.user is not None}
+        users |= {e.change.user for e in entries if isinstance(e.change, RoleChange)}
         known = await self._members.as_of(conv, head, users)
-        verdicts = [await self._verdict(known, e) for e in entries]
-        return Ruling(verdicts, self._mongo.listener.operation_time)
+        each = [await self._decide(known, e) for e in entries]
+        return Decisions(each, self._mongo.listener.operation_time)
 
     def _opens(self, e: NewEntry) -> bool:
         return (e.conv, e.sender, e.cid, e.digest) in self.opening
 
-    async def _verdict(self, known: Roles, e: NewEntry) -> Verdict:
-        mine = known.role(e.sender)
+    async def _decide(self, known: Roles, e: NewEntry) -> Decision:
+        change = e.change
         if self._opens(e):
             # Of a dm that both open at once the second finds the first's entries.
-            there = e.t == "member" and known.role(e.user) == e.role
-            return Appended(0, self._now_ms()) if there else None
-        if e.t == "member":
-            return await self._member_verdict(known, e, mine)
-        if e.t == "meta":
-            return rules.check_meta(known.kind, mine)
+            there = isinstance(change, RoleChange) and known.role(change.user) == change.role
+            return Appended(0, self._now_ms()) if there else e
+        mine = known.role(e.sender)
         blocked = known.kind == "dm" and mine in MEMBER_ROLES and await self._blocked(known, e)
-        return rules.check_send(known.kind, mine, blocked)
+        if e.t in MESSAGES:
+            return check_message(known.kind, mine, blocked) or e
+        standing = Standing(known.kind, mine, blocked, max_conversations=self._max_conversations)
+        if isinstance(change, RoleChange):
+            standing.user_role = known.role(change.user)
+        rule = ENTRY_TYPES[e.t].rule
+        while isinstance(decision := rule(e, standing), Fact):
+            await self._load(decision, e, standing)
+        return Appended(0, self._now_ms()) if decision is None else decision
+
+    async def _load(self, fact: Fact, e: NewEntry, standing: Standing) -> None:
+        """A fact that the rule asked for."""
+        assert isinstance(e.change, RoleChange)
+        match fact:
+            case Fact.COUNTS:
+                # The rows are counted: they must not be behind the head.
+                await self._members.apply_changes(e.conv)
+                standing.owners, standing.members = await self._members.counts(e.conv)
+            case Fact.USER:
+                users = self._mongo["users"]
+                found = await self._mongo.do(users.find_one({"_id": e.change.user}, {"_id": 1}))
+                standing.user_exists = found is not None
+            case Fact.CONVERSATIONS:
+                standing.user_conversations = await self.conversations_of(e.change.user)
+
+    async def conversations_of(self, user: str) -> int:
+        """How many conversations the user is in, up to the limit (asks every shard)."""
+        query: Document = {"u": user, "role": ROLE_IN}
+        return await self._mongo.do(self._mongo["members"].count_documents(query, limit=self._max_conversations))
 
     # --- blocks ------------------------------------------------------------------
     async def _blocked(self, known: Roles, e: NewEntry) -> bool:
@@ -154,7 +179,7 @@ class MongoOps:
     async def _read_blocks(self, dms: Sequence[Roles]) -> None:
         until = asyncio.get_running_loop().time() + BLOCK_TTL_S
         for known in dms:
-            known.blocked_until = until  # now: who forgets it meanwhile wins
+            known.blocked_until = until  # now: a change that comes meanwhile sets it back
         pairs = [pair for known in dms for pair in (f"{known.a}:{known.b}", f"{known.b}:{known.a}")]
         try:
             cursor = self._mongo["blocks"].find({"_id": {"$in": pairs}}, {"_id": 1}, batch_size=len(pairs))
@@ -167,36 +192,3 @@ class MongoOps:
         for known in dms:
             ways = ((known.a, known.b), (known.b, known.a))
             known.blocked = {other for user, other in ways if other is not None and f"{user}:{other}" in found}
-
-    # --- members -----------------------------------------------------------------
-    async def _member_verdict(self, known: Roles, e: NewEntry, mine: str | None) -> Verdict:
-        assert e.user is not None
-        assert e.role is not None
-        theirs = known.role(e.user)
-        owners = members = 0
-        if e.sender == e.user and mine == "owner":
-            # The rows are counted: they must not be behind the head.
-            await self._members.fold_up(e.conv)
-            owners, members = await self._members.counts(e.conv)
-        refused = rules.check_member(known.kind, e.sender, mine, e.user, theirs, e.role, owners, members)
-        if refused is None and theirs is None and not await self._is_user(e.user):
-            refused = rules.no_such_user()
-        if refused is not None:
-            return refused
-        if (theirs or "none") == e.role:
-            return Appended(0, self._now_ms())
-        if e.role in MEMBER_ROLES and theirs not in MEMBER_ROLES:
-            return await self._check_room_for(e.user)
-        return None
-
-    async def _is_user(self, user: str) -> bool:
-        return await self._mongo.do(self._mongo["users"].find_one({"_id": user}, {"_id": 1})) is not None
-
-    async def _check_room_for(self, user: str) -> ChatError | None:
-        inside = await self.conversations_of(user)
-        return rules.check_room_for(user, inside, self._max_conversations)
-
-    async def conversations_of(self, user: str) -> int:
-        """How many conversations the user is in, up to the limit (asks every shard)."""
-        query: Document = {"u": user, "role": ROLE_IN}
-        return await self._mongo.do(self._mongo["members"].count_documents(query, limit=self._max_conversations))

@@ -10,6 +10,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from ...entries import MESSAGES
 from ...errors import NotFound
 from ...protocol import MEMBER_ROLES, encode_entry
 from ..base import Account, Entry, Page, Peer, Token, User, View
@@ -27,7 +28,7 @@ CONV_FIELDS: Final = {"kind": 1, "title": 1, "a": 1, "b": 1, "members": 1, "fold
 #: (conversation, user) -> (seq, messages): marks that are not written yet.
 Marks = Mapping[tuple[str, str], tuple[int, int]]
 #: Documents carry no position that orders all conversations: whether one without `have` has new
-#: entries cannot be told, so it counts as changed.
+#: entries is not known, so it counts as changed.
 UNKNOWN_POSITION: Final = 2**53 - 1
 
 
@@ -95,10 +96,10 @@ class Reads:
     async def page(
         self, conv: str, before: int | None, after: int | None, limit: int, max_bytes: int, head: int
     ) -> Page:
-        """A page (who may see it is decided before). History may come from a secondary, if a setting says so."""
+        """A page (the caller has checked who may see it), from a secondary if the settings say so."""
         upto = min(head + 1, head + 1 if before is None else before)
         first = 1 if after is None else after + 1
-        # Logs are dense: what a page must hold is known before it is read.
+        # Logs are dense: the seqs of a page are known before it is read.
         first, upto = (max(first, upto - limit), upto) if after is None else (first, min(upto, first + limit))
         if first >= upto:
             return Page([], False, head)
@@ -166,8 +167,8 @@ class Reads:
         for row in rows:
             mark = marks.get((row["c"], user), (0, 0))
             head = newest.get(row["c"])
-            if head is not None and head["t"] == "msg" and head["f"] == user:
-                mark = (head["s"], head["n"])  # whose mark follows, written by another worker
+            if head is not None and head["t"] in MESSAGES and head["f"] == user:
+                mark = (head["s"], head["n"])  # another worker writes this mark soon
             if mark[0] > row["read"]:
                 row["read"], row["read_n"] = mark
         lasts = await self._lasts({row["c"]: newest[row["c"]] for row in rows if row["c"] in newest})
@@ -178,7 +179,7 @@ class Reads:
             conv = row["c"]
             doc, head = docs.get(conv), newest.get(conv)
             if doc is None or head is None:
-                continue  # being opened
+                continue  # it is being opened
             other = others.get(conv)
             views.append(
                 View(

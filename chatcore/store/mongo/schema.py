@@ -6,7 +6,7 @@
      l: seq of the newest message, k: of the newest change of members or title,
      b: its other fields (JSON), x: s again, in those changes only}
 
-Two unique indexes decide between writers (log.md). They begin with the shard key
+Two unique indexes decide between writers (docs/log.md). They begin with the shard key
 ``c``: a unique index of a sharded collection must, and hashed keys forbid unique
 ones. Conversation ids are random, so ranges of them spread.
 
@@ -14,9 +14,10 @@ ones. Conversation ids are random, so ranges of them spread.
 
     {_id: "conv:user", c, u, role, as_of, read, read_n, notify, rev}
 
-``convs`` {_id, kind, title, key, title_as_of, a, b, created, digest, folded, members, opened},
+``convs`` {_id, kind, title, key, title_as_of, a, b, created, digest, folded, members, opened}
+(``folded``: the newest change that is applied to the rows of members and to the title),
 ``users`` {_id, name, key, password, created, disabled, seen, rev, open, at, settled} (the last four:
-:meth:`.members.Members.moving`), ``names`` {_id: key, u}, ``tokens`` {_id: hash, u, exp, gone},
+:meth:`.members.Members.row_write`), ``names`` {_id: key, u}, ``tokens`` {_id: hash, u, exp, gone},
 ``blocks`` {_id: "user:other"}, ``meta`` {_id: "store", …}.
 """
 
@@ -71,7 +72,7 @@ INDEXES: Final = (
     Index(
         "entries",
         (("c", 1), ("x", 1)),
-        "changes of members and titles that are not projected yet",
+        "changes of members and titles that are not applied yet",
         options={"partialFilterExpression": {"x": {"$exists": True}}},
     ),
     Index("members", (("u", 1), ("c", 1)), "the conversations of a user (asks every shard)"),
@@ -147,7 +148,7 @@ def _way(way: Any) -> Any:
 
 
 async def check(mongo: Mongo, *, usage: bool = True) -> list[Finding]:
-    """Which indexes are there, and (``usage``) which nobody has used since the server started.
+    """Which indexes are there, and (``usage``) which were not used since the server started.
 
     :raises Unavailable: the server does not answer.
     """
@@ -197,7 +198,7 @@ async def _stats(mongo: Mongo, collection: str) -> list[Document]:
 async def migrate(mongo: Mongo, tell: Callable[[str], None], limit_s: float | None = None) -> None:
     """Make what is missing.
 
-    :param tell: told in words what is made, before (it may take long) and after.
+    :param tell: called with a line of text before an index is made (it may take long), and after.
     :param limit_s: for each index; None: as any operation.
     :raises Unavailable: an index that must be could not be made.
     """

@@ -7,16 +7,18 @@ import contextlib
 import logging
 import random
 import secrets
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final, TypeVar
 
 from pymongo.errors import DuplicateKeyError
 from pymongo.monitoring import CommandListener
 
+from ...common.clock import now_ms
+from ...common.tasks import Tasks
+from ...entries import CHANGING, MESSAGES, NewEntry, RoleChange, by_oneself, check_room_for
 from ...errors import ChatError, Conflict, Forbidden, NotFound, Unavailable
 from ...protocol import MEMBER_ROLES
-from ..append import CHANGES, Appender, AppendLimits
+from ..append import Appender, AppendLimits
 from ..base import (
     Account,
     Appended,
@@ -24,7 +26,6 @@ from ..base import (
     Entry,
     Known,
     Memberships,
-    NewEntry,
     Opened,
     Opening,
     Page,
@@ -33,12 +34,11 @@ from ..base import (
     User,
     View,
 )
-from ..entries import conversation_id, derived_id, first_entries
-from ..rules import check_room_for
+from ..opening import DM_REQUEST, conversation_id, dm_id, everybody, first_entries, request_id
 from . import schema
 from .accounts import Accounts
-from .client import Document, Mongo, MongoSettings, now_ms
-from .members import POSITION_FIELDS, Members, settled_at
+from .client import Document, Mongo, MongoSettings
+from .members import POSITION_FIELDS, Members, written_upto
 from .ops import BLOCK_TTL_S, MongoOps
 from .reads import Reads
 
@@ -50,17 +50,17 @@ T = TypeVar("T")
 MARKS_S: Final = 1.0
 # A rotation through all that is attached takes so many looks.
 ROTATION_LOOKS: Final = 5
-# A server that nobody asked for anything for so long is asked whether it is there.
+# A server that was asked nothing for so long is asked whether it is there.
 SILENCE_S: Final = 2.0
 # Expired tokens are looked for so often, for databases that do not remove them by themselves.
 SWEEP_S: Final = 60
 EXPIRED_AT_ONCE: Final = 500
-# Whoever appended a change has so long to bring the rows up to it; then those who came across it do,
-# so many conversations a second, at different moments.
-FOLD_WAIT_S: Final = 1.0
-FOLDS_AT_ONCE: Final = 50
-SUSPECTS_MAX: Final = 10_000
-# Joining or leaving a channel while one is appointed or banned there; each try is as of a later entry.
+# The worker that appended a change has so long to apply it to the rows; then the workers that came across it do,
+# so many conversations at a time, at different moments.
+APPLY_WAIT_S: Final = 1.0
+APPLIED_AT_ONCE: Final = 50
+UNAPPLIED_MAX: Final = 10_000
+# Joining or leaving a channel while an admin appoints or bans the user there; each try is as of a later entry.
 OWN_ROW_TRIES: Final = 5
 CLOSE_S: Final = 5.0
 
@@ -68,9 +68,8 @@ CLOSE_S: Final = 5.0
 class MongoStore:
     """One per worker, made in its loop after the fork.
 
-    ``publish_yield`` asks the other hosts to let this one append to a conversation;
-    :meth:`on_yield` and :meth:`heard` are what they are told (log.md). ``listeners`` are told of
-    every command.
+    ``publish_yield`` asks the other hosts to let this one append to a conversation; :meth:`on_yield` and
+    :meth:`heard` take what comes from them (docs/log.md). ``listeners`` see every command.
     """
 
     name = "mongodb"
@@ -88,7 +87,7 @@ class MongoStore:
     ) -> None:
         self._settings = settings
         self._listeners = listeners
-        self._tell = on_commit
+        self._announce = on_commit
         self._publish_yield = publish_yield
         self._max_conversations = max_conversations
         self._store_id = ""
@@ -100,13 +99,14 @@ class MongoStore:
         self._ops: MongoOps
         self._appender: Appender | None = None
         self._marks: dict[tuple[str, str], tuple[int, int]] = {}
-        self._tasks: list[asyncio.Task[None]] = []
+        self._periodic = Tasks()
+        # Not Tasks: their errors are answers to a caller, no failures to log.
         self._works: set[asyncio.Task[Any]] = set()
-        # Conversations with a change that nobody may have folded: when to look, and up to where.
-        self._suspects: dict[str, tuple[float, int]] = {}
+        # Conversations with a change that may not be applied to the rows: when to look, and up to which seq.
+        self._unapplied: dict[str, tuple[float, int]] = {}
         self._opening: dict[str, asyncio.Task[Opened]] = {}
         self._turn = 0
-        self._revs: dict[str, int] = {}  # up to where each user's rows were told
+        self._revs: dict[str, int] = {}  # up to where :meth:`changes` gave out each user's rows
 
     @property
     def store_id(self) -> str:
@@ -151,13 +151,14 @@ class MongoStore:
             random=random.random,
             limits=AppendLimits(max_wait_s=self._settings.append_ms / 1000),
         )
-        self._tasks = [
-            asyncio.create_task(self._every(MARKS_S, self._flush_marks), name="store-marks"),
-            asyncio.create_task(self._every(1.0, self._probe), name="store-probe"),
-            asyncio.create_task(self._every(BLOCK_TTL_S / 3, self._ops.refresh_blocks), name="store-blocks"),
-            asyncio.create_task(self._every(FOLD_WAIT_S / 2, self._fold_suspects), name="store-folds"),
-            asyncio.create_task(self._every(SWEEP_S, self._sweep), name="store-sweep"),
-        ]
+        for pause_s, work in (
+            (MARKS_S, self._flush_marks),
+            (1.0, self._probe),
+            (BLOCK_TTL_S / 3, self._ops.refresh_blocks),
+            (APPLY_WAIT_S / 2, self._apply_left_over),
+            (SWEEP_S, self._sweep),
+        ):
+            self._periodic.spawn(self._every(pause_s, work), f"store-{work.__name__.strip('_')}")
 
     async def close(self) -> None:
         """Finish what is queued, answer it, write the marks, close every connection."""
@@ -166,9 +167,7 @@ class MongoStore:
         loop = asyncio.get_running_loop()
         until = loop.time() + CLOSE_S
         await self._appender.close(CLOSE_S)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._periodic.close()
         if self._works:
             await asyncio.wait(self._works, timeout=max(0.0, until - loop.time()))
             for task in self._works:
@@ -178,13 +177,13 @@ class MongoStore:
                 await self._flush_marks()
         await self.mongo.close(max(0.0, until - loop.time()))
 
-    # --- what runs beside ----------------------------------------------------------
+    # --- background work ----------------------------------------------------------
     def _committed(self, entries: list[Entry]) -> None:
         for e in entries:
-            if e.t == "msg":
+            if e.t in MESSAGES:
                 self._mark((e.conv, e.sender), (e.seq, e.msgs))
-        self._suspect(entries)
-        self._tell(entries)
+        self._note_changes(entries)
+        self._announce(entries)
 
     def _mark(self, key: tuple[str, str], mark: tuple[int, int]) -> None:
         self._marks[key] = max(mark, self._marks.get(key, mark))
@@ -195,7 +194,7 @@ class MongoStore:
             try:
                 await work()
             except ChatError as exc:
-                log.debug("%s: %s", work.__name__, exc)  # that the server is away is told once, elsewhere
+                log.debug("%s: %s", work.__name__, exc)  # an outage is logged once, elsewhere
             except Exception:
                 log.exception("%s failed", work.__name__)
 
@@ -203,13 +202,13 @@ class MongoStore:
         marks = self._marks.copy()
         if marks:
             await self._accounts.sent(marks)
-            # Until here they were laid over what is read; and what failed is written the next time.
+            # Until here they were laid over what is read; those that failed are written the next time.
             for key, mark in marks.items():
                 if self._marks.get(key) == mark:
                     del self._marks[key]
 
     async def _probe(self) -> None:
-        """Find out that the server is away, or back, without waiting for somebody to ask for something."""
+        """Find out that the server is away, or back, without waiting for a request."""
         silent_s = asyncio.get_running_loop().time() - self.mongo.last_s
         if silent_s > SILENCE_S or not self.mongo.healthy:
             await self.mongo.ping()
@@ -217,26 +216,26 @@ class MongoStore:
     async def _sweep(self) -> None:
         await self._accounts.sweep_tokens(EXPIRED_AT_ONCE)
 
-    def _suspect(self, entries: Sequence[Entry]) -> None:
-        """Whoever appended these changes may not have lived to bring the rows up to them."""
+    def _note_changes(self, entries: Sequence[Entry]) -> None:
+        """The workers that appended these changes may have died before they applied them to the rows."""
         for e in entries:
-            if e.t in CHANGES and e.seq > self._members.folded(e.conv):
-                due = asyncio.get_running_loop().time() + FOLD_WAIT_S * (1 + random.random())
-                due, seq = self._suspects.get(e.conv, (due, 0))
-                if seq or len(self._suspects) < SUSPECTS_MAX:
-                    self._suspects[e.conv] = (due, max(seq, e.seq))
+            if e.t in CHANGING and e.seq > self._members.applied_upto(e.conv):
+                due = asyncio.get_running_loop().time() + APPLY_WAIT_S * (1 + random.random())
+                due, seq = self._unapplied.get(e.conv, (due, 0))
+                if seq or len(self._unapplied) < UNAPPLIED_MAX:
+                    self._unapplied[e.conv] = (due, max(seq, e.seq))
 
-    async def _fold_suspects(self) -> None:
+    async def _apply_left_over(self) -> None:
         now = asyncio.get_running_loop().time()
-        due = [(conv, seq) for conv, (at, seq) in self._suspects.items() if at <= now]
-        for conv, seq in due[:FOLDS_AT_ONCE]:
-            if seq > self._members.folded(conv):
-                await self._members.fold_up(conv, late=True)
-            self._suspects.pop(conv, None)
+        due = [(conv, seq) for conv, (at, seq) in self._unapplied.items() if at <= now]
+        for conv, seq in due[:APPLIED_AT_ONCE]:
+            if seq > self._members.applied_upto(conv):
+                await self._members.apply_changes(conv, late=True)
+            self._unapplied.pop(conv, None)
         await self._members.recount()
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        """Something that goes on, whoever loses interest in its outcome (who waits shields it)."""
+        """Work that goes on when its caller is cancelled (the caller shields it)."""
         task = asyncio.ensure_future(work)
         self._works.add(task)
         task.add_done_callback(self._worked)
@@ -249,21 +248,21 @@ class MongoStore:
 
     # --- other hosts ---------------------------------------------------------------
     def on_yield(self, conv: str) -> None:
-        """Another host loses every race for a conversation."""
+        """Another host's batches keep losing in a conversation."""
         self._log().on_yield(conv)
 
     def heard(self, entry: Entry) -> None:
-        """An entry of another worker was heard of."""
+        """The bus brought an entry of another worker."""
         self._log().heard(entry.conv, entry.seq)
-        self._suspect([entry])
+        self._note_changes([entry])
 
     def row_changed(self, conv: str, user: str) -> None:
         """A member's row changed without an entry, on another worker."""
-        self._members.forget(conv, user)
+        self._members.mark_stale(conv, user)
 
     def blocks_changed(self) -> None:
-        """Somebody was blocked, or no longer is, on another worker."""
-        self._members.forget_blocks()
+        """On another worker, a user blocked another, or no longer does."""
+        self._members.mark_blocks_stale()
 
     def _log(self) -> Appender:
         assert self._appender is not None
@@ -271,17 +270,17 @@ class MongoStore:
 
     # --- the log -------------------------------------------------------------------
     def append(self, entry: NewEntry) -> asyncio.Future[Appended]:
-        if entry.t not in CHANGES:
+        if entry.change is None:
             return self._log().submit(entry)
-        if entry.t == "member" and entry.user == entry.sender and entry.role in ("member", "none"):
+        if by_oneself(entry):
             return asyncio.shield(self._begin(self._join_or_leave(entry)))
         submitted = self._log().submit(entry)  # now: entries are in the order of the calls
         return asyncio.shield(self._begin(self._change(entry, submitted)))
 
     async def _change(self, entry: NewEntry, submitted: asyncio.Future[Appended]) -> Appended:
-        """A change is answered when its rows reflect it: the asker looks at them next."""
+        """A change is answered when its rows reflect it: its sender reads them next."""
         done = await submitted
-        await self._members.fold_up(entry.conv)
+        await self._members.apply_changes(entry.conv)
         return done
 
     async def _join_or_leave(self, entry: NewEntry) -> Appended:
@@ -293,23 +292,21 @@ class MongoStore:
         doc = await self.mongo.do(self.mongo["convs"].find_one({"_id": e.conv}, {"kind": 1}))
         if doc is None or doc["kind"] != "channel":
             return None
-        assert e.role is not None
         for _ in range(OWN_ROW_TRIES):
             head = await self._ops.newest(e.conv)
-            self._members.forget(e.conv, e.sender)
-            verdict = (await self._ops.allowed(e.conv, head, [e])).verdicts[0]
-            if isinstance(verdict, Appended):
-                return verdict
-            if verdict is not None:
-                raise verdict
-            role = e.role
-            if role == "member" and (await self._members.counts(e.conv))[1] == 0:
-                role = "owner"  # who joins a channel that everybody left
+            self._members.mark_stale(e.conv, e.sender)
+            [decision] = (await self._ops.decide(e.conv, head, [e])).each
+            if isinstance(decision, Appended):
+                return decision
+            if isinstance(decision, ChatError):
+                raise decision
+            change = decision.change
+            assert isinstance(change, RoleChange)
             try:
-                if await self._members.set_own_row(e.conv, e.sender, role, head.seq, head.msgs):
+                if await self._members.set_own_row(e.conv, e.sender, change.role, head.seq, head.msgs):
                     return Appended(0, now_ms())
             finally:
-                self._members.forget(e.conv, e.sender)
+                self._members.mark_stale(e.conv, e.sender)
         raise Unavailable("others change the same member")
 
     async def open(self, conv: Opening) -> Opened:
@@ -328,16 +325,20 @@ class MongoStore:
                 del self._opening[id]
 
     async def _open(self, o: Opening, id: str) -> Opened:
-        everybody = [o.creator, *(u for u in dict.fromkeys(o.members) if u != o.creator)]
+        users = everybody(o)
         there = await self._find_conv(id, o)
         if there is None:
-            await self._may_open(o, everybody)
-            await self._make(id, o)
-            there = await self._find_conv(id, o)  # somebody else may have been first, with another request
+            await self._may_open(o, users)
+            if o.kind == "dm":
+                await self._make(request_id(self._secret, o), o, DM_REQUEST)
+                await self._find_conv(id, o)  # another request of the same cid may have been first
+            await self._make(id, o, o.kind)
+            there = await self._find_conv(id, o)
         if there is not None and there["opened"]:
-            return Opened(id, False)
-        # What was begun is allowed; from here everything is repeated by whoever asks again, until it is complete.
-        entries = first_entries(id, o, everybody)
+            member = o.kind == "dm" or await self._members.role(id, o.creator) in MEMBER_ROLES
+            return Opened(id, False, member)
+        # Opening was allowed when it began. The worker that is asked again repeats all from here until it is complete.
+        entries = first_entries(id, o, users)
         keys = [(id, e.sender, e.cid, e.digest) for e in entries]
         self._ops.opening.update(keys)
         try:
@@ -349,23 +350,29 @@ class MongoStore:
                         raise
         finally:
             self._ops.opening.difference_update(keys)
-        await self._members.fold_up(id)
+        await self._members.apply_changes(id)
         done = await self.mongo.do(
             self.mongo["convs"].update_one({"_id": id, "opened": False}, {"$set": {"opened": True}})
         )
         return Opened(id, bool(done.matched_count))
 
     async def _find_conv(self, id: str, o: Opening) -> Document | None:
-        """:raises Conflict: it was made by another request."""
-        doc = await self.mongo.do(self.mongo["convs"].find_one({"_id": id}, {"opened": 1, "digest": 1}))
-        if doc is not None and o.kind != "dm" and doc["digest"] != o.digest.hex():
-            raise Conflict(f"cid {o.cid} was used for something else")
-        return doc
+        """The conversation, if it was made already.
 
-    async def _may_open(self, o: Opening, everybody: Sequence[str]) -> None:
-        users = await self._reads.among("users", everybody, {"disabled": 1})
-        found = {doc["_id"] for doc in users if not doc["disabled"]}
-        for user in everybody:
+        :raises Conflict: the creator's cid made another one.
+        """
+        request = request_id(self._secret, o)
+        ids = list({id, request})
+        cursor = self.mongo["convs"].find({"_id": {"$in": ids}}, {"opened": 1, "digest": 1}, batch_size=len(ids))
+        docs = {doc["_id"]: doc for doc in await self.mongo.do(cursor.limit(len(ids)).to_list(len(ids)))}
+        made = docs.get(request)
+        if made is not None and made["digest"] != o.digest.hex():
+            raise Conflict(f"cid {o.cid} was used for something else")
+        return docs.get(id)
+
+    async def _may_open(self, o: Opening, users: Sequence[str]) -> None:
+        found = {doc["_id"] for doc in await self._reads.among("users", users, {"disabled": 1}) if not doc["disabled"]}
+        for user in users:
             if user not in found:
                 raise NotFound(f"no such user: {user}")
             inside = await self._ops.conversations_of(user)
@@ -376,11 +383,11 @@ class MongoStore:
             if await self.mongo.do(self.mongo["blocks"].find_one(block, {"_id": 1})) is not None:
                 raise Forbidden("this user takes no direct messages from you")
 
-    async def _make(self, id: str, o: Opening) -> None:
+    async def _make(self, id: str, o: Opening, kind: str) -> None:
         a, b = sorted((o.creator, o.members[0])) if o.kind == "dm" else (None, None)
         doc: Document = {
             "_id": id,
-            "kind": o.kind,
+            "kind": kind,
             "title": o.title,
             "key": None if o.title is None else o.title.casefold(),
             "title_as_of": 0,
@@ -400,7 +407,7 @@ class MongoStore:
 
     async def entries(self, conv: str, after: int, limit: int, max_bytes: int) -> list[Entry]:
         found = await self._reads.entries(conv, after, limit, max_bytes)
-        self._suspect(found)
+        self._note_changes(found)
         return found
 
     async def page(
@@ -415,7 +422,7 @@ class MongoStore:
         return 0
 
     async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes:
-        """What is attached, and who is connected, is looked at in rotation; all of it after a doubt."""
+        """Looks at the attached conversations and the connected users: all, or the next part of a rotation."""
         if known is None:
             return Changes(0, [], [], [], [])
         self._turn += 1
@@ -432,7 +439,7 @@ class MongoStore:
             if doc["disabled"]:
                 revoked_users.append(doc["_id"])
             for conv in await self._rows_since(doc["_id"], doc):
-                self._members.forget(conv, doc["_id"])
+                self._members.mark_stale(conv, doc["_id"])
                 rows.append((doc["_id"], conv))
         gone = set(self._revs) - set(known.users())
         for user in gone:
@@ -444,11 +451,11 @@ class MongoStore:
         return Changes(0, heads, rows, revoked, revoked_users)
 
     async def _rows_since(self, user: str, doc: Document) -> list[str]:
-        """Where the user's row changed since the last look (the first look only notes where it stands);
-        what is being written is told until it is."""
-        settled = settled_at(doc)
-        before = self._revs.get(user, settled)
-        self._revs[user] = max(before, settled)
+        """The conversations in which the user's row changed since the last look (the first look only notes
+        the position); a row that is being written is among them until it is written."""
+        written = written_upto(doc)
+        before = self._revs.get(user, written)
+        self._revs[user] = max(before, written)
         if int(doc["rev"]) <= before:
             return []
         return await self._reads.changed_since(user, before, self._max_conversations)
@@ -465,13 +472,13 @@ class MongoStore:
         ids = convs
         if ids is None:
             ids = [row["c"] for row in await self._reads.rows(user, None, self._max_conversations)]
-        # A row never shows less than the head beside it: who is removed by an entry that a session has
-        # been given must not be attached again by a row that follows later. So the heads are read first.
+        # A row never shows less than the head beside it: a user removed by an entry that a session has
+        # been sent must not be attached again by a row that follows later. So the heads are read first.
         newest = await self._reads.newest(ids)
         docs = await self._reads.convs(list(newest))
         behind = [conv for conv, doc in docs.items() if newest[conv]["k"] > int(doc["folded"])]
         for conv in behind:
-            await self._members.fold_up(conv)
+            await self._members.apply_changes(conv)
         if behind:
             docs |= await self._reads.convs(behind)
         return 0, await self._reads.views(user, ids, docs, newest, self._marks)
@@ -494,7 +501,7 @@ class MongoStore:
 
     async def set_read(self, user: str, conv: str, upto: int) -> bool:
         moved = await self._accounts.set_read(user, conv, upto)
-        # What was sent has moved it already, and is written soon.
+        # The user's own message has moved it already, and is written soon.
         return moved and upto > self._marks.get((conv, user), (0, 0))[0]
 
     async def set_notify(self, user: str, conv: str, level: str) -> None:
@@ -502,8 +509,8 @@ class MongoStore:
 
     async def block(self, user: str, other: str, on: bool) -> None:
         await self._accounts.block(user, other, on)
-        # Others read it again within BLOCK_TTL_S.
-        self._members.forget(derived_id(self._secret, "dm", *sorted((user, other))), other)
+        # Other workers read it again within BLOCK_TTL_S.
+        self._members.mark_stale(dm_id(self._secret, user, other), other)
 
     async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
         return await self._reads.acquainted(user, others, self._max_conversations)
@@ -563,7 +570,7 @@ async def prepare(mongo: Mongo) -> tuple[str, bytes]:
     """
     meta = mongo["meta"]
     fields = {"store_id": 1, "secret": 1, "version": 1}
-    # In this order: others may be setting it up.
+    # In this order: other workers may be setting it up.
     used = await mongo.do(mongo["entries"].find_one({}, {"_id": 1}))
     doc = await mongo.do(meta.find_one({"_id": "store"}, fields))
     if doc is None:
@@ -576,7 +583,7 @@ async def prepare(mongo: Mongo) -> tuple[str, bytes]:
             "store_id": secrets.token_urlsafe(9),
             "secret": secrets.token_bytes(32),
             "version": schema.SCHEMA_VERSION,
-            "at": time.time_ns() // 1_000_000,
+            "at": now_ms(),
         }
         with contextlib.suppress(DuplicateKeyError):
             await mongo.do(meta.insert_one(fresh))

@@ -6,11 +6,12 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
+from ...common.clock import now_ms
 from ...errors import Conflict, NotFound, Unauthenticated
 from ...protocol import MEMBER_ROLES
 from ..base import User
 from ..names import name_key
-from .ops import Op, Transaction, now_ms
+from .ops import Op, Transaction
 
 
 def add_user(name: str, password: str) -> Op:
@@ -74,7 +75,7 @@ def _revoke(tx: Transaction, token: bytes | None, user: str | None) -> None:
 
 
 def add_token(token_hash: bytes, user: str, expires: int, password: str) -> Op:
-    """A new session token; expired ones of anybody are swept away with it.
+    """A new session token; some expired ones, of any users, are swept away with it.
 
     ``password`` is the hash that was verified: it may have been changed since.
     """

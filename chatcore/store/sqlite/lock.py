@@ -13,11 +13,11 @@ from .schema import LOCK_NAMES
 class WriteLock:
     """Two file locks that make a queue.
 
-    ``flock`` alone is not fair: who releases it and wants it again at once wins
-    against a waiter that has yet to wake up. Here one waiter holds ``next`` while
-    it waits for ``write``, and whoever wants the lock again must get ``next``
-    first, which it cannot before that waiter has had its turn. The kernel
-    releases both when a process dies.
+    ``flock`` alone is not fair: a process that releases it and wants it again at
+    once wins against a waiter that has yet to wake up. Here one waiter holds
+    ``next`` while it waits for ``write``, and a process that wants the lock again
+    must get ``next`` first, which it cannot before that waiter has had its turn.
+    The kernel releases both when a process dies.
 
     One per thread: it owns its two descriptors (opened after the fork, since a
     descriptor that is inherited shares its locks).

@@ -1,7 +1,7 @@
 """What a write transaction does: appends in bulk, everything else one by one.
 
-All run in the writer thread, inside ``BEGIN IMMEDIATE``: what they read is the
-newest state, and nobody else writes. Appends of messages that stand next to each
+All run in the writer thread, inside ``BEGIN IMMEDIATE``: they read the newest
+state, and no other process writes. Appends of messages that stand next to each
 other in the batch share their statements, whose values are bound, up to 64 rows in
 each: per row they cost half of what ``json_each`` over one parameter costs, and a
 statement gives up the interpreter lock, which under load is slow to come back.
@@ -12,17 +12,29 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import apsw
 
+from ...common.clock import now_ms
+from ...entries import (
+    ENTRY_TYPES,
+    MESSAGES,
+    Change,
+    ConversationChange,
+    Fact,
+    NewEntry,
+    RoleChange,
+    Standing,
+    by_oneself,
+    check_message,
+    check_room_for,
+)
 from ...errors import ChatError, Conflict, Forbidden, NotFound
 from ...protocol import MEMBER_ROLES, encode_entry
-from .. import rules
-from ..base import Appended, Entry, NewEntry, Opened, Opening
-from ..entries import conversation_id, first_entries
+from ..base import Appended, Entry, Opened, Opening
+from ..opening import DM_REQUEST, conversation_id, everybody, first_entries, request_id
 
 _ROLES: Final = "('member', 'admin', 'owner')"
 
@@ -43,7 +55,7 @@ LEFT JOIN entries h
 _INSERT: Final = """
 INSERT INTO entries(id, conv, seq, t, sender, cid, digest, ts, msgs, last_msg, fields) VALUES {values}
 """
-# Sending moves the sender's mark; nobody needs to be told, since the entry itself is pushed.
+# Sending moves the sender's mark, without a push of its own: the entry itself is pushed.
 _MARKS: Final = """
 WITH v(conv, user, seq, msgs) AS (VALUES {values})
 UPDATE members SET read = v.seq, read_msgs = v.msgs FROM v
@@ -70,11 +82,6 @@ def _in_bulk(db: apsw.Connection, sql: str, rows: Sequence[Sequence[Any]]) -> li
         found += db.execute(_with_rows(sql, n, len(rows[at])), values)
         at += n
     return found
-
-
-def now_ms() -> int:
-    """Unix time in ms: a label, never used to decide."""
-    return time.time_ns() // 1_000_000
 
 
 class Transaction:
@@ -119,7 +126,7 @@ Op = Callable[[Transaction], Any]
 
 
 def append_messages(tx: Transaction, batch: Sequence[NewEntry]) -> list[Outcome]:
-    """Append ``msg`` entries, in order; each gets its own outcome."""
+    """Append messages (:data:`~chatcore.entries.MESSAGES`), in order; each gets its own outcome."""
     outcomes: list[Outcome | None] = [None] * len(batch)
     convs: set[str] = set()
     asked: list[tuple[Any, ...]] = []
@@ -145,7 +152,7 @@ def append_messages(tx: Transaction, batch: Sequence[NewEntry]) -> list[Outcome]
             assert isinstance(earlier, Appended)
             outcomes[i] = same_or_conflict(e, earlier.seq, earlier.ts, batch[first].digest.hex())
             continue
-        refused = rules.check_send(kind, role, blocked)
+        refused = check_message(kind, role, blocked)
         if refused is not None:
             outcomes[i] = refused
             continue
@@ -167,7 +174,7 @@ def append_messages(tx: Transaction, batch: Sequence[NewEntry]) -> list[Outcome]
 
 def same_or_conflict(e: NewEntry, seq: int, ts: int, digest: str) -> Outcome:
     """A cid that is in the log already: the first result again, or a conflict."""
-    if digest == e.digest.hex() or (e.t == "msg" and digest == _digest_0_1(e)):
+    if digest == e.digest.hex() or (e.t in MESSAGES and digest == _digest_0_1(e)):
         return Appended(seq, ts, dup=True)
     return Conflict(f"cid {e.cid} was used for something else")
 
@@ -177,8 +184,8 @@ def _digest_0_1(e: NewEntry) -> str:
     return hashlib.blake2b(e.fields, digest_size=8).hexdigest()
 
 
-def append_change(e: NewEntry) -> Op:
-    """Append a ``member`` or ``meta`` entry, and its projection, in the same transaction."""
+def append_one(e: NewEntry) -> Op:
+    """Append an entry of any type by the rule of its type, and apply its change, in the same transaction."""
 
     def op(tx: Transaction) -> Appended:
         row = tx.one(
@@ -189,47 +196,57 @@ def append_change(e: NewEntry) -> Op:
             if isinstance(outcome, ChatError):
                 raise outcome
             return outcome
-        conv = tx.one("SELECT kind, members FROM convs WHERE id = ?", (e.conv,))
-        kind, members = conv or (None, 0)
-        mine = _role(tx, e.conv, e.sender)
-        if e.t == "meta":
-            refused = rules.check_meta(kind, mine)
-        else:
-            assert e.user is not None
-            assert e.role is not None
-            theirs = _role(tx, e.conv, e.user)
-            owners = tx.one("SELECT count(*) FROM members WHERE conv = ? AND role = 'owner'", (e.conv,))
-            assert owners is not None
-            refused = rules.check_member(kind, e.sender, mine, e.user, theirs, e.role, owners[0], members)
-            if refused is None and theirs is None and tx.one("SELECT 1 FROM users WHERE id = ?", (e.user,)) is None:
-                refused = NotFound("no such user")
-            if refused is None and (theirs or "none") == e.role:
-                return Appended(0, now_ms())
-            if refused is None and e.role in MEMBER_ROLES and theirs not in MEMBER_ROLES:
-                refused = _check_room_for(tx, e.user)
-            if refused is None and kind == "channel" and e.user == e.sender:
-                # Who joins a channel that everybody left owns it: somebody must be able to lead it.
-                role = "owner" if e.role == "member" and members == 0 else e.role
-                return _join_or_leave(tx, e.conv, e.user, role)
-        if refused is not None:
-            raise refused
-        return write_entry(tx, e, now_ms())
+        standing = _standing(tx, e)
+        rule = ENTRY_TYPES[e.t].rule
+        while isinstance(decision := rule(e, standing), Fact):
+            _load(tx, decision, e, standing)
+        if decision is None:
+            return Appended(0, now_ms())
+        if isinstance(decision, ChatError):
+            raise decision
+        if standing.kind == "channel" and by_oneself(e):
+            # The row alone, no entry: the change is as of the newest one.
+            head = tx.one("SELECT seq, msgs FROM entries WHERE conv = ? ORDER BY seq DESC LIMIT 1", (e.conv,))
+            apply(tx, e.conv, decision.change, *(head or (0, 0)))
+            return Appended(0, now_ms())
+        return write_entry(tx, decision, now_ms())
 
     return op
 
 
-def _check_room_for(tx: Transaction, user: str) -> ChatError | None:
+def _standing(tx: Transaction, e: NewEntry) -> Standing:
+    """The facts that nearly every rule needs."""
+    conv = tx.one("SELECT kind, members, a, b FROM convs WHERE id = ?", (e.conv,))
+    if conv is None or conv[0] == DM_REQUEST:
+        return Standing(None, None)
+    kind, members, a, b = conv
+    found = Standing(kind, _role(tx, e.conv, e.sender), members=members, max_conversations=tx.max_conversations)
+    if kind == "dm":
+        other = b if a == e.sender else a
+        found.blocked = tx.one("SELECT 1 FROM blocks WHERE user = ? AND other = ?", (other, e.sender)) is not None
+    if isinstance(e.change, RoleChange):
+        found.user_role = _role(tx, e.conv, e.change.user)
+    return found
+
+
+def _load(tx: Transaction, fact: Fact, e: NewEntry, standing: Standing) -> None:
+    """A fact that the rule asked for."""
+    assert isinstance(e.change, RoleChange)
+    match fact:
+        case Fact.COUNTS:
+            row = tx.one("SELECT count(*) FROM members WHERE conv = ? AND role = 'owner'", (e.conv,))
+            assert row is not None
+            standing.owners = row[0]
+        case Fact.USER:
+            standing.user_exists = tx.one("SELECT 1 FROM users WHERE id = ?", (e.change.user,)) is not None
+        case Fact.CONVERSATIONS:
+            standing.user_conversations = _conversations_of(tx, e.change.user)
+
+
+def _conversations_of(tx: Transaction, user: str) -> int:
     row = tx.one(f"SELECT count(*) FROM members WHERE user = ? AND role IN {_ROLES}", (user,))
     assert row is not None
-    return rules.check_room_for(user, row[0], tx.max_conversations)
-
-
-def _join_or_leave(tx: Transaction, conv: str, user: str, role: str) -> Appended:
-    """A channel, by oneself: the row alone, no entry."""
-    head = tx.one("SELECT seq, msgs FROM entries WHERE conv = ? ORDER BY seq DESC LIMIT 1", (conv,))
-    seq, msgs = head or (0, 0)
-    set_role(tx, conv, user, role, seq, msgs)
-    return Appended(0, now_ms())
+    return int(row[0])
 
 
 def _role(tx: Transaction, conv: str, user: str) -> str | None:
@@ -238,30 +255,33 @@ def _role(tx: Transaction, conv: str, user: str) -> str | None:
 
 
 def write_entry(tx: Transaction, e: NewEntry, ts: int) -> Appended:
-    """Write one entry that was found new and allowed, and project it."""
+    """Write one entry that was found new, allowed and complete, and apply its change."""
     row = tx.one("SELECT seq, msgs, last_msg FROM entries WHERE conv = ? ORDER BY seq DESC LIMIT 1", (e.conv,))
     seq, msgs, last = row or (0, 0, 0)
     seq += 1
+    if e.t in MESSAGES:
+        msgs, last = msgs + 1, seq
     tx.db.execute(
         "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (tx.tick(), e.conv, seq, e.t, e.sender, e.cid, e.digest.hex(), ts, msgs, last, e.fields.decode()),
     )
     wire = encode_entry(e.t, e.conv, seq, e.sender, ts, e.cid, e.fields)
     tx.appended.append(Entry(e.conv, seq, e.t, e.sender, msgs, last, wire))
-    if e.t == "member":
-        assert e.user is not None
-        assert e.role is not None
-        set_role(tx, e.conv, e.user, e.role, seq, msgs)
-    elif e.t == "meta":
-        tx.db.execute(
-            "UPDATE convs SET title = ?, title_key = ? WHERE id = ?",
-            (e.title, None if e.title is None else e.title.casefold(), e.conv),
-        )
+    apply(tx, e.conv, e.change, seq, msgs)
     return Appended(seq, ts)
 
 
+def apply(tx: Transaction, conv: str, change: Change | None, as_of: int, msgs: int) -> None:
+    """Bring the rows of a conversation up to a change, as of an entry and the number of messages up to it."""
+    match change:
+        case RoleChange(user=user, role=role):
+            set_role(tx, conv, user, role, as_of, msgs)
+        case ConversationChange(title=title):
+            tx.db.execute("UPDATE convs SET title = ?, title_key = ? WHERE id = ?", (title, title.casefold(), conv))
+
+
 def set_role(tx: Transaction, conv: str, user: str, role: str, as_of: int, msgs: int) -> None:
-    """Write a member's row as of an entry; who comes in starts with everything read."""
+    """Write a member's row as of an entry; a user who comes in starts with everything read."""
     before = _role(tx, conv, user)
     was, is_ = before in MEMBER_ROLES, role in MEMBER_ROLES
     rev = tx.tick()
@@ -289,28 +309,49 @@ def open_conversation(o: Opening) -> Op:
 
     def op(tx: Transaction) -> Opened:
         conv = conversation_id(tx.secret, o)
-        a, b = sorted((o.creator, o.members[0])) if o.kind == "dm" else (None, None)
+        _check_cid(tx, o)
         if tx.one("SELECT 1 FROM convs WHERE id = ?", (conv,)) is not None:
-            if o.kind != "dm":
-                first = tx.one("SELECT digest FROM entries WHERE conv = ? AND seq = 1", (conv,))
-                if first is None or first[0] != o.digest.hex():
-                    raise Conflict(f"cid {o.cid} was used for something else")
-            return Opened(conv, False)
-        everybody = [o.creator, *(u for u in dict.fromkeys(o.members) if u != o.creator)]
-        for user in everybody:
+            return Opened(conv, False, _role(tx, conv, o.creator) in MEMBER_ROLES)
+        users = everybody(o)
+        for user in users:
             if tx.one("SELECT 1 FROM users WHERE id = ? AND disabled = 0", (user,)) is None:
                 raise NotFound(f"no such user: {user}")
-            if (refused := _check_room_for(tx, user)) is not None:
+            refused = check_room_for(user, _conversations_of(tx, user), tx.max_conversations)
+            if refused is not None:
                 raise refused
         if o.kind == "dm" and tx.one("SELECT 1 FROM blocks WHERE user = ? AND other = ?", (o.members[0], o.creator)):
             raise Forbidden("this user takes no direct messages from you")
         ts = now_ms()
-        tx.db.execute(
-            "INSERT INTO convs(id, kind, title, title_key, a, b, created) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (conv, o.kind, o.title, None if o.title is None else o.title.casefold(), a, b, ts),
-        )
-        for e in first_entries(conv, o, everybody):
+        a, b = sorted(users) if o.kind == "dm" else (None, None)
+        _insert_conversation(tx, conv, o.kind, o.title, a, b, ts)
+        if o.kind == "dm":
+            _insert_conversation(tx, request_id(tx.secret, o), DM_REQUEST, None, a, b, ts)
+        for e in first_entries(conv, o, users):
             write_entry(tx, e, ts)
         return Opened(conv, True)
 
     return op
+
+
+def _check_cid(tx: Transaction, o: Opening) -> None:
+    """:raises Conflict: the creator's cid made another conversation."""
+    request = request_id(tx.secret, o)
+    made = tx.one("SELECT kind, a, b FROM convs WHERE id = ?", (request,))
+    if made is None:
+        return
+    if o.kind == "dm":
+        same = made == (DM_REQUEST, *sorted((o.creator, o.members[0])))
+    else:
+        first = tx.one("SELECT digest FROM entries WHERE conv = ? AND seq = 1", (request,))
+        same = first is not None and first[0] == o.digest.hex()
+    if not same:
+        raise Conflict(f"cid {o.cid} was used for something else")
+
+
+def _insert_conversation(
+    tx: Transaction, id: str, kind: str, title: str | None, a: str | None, b: str | None, ts: int
+) -> None:
+    tx.db.execute(
+        "INSERT INTO convs(id, kind, title, title_key, a, b, created) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (id, kind, title, None if title is None else title.casefold(), a, b, ts),
+    )

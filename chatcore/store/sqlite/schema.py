@@ -89,7 +89,7 @@ def connect(path: Path, *, write: bool) -> apsw.Connection:
 def prepare(data: Path) -> None:
     """Make the database if there is none, and refuse one that is not ours or is damaged.
 
-    Called once, before the workers are forked, by who holds the data directory.
+    Called once, before the workers are forked, by the process that holds the data directory.
 
     :raises BrokenStore: with one line that names the file and what is wrong.
     """
@@ -98,8 +98,8 @@ def prepare(data: Path) -> None:
     wal = path.with_name(path.name + "-wal")
     try:
         if not fresh and not wal.exists():
-            # Nobody has it open: look at it first in the one way that leaves no files beside it,
-            # so that what is not ours stays as it is.
+            # No process has it open: look at it first in the one way that leaves no files beside it,
+            # so that a file that is not ours stays as it is.
             unchanged = f"file:{quote(os.fspath(path.absolute()))}?immutable=1"
             db = apsw.Connection(unchanged, flags=apsw.SQLITE_OPEN_READONLY | apsw.SQLITE_OPEN_URI)
             try:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ...entries import NewEntry
 from ..base import (
     Account,
     Appended,
@@ -14,7 +15,6 @@ from ..base import (
     Entry,
     Known,
     Memberships,
-    NewEntry,
     OnCommit,
     Opened,
     Opening,
@@ -113,7 +113,7 @@ class SQLiteStore:
             await asyncio.sleep(min(0.5, self._timeout_s / 2))
             self._writer.give_up(self._timeout_s)
             self._reader.give_up(self._timeout_s)
-            # Whether it works again is found out without waiting for somebody to write.
+            # Find out whether it works again without waiting for a request.
             if not self._writer.healthy and self._writer.idle():
                 self._writer.put(_nothing).add_done_callback(_retrieved)
             if not self._reader.healthy and self._reader.idle():

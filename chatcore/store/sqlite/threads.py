@@ -1,6 +1,6 @@
 """The two threads of a worker's SQLite store, and how the loop talks to them.
 
-The writer groups everything that waits into one commit (log.md, "SQLite"); the
+The writer groups everything that waits into one commit (docs/log.md, "SQLite"); the
 reader runs queries. Each owns its connection. Work goes in through a bounded
 deque, results come back to the loop in one call per batch.
 """
@@ -19,8 +19,9 @@ from typing import Any, Final
 
 import apsw
 
+from ...entries import MESSAGES, NewEntry
 from ...errors import ChatError, Internal, Unavailable
-from ..base import Entry, NewEntry, OnCommit
+from ..base import Entry, OnCommit
 from . import ops
 from .lock import WriteLock
 from .schema import BUSY_TIMEOUT_MS, connect, database_path
@@ -97,7 +98,7 @@ class _Thread:
         return batch
 
     def _answer(self, call: Callable[..., None], *args: Any) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be answered
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and its callers with it
             self._loop.call_soon_threadsafe(call, *args)
 
     def idle(self) -> bool:
@@ -108,7 +109,7 @@ class _Thread:
         try:
             self._run()
         except BaseException:
-            # Nothing is known to end here. If something does, it is seen in health, and callers are answered.
+            # No known failure ends here. One that does shows in health, and its callers are answered.
             log.critical("%s has died", self._thread.name, exc_info=True)
             self.healthy = False
 
@@ -225,7 +226,7 @@ class Writer(_Thread):
                         db = None
                         break
                 if outcomes is None:
-                    # What waits behind it fails with it: nothing overtakes what failed (log.md).
+                    # The work behind it fails with it: no entry overtakes one that failed (docs/log.md).
                     batch += self._take_all()
                     outcomes = [Unavailable("the store does not answer") for _ in batch]
                 elif len(outcomes) < len(batch):
@@ -263,14 +264,14 @@ class Writer(_Thread):
             at = 0
             while at < len(batch) and (at == 0 or time.monotonic() < until):
                 run: list[NewEntry] = []
-                while at < len(batch) and isinstance(work := batch[at], NewEntry) and work.t == "msg":
+                while at < len(batch) and isinstance(work := batch[at], NewEntry) and work.t in MESSAGES:
                     run.append(work)
                     at += 1
                 if run:
                     outcomes.extend(ops.append_messages(tx, run))
                     continue
                 work = batch[at]
-                outcomes.append(self._one(tx, ops.append_change(work) if isinstance(work, NewEntry) else work))
+                outcomes.append(self._one(tx, ops.append_one(work) if isinstance(work, NewEntry) else work))
                 at += 1
             db.execute("COMMIT")
         except BaseException:
@@ -296,7 +297,7 @@ class Writer(_Thread):
     def _checkpoint(self, db: apsw.Connection) -> None:
         """Move committed pages into the database file, under the write lock, so that it races no commit."""
         try:
-            # Asked, not told by a hook: a callback in the middle of a commit waits for the interpreter.
+            # Polled here instead of by a hook: a callback in the middle of a commit waits for the interpreter.
             pages, moved = db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
             if max(pages - moved, pages / RESTART_FACTOR) < self._checkpoint_pages:
                 return
@@ -312,15 +313,15 @@ class Writer(_Thread):
             db.set_busy_timeout(BUSY_TIMEOUT_MS)
 
     def _finish(self, batch: Sequence[tuple[Any, Future, float]], outcomes: list[Any], entries: list[Entry]) -> None:
-        """On the loop: tell of what is new, and answer.
+        """On the loop: announce the new entries, and answer.
 
-        Whoever waits for an answer goes on in the loop's next turn, after what is told here, and
-        before the clients are written to: the sender's own entry and its ``ok`` leave together.
+        A caller that waits for its answer goes on in the loop's next turn, after the announcement here,
+        and before the clients are written to: the sender's own entry and its ``ok`` leave together.
         """
         _resolve(batch, outcomes)
         try:
             if entries:
                 self._on_commit(entries)
         except Exception:
-            # They are durable, and found by the next look at the store: the callers are answered.
-            log.exception("telling of %d new entries failed", len(entries))
+            # They are durable, and the next look at the store finds them: the callers are answered.
+            log.exception("announcing %d new entries failed", len(entries))

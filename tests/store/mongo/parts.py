@@ -11,9 +11,10 @@ import orjson
 import uvloop
 from pymongo import monitoring
 
+from chatcore.entries import NewEntry
 from chatcore.errors import Unavailable
 from chatcore.store.append import Head, Row
-from chatcore.store.base import Appended, Entry, NewEntry, User
+from chatcore.store.base import Appended, Entry, User
 from chatcore.store.mongo.ops import to_document
 from chatcore.store.mongo.store import MongoStore
 

@@ -100,14 +100,14 @@ async def _use_everything(a: Worker, b: Worker) -> None:
     await store.revoke_token(b"2")
     await store.update_user(alice.id, "al", "other", b"1")
     await store.set_disabled("bob", True)
-    # What runs beside.
+    # The background work.
     await store._sweep()
     await store._flush_marks()
     await store._ops.refresh_blocks()
     b.store.heard((await store.entries(group, 0, 1, 10**6))[0])
     await asyncio.sleep(2.2)
     a.store._members._recounts[group] = 0.0
-    await store._fold_suspects()
+    await store._apply_left_over()
 
 
 class Counted:

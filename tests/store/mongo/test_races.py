@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from chatcore.entries import MsgFields, new_entry
 from chatcore.errors import Conflict, Forbidden, NotFound
 from chatcore.store.append import Row, Unknown
 from chatcore.store.base import Appended, Opening
-from chatcore.store.entries import new_entry
 
 from ..harness import Database, change, message
 from .parts import Worker, assert_dense_and_once, run, workers
@@ -28,7 +28,7 @@ def test_two_workers_that_race_on_one_conversation_leave_it_dense(database: Data
 
             async def send(worker: Worker, sender: str) -> None:
                 for i in range(30):
-                    entry = new_entry(conv, sender, f"{sender}-{i}", "msg", {"body": str(i)})
+                    entry = new_entry(conv, sender, f"{sender}-{i}", MsgFields(str(i)))
                     answers[entry.cid] = await worker.store.append(entry)
 
             await asyncio.gather(send(a, alice.id), send(b, bob.id))

@@ -11,7 +11,7 @@ import pytest
 from chatcore.errors import Forbidden, NotFound
 from chatcore.store.base import Changes, Opening, User
 from chatcore.store.mongo.accounts import UPDATES
-from chatcore.store.mongo.members import SETTLED_MS, Members
+from chatcore.store.mongo.members import ROW_WRITE_MS, Members
 from chatcore.store.mongo.store import ROTATION_LOOKS
 
 from ..harness import Database, change, message
@@ -134,10 +134,10 @@ def test_folding_twice_at_once_and_again_is_folding_once(database: Database) -> 
             members = [Members(a.store.mongo) for _ in range(2)]
             changes = await members[0].changes(conv, 4)
             assert [doc["s"] for doc in changes] == [5, 6, 7]
-            await members[0].fold(conv, changes[:2])
-            await members[1].fold(conv, changes[:1])  # older, and late
-            await asyncio.gather(*(one.fold_up(conv) for one in members))
-            await members[1].fold(conv, changes)
+            await members[0].apply(conv, changes[:2])
+            await members[1].apply(conv, changes[:1])  # older, and late
+            await asyncio.gather(*(one.apply_changes(conv) for one in members))
+            await members[1].apply(conv, changes)
             row = await a.row(conv, bob)
             assert row is not None
             assert (row["role"], row["as_of"], row["read"]) == ("admin", 7, 6), "read up to where he came in"
@@ -156,7 +156,7 @@ def test_a_death_between_a_row_and_the_number_of_members_is_made_good(database: 
                 {"_id": f"{conv}:{bob.id}"}, {"$set": {"role": "none", "as_of": entry.seq}}
             )
             members = Members(a.store.mongo, recount_after_s=0.0)
-            await members.fold_up(conv, late=True)
+            await members.apply_changes(conv, late=True)
             assert await a.store.member_count(conv) == 3
             await members.recount()
             assert await a.store.member_count(conv) == 2
@@ -330,7 +330,7 @@ def test_a_row_that_is_written_after_its_counter_moved_is_not_missed(database: D
             await b.store.changes(0, holding)
             before = (await b.store.memberships(alice.id)).position
             members = Members(a.store.mongo)
-            async with members.moving(alice.id) as rev:  # a change that stops here for a while
+            async with members.row_write(alice.id) as rev:  # a change that stops here for a while
                 for _ in range(20):
                     await b.store.set_notify(alice.id, other, "none")
                     await b.store.set_notify(alice.id, other, "all")
@@ -360,12 +360,12 @@ def test_who_dies_while_a_row_moves_is_forgiven(database: Database) -> None:
             alice = await a.user("alice")
             conv = await a.conversation(alice, title=None)
             before = (await a.store.memberships(alice.id)).position
-            moving = Members(a.store.mongo).moving(alice.id)
+            moving = Members(a.store.mongo).row_write(alice.id)
             await moving.__aenter__()  # and no more of it
             await a.store.set_notify(alice.id, conv, "none")
             assert (await a.store.memberships(alice.id)).position == before
             users = a.store.mongo["users"]
-            await users.update_one({"_id": alice.id}, {"$inc": {"at": -SETTLED_MS - 1}})
+            await users.update_one({"_id": alice.id}, {"$inc": {"at": -ROW_WRITE_MS - 1}})
             assert (await a.store.memberships(alice.id)).position == before + 2
             await a.store.set_notify(alice.id, conv, "all")
             assert (await a.store.memberships(alice.id)).position == before + 3
