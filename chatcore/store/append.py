@@ -151,12 +151,15 @@ class AppendLimits:
 
 
 class _Item:
-    """An entry on its way. ``waiters``: the futures to answer, and the digest that each came with."""
+    """An entry on its way. ``waiters``: the futures to answer, and the digest that each came with.
 
-    __slots__ = ("key", "new", "since", "size", "tried", "waiters")
+    ``new`` is as it was submitted, and each decision starts from it; ``entry`` is as the last one completed it.
+    """
+
+    __slots__ = ("entry", "key", "new", "since", "size", "tried", "waiters")
 
     def __init__(self, new: NewEntry, since: float) -> None:
-        self.new = new
+        self.new = self.entry = new
         self.key: Key = (new.sender, new.cid)
         self.size = len(new.fields) + ENTRY_OVERHEAD_BYTES
         self.since = since
@@ -397,10 +400,8 @@ class Appender:
         decisions = await self._ops.decide(state.conv, head, [item.new for item in batch])
         denied: dict[Key, Appended | ChatError] = {}
         for item, decision in zip(batch, decisions.each, strict=True):
-            if decision is item.new:
-                continue
             if isinstance(decision, NewEntry):
-                item.new = decision
+                item.entry = decision
             else:
                 denied[item.key] = decision
         if denied:
@@ -421,12 +422,13 @@ class Appender:
         rows: list[Row] = []
         for item in batch:
             seq += 1
-            if item.new.t in MESSAGES:
+            entry = item.entry
+            if entry.t in MESSAGES:
                 msgs += 1
                 last_msg = seq
-            elif item.new.change is not None:
+            elif entry.change is not None:
                 last_change = seq
-            rows.append(Row(item.new, seq, ts, msgs, last_msg, last_change))
+            rows.append(Row(entry, seq, ts, msgs, last_msg, last_change))
         return rows
 
     # --- answers -----------------------------------------------------------

@@ -148,15 +148,10 @@ class Peer(msgspec.Struct, frozen=True, gc=False):
 
 
 class Opened(msgspec.Struct, frozen=True, gc=False):
-    """The outcome of ``open``. ``created`` is False if it was there already.
-
-    ``member`` is False if the user who asks is no longer in it: a request that is repeated after leaving
-    still finds the conversation that it made.
-    """
+    """The outcome of ``open``. ``created`` is False if it was there already (and its creator may have left it)."""
 
     conv: str
     created: bool
-    member: bool = True
 
 
 class Store(Protocol):

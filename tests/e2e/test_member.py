@@ -126,6 +126,24 @@ async def test_somebody_removed_from_a_channel_may_come_back_and_somebody_banned
     await world.send(b, conv, "back")
 
 
+@pytest.mark.parametrize("role", ["none", "member"])
+async def test_lifting_the_ban_of_a_channel_makes_no_member(world: World, role: str) -> None:
+    """A user who had never joined was banned, and made a member when the ban was lifted."""
+    _, a = await world.pair(on=0)
+    bob, b = await world.pair(on=1)
+    conv = await world.channel(a)
+    banned = (await a.request("member", c=conv, user=bob.id, role="banned"))["s"]
+    await b.refused("forbidden", "member", c=conv, user=bob.id, role="member")
+    lifted = (await a.request("member", c=conv, user=bob.id, role=role))["s"]
+    assert lifted == banned + 1
+    entry = await a.expect(t="member", c=conv, s=lifted)
+    assert (entry["role"], entry["was"]) == ("none", "banned")
+    await b.refused("not_found", "history", c=conv)
+    assert len((await a.request("members", c=conv))["members"]) == 1
+    await b.request("member", c=conv, user=bob.id, role="member")
+    await world.send(b, conv, "by myself")
+
+
 # --- inviting and leaving --------------------------------------------------------------
 
 
@@ -179,6 +197,31 @@ async def test_the_only_owner_appoints_another_before_leaving(world: World) -> N
     await group.set("owner", "owner", "none")
     page = await group.clients["bob"].request("members", c=group.conv)
     assert {m["role"] for m in page["members"] if m["user"] == group.users["bob"].id} == {"owner"}
+
+
+async def test_members_are_counted_from_their_entries(world: World) -> None:
+    """A dismissed admin looked like a new member."""
+    group = await Group.make(world)
+    for actor, user, role in (
+        ("owner", "admin", "member"),
+        ("admin", "outsider", "member"),
+        ("owner", "bob", "admin"),
+        ("carol", "carol", "none"),
+        ("bob", "outsider", "banned"),
+        ("bob", "outsider", "member"),
+        ("owner", "bob", "none"),
+    ):
+        await group.set(actor, user, role)
+    roles: dict[str, str] = {}
+    members = 0
+    for entry in await world.whole_log(group.clients["owner"], group.conv):
+        if entry["t"] != "member":
+            continue
+        user = entry["user"]
+        assert entry["was"] == roles.get(user, "none"), entry
+        roles[user] = entry["role"]
+        members += (entry["role"] not in ("none", "banned")) - (entry["was"] not in ("none", "banned"))
+    assert members == len(await group.roles()) == 3
 
 
 async def test_the_last_one_may_leave(world: World) -> None:
@@ -324,9 +367,12 @@ async def test_removing_somebody_who_is_not_in_changes_nothing(world: World) -> 
     assert await group.roles() == BEFORE
 
 
-async def test_appointing_somebody_who_is_not_in_is_not_found(world: World) -> None:
+async def test_only_a_member_can_be_appointed(world: World) -> None:
+    """It was `not_found`, which a client takes for a conversation that it is no longer in."""
     group = await Group.make(world)
-    await group.refused("not_found", "owner", "outsider", "admin")
+    for role in ("admin", "owner"):
+        await group.refused("forbidden", "owner", "outsider", role)
+    assert await group.roles() == BEFORE
 
 
 @pytest.mark.parametrize("role", ["none", "banned", "member", "admin", "owner"])

@@ -84,6 +84,22 @@ async def test_the_cid_of_another_opening_is_a_conflict(world: World) -> None:
     assert (await a.request("members", c=conv))["members"][0]["role"] == "owner"
 
 
+async def test_the_cid_of_a_dm_is_a_conflict_for_another_one(world: World) -> None:
+    """It was `ok`: the cid of a dm was not remembered, since its id comes from its two users."""
+    alice = await world.user()
+    a0, a1 = await world.both_workers(alice)
+    bob, carol = await world.user(), await world.user()
+    cid = new_cid()
+    conv = (await a0.request("open", kind="dm", cid=cid, members=[bob.id]))["c"]
+    for a in (a0, a1):
+        await a.refused("conflict", "open", kind="dm", cid=cid, members=[carol.id])
+        await a.refused("conflict", "open", kind="group", cid=cid, title="t")
+        assert (await a.request("open", kind="dm", cid=cid, members=[bob.id]))["c"] == conv
+    await a0.request("open", kind="group", cid=(used := new_cid()), title="t")
+    await a1.refused("conflict", "open", kind="dm", cid=used, members=[carol.id])
+    assert (await a1.request("open", kind="dm", cid=new_cid(), members=[carol.id]))["c"] != conv
+
+
 async def test_a_dm_of_the_same_two_is_the_same_whoever_opens_it_and_however_often(world: World) -> None:
     alice, a = await world.pair("alice", on=0)
     bob, b = await world.pair("bob", on=1)

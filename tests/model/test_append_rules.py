@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from chatcore.entries import NewEntry
+from chatcore.entries import MemberFields, NewEntry
 from chatcore.errors import ChatError, Conflict, NotFound, Unavailable
 from chatcore.store.append import LATE_LOOKS_S, Appender, AppendLimits, Decisions, Found, Head, Key, Row, Unknown
 from chatcore.store.base import Appended, Entry
 
 from . import loop as virtual
 from .append_world import Send as SendAction
-from .append_world import entry, play
+from .append_world import entry, new_role, play
 from .weather import CALM
 
 
@@ -327,6 +327,29 @@ async def test_who_is_refused_holds_nobody_up(b: Bench) -> None:
     # What was appended while it was allowed is not refused afterwards.
     b.ops.denied = {"bob"}
     assert await outcome(b.send("1")) == Appended(1, 1_000_000, dup=True)
+
+
+@in_virtual_time()
+async def test_each_head_is_decided_from_the_request_not_from_what_an_earlier_head_made_of_it(b: Bench) -> None:
+    """To lift a ban of a channel completes the request for `member` as `none`: decided again from that, for a user
+    who has joined meanwhile, it would be a removal.
+    """
+    asked = new_role("c", "a", "bob", "member")
+    seen: list[NewEntry] = []
+
+    async def decide(conv: str, head: Head, entries: Sequence[NewEntry]) -> Decisions:
+        seen.extend(entries)
+        return Decisions([e.completed(MemberFields("bob", f"as of {head.seq}", "banned")) for e in entries])
+
+    b.ops.decide, b.ops.lose = decide, 1  # type: ignore[method-assign]
+    assert (await b.appender.submit(asked)).seq == 2
+    assert seen == [asked, asked]
+    written = b.ops.log[2].new
+    assert written.digest == asked.digest
+    assert written.fields == b'{"user":"bob","role":"as of 1","was":"banned"}'
+    assert b.ops.log[2].last_change == 2
+    again = await b.appender.submit(asked)
+    assert again == Appended(2, 1_000_000, dup=True)
 
 
 @in_virtual_time(queue_entries=3, total_entries=4)

@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from chatcore.errors import Conflict, Forbidden, NotFound
-from chatcore.store.base import Appended, Opening
+from chatcore.store.base import Appended, Entry, Opening
 
 from .harness import Opened, Place, change, message, run
 
@@ -175,11 +175,134 @@ def test_opening_twice_is_one_conversation(place: Place) -> None:
         assert (first.conv, first.created, again.created) == (again.conv, True, False)
         with pytest.raises(Conflict):
             await o.store.open(Opening(alice.id, "cid", "group", "u", (bob.id,), b"87654321"))
-        # A dm is known by its two users, whoever opens it.
+        # A dm is known by its two users, whichever of them opens it.
         one = await o.store.open(Opening(alice.id, "x", "dm", None, (bob.id,), b"12345678"))
         other = await o.store.open(Opening(bob.id, "y", "dm", None, (alice.id,), b"12345678"))
         assert (one.conv, one.created, other.created) == (other.conv, True, False)
         assert [e.t for e in await o.log(one.conv)] == ["member", "member"]
+
+    run(place, work)
+
+
+@pytest.mark.parametrize("kind", ["dm", "group", "channel"])
+def test_the_cid_of_a_dm_made_before_is_a_conflict(place: Place, kind: str) -> None:
+    """The id of a dm comes from its two users, so its cid was forgotten: another dm of the same cid was opened."""
+
+    async def work(o: Opened) -> None:
+        alice, bob, carol = await o.user("alice"), await o.user("bob"), await o.user("carol")
+        first = Opening(alice.id, "cid", "dm", None, (bob.id,), b"with bob")
+        others = {"dm": (carol.id,), "group": (bob.id,), "channel": ()}[kind]
+        other = Opening(alice.id, "cid", kind, None if kind == "dm" else "t", others, b"anything")
+        made = await o.store.open(first)
+        with pytest.raises(Conflict):
+            await o.store.open(other)
+        assert not (await o.store.open(first)).created
+        # Another user's cid is another one, and so is the next.
+        assert (await o.store.open(Opening(bob.id, "cid", "dm", None, (carol.id,), b"anything"))).conv != made.conv
+        assert (await o.store.open(msgspec.structs.replace(other, cid="next"))).created
+        # Nothing shows of what is remembered.
+        [(view)] = [v for v in (await o.store.views(bob.id))[1] if v.with_id == alice.id]
+        assert view.conv == made.conv
+
+    run(place, work)
+
+
+def test_the_cid_of_a_group_is_a_conflict_for_a_dm(place: Place) -> None:
+    async def work(o: Opened) -> None:
+        alice, bob = await o.user("alice"), await o.user("bob")
+        await o.store.open(Opening(alice.id, "cid", "group", "t", (), b"as group"))
+        with pytest.raises(Conflict):
+            await o.store.open(Opening(alice.id, "cid", "dm", None, (bob.id,), b"as a dm."))
+        assert (await o.store.views(bob.id))[1] == []
+
+    run(place, work)
+
+
+def _member_entries(log: list[Entry]) -> list[tuple[str, str, str]]:
+    """User, role and role before of each."""
+    fields = [orjson.loads(e.wire) for e in log if e.t == "member"]
+    return [(f["user"], f["role"], f["was"]) for f in fields]
+
+
+def test_a_member_entry_has_the_role_before(place: Place) -> None:
+    async def work(o: Opened) -> None:
+        alice, bob, eve = await o.user("alice"), await o.user("bob"), await o.user("eve")
+        conv = await o.conversation(alice, bob)
+        steps = [(bob, "admin"), (eve, "banned"), (eve, "member"), (bob, "member"), (bob, "none"), (bob, "member")]
+        # At once: each is completed by what the one before it left behind.
+        done = await asyncio.gather(*(o.store.append(change(conv, alice, user, role)) for user, role in steps))
+        assert all(d.seq for d in done)
+        assert _member_entries(await o.log(conv)) == [
+            (alice.id, "owner", "none"),
+            (bob.id, "member", "none"),
+            (bob.id, "admin", "member"),
+            (eve.id, "banned", "none"),
+            (eve.id, "member", "banned"),
+            (bob.id, "member", "admin"),
+            (bob.id, "none", "member"),
+            (bob.id, "member", "none"),
+        ]
+        # In a channel, where coming and going makes no entry, it is the role in the row.
+        channel = await o.conversation(alice, kind="channel")
+        await o.store.append(change(channel, bob, bob, "member"))
+        await o.store.append(change(channel, alice, bob, "none"))
+        assert _member_entries(await o.log(channel))[1:] == [(bob.id, "none", "member")]
+
+    run(place, work)
+
+
+def test_the_role_before_is_no_part_of_what_makes_two_requests_the_same(place: Place) -> None:
+    """A change that is repeated comes to another head, and is found by the hash of what was asked for."""
+
+    async def work(o: Opened) -> None:
+        alice, bob = await o.user("alice"), await o.user("bob")
+        conv = await o.conversation(alice, bob)
+        asked = change(conv, alice, bob, "banned")
+        first = await o.store.append(asked)
+        await o.store.append(change(conv, alice, bob, "none"))
+        assert await o.store.append(asked) == Appended(first.seq, first.ts, dup=True)
+        with pytest.raises(Conflict):
+            await o.store.append(msgspec.structs.replace(change(conv, alice, bob, "admin"), cid=asked.cid))
+
+    run(place, work)
+
+
+@pytest.mark.parametrize("role", ["none", "member"])
+def test_lifting_the_ban_of_a_channel_makes_no_member(place: Place, role: str) -> None:
+    async def work(o: Opened) -> None:
+        alice, bob = await o.user("alice"), await o.user("bob")
+        conv = await o.conversation(alice, kind="channel")
+        await o.store.append(change(conv, alice, bob, "banned"))
+        assert (await o.store.append(change(conv, alice, bob, role))).seq == 4
+        assert _member_entries(await o.log(conv))[-1] == (bob.id, "none", "banned")
+        assert (await o.store.role(bob.id, conv), await o.store.member_count(conv)) == ("none", 1)
+        await o.store.append(change(conv, bob, bob, "member"))
+        assert await o.store.role(bob.id, conv) == "member"
+
+    run(place, work)
+
+
+def test_the_ban_of_a_group_is_lifted_by_an_invitation(place: Place) -> None:
+    async def work(o: Opened) -> None:
+        alice, bob, eve = await o.user("alice"), await o.user("bob"), await o.user("eve")
+        conv = await o.conversation(alice, bob, eve)
+        await o.store.append(change(conv, alice, bob, "banned"))
+        with pytest.raises(Forbidden):
+            await o.store.append(change(conv, eve, bob, "member"))
+        await o.store.append(change(conv, alice, bob, "member"))
+        await o.store.append(message(conv, bob))
+
+    run(place, work)
+
+
+def test_who_joins_a_channel_that_everybody_left_owns_it(place: Place) -> None:
+    async def work(o: Opened) -> None:
+        alice, bob = await o.user("alice"), await o.user("bob")
+        conv = await o.conversation(alice, kind="channel")
+        await o.store.append(change(conv, alice, alice, "none"))
+        await o.store.append(change(conv, bob, bob, "member"))
+        await o.store.append(change(conv, alice, alice, "member"))
+        assert (await o.store.role(bob.id, conv), await o.store.role(alice.id, conv)) == ("owner", "member")
 
     run(place, work)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import multiprocessing
 import os
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import apsw
+import orjson
 import pytest
 
-from chatcore.errors import Unavailable
+from chatcore.entries import MemberFields, new_entry
+from chatcore.errors import Forbidden, Unavailable
 from chatcore.store.base import Appended, User
 from chatcore.store.sqlite.lock import WriteLock
 from chatcore.store.sqlite.schema import BrokenStore, database_path, prepare
@@ -62,6 +65,42 @@ def test_two_processes_write_one_dense_log(tmp_path: Path) -> None:
         log = await o.log(conv)
         assert [e.seq for e in log] == list(range(1, 1002))
         assert sorted(acked.values()) == list(range(2, 1002))
+
+    run(tmp_path, check)
+
+
+def change_roles(data: Path, conv: str, actor: User, user: User, roles: list[str], acked: Any) -> None:
+    """A process that changes the role of one user again and again."""
+
+    async def work(o: Opened) -> None:
+        for i, role in enumerate(roles):
+            with contextlib.suppress(Forbidden):  # to appoint a user who is out
+                await o.store.append(new_entry(conv, actor.id, f"{os.getpid()}-{i}", MemberFields(user.id, role)))
+
+    run(data, work)
+    acked.send(None)
+
+
+def test_two_processes_that_change_one_member_each_know_the_role_before(tmp_path: Path) -> None:
+    async def setup(o: Opened) -> tuple[User, User, str]:
+        alice, bob = await o.user("alice"), await o.user("bob")
+        return alice, bob, await o.conversation(alice, bob)
+
+    alice, bob, conv = run(tmp_path, setup)
+    pipes = [FORK.Pipe(duplex=False) for _ in range(2)]
+    for (_, done), roles in zip(pipes, (["none", "member", "admin"], ["banned", "member"]), strict=True):
+        FORK.Process(target=change_roles, args=(tmp_path, conv, alice, bob, roles * 40, done)).start()
+    for receive, _ in pipes:
+        assert receive.poll(60)
+        receive.recv()
+
+    async def check(o: Opened) -> None:
+        before: dict[str, str] = {}
+        entries = [orjson.loads(e.wire) for e in await o.log(conv) if e.t == "member"]
+        assert len(entries) > 50
+        for e in entries:
+            assert e["was"] == before.get(e["user"], "none"), e
+            before[e["user"]] = e["role"]
 
     run(tmp_path, check)
 

@@ -335,8 +335,7 @@ class MongoStore:
             await self._make(id, o, o.kind)
             there = await self._find_conv(id, o)
         if there is not None and there["opened"]:
-            member = o.kind == "dm" or await self._members.role(id, o.creator) in MEMBER_ROLES
-            return Opened(id, False, member)
+            return Opened(id, False)
         # Opening was allowed when it began. The worker that is asked again repeats all from here until it is complete.
         entries = first_entries(id, o, users)
         keys = [(id, e.sender, e.cid, e.digest) for e in entries]

@@ -311,7 +311,7 @@ def open_conversation(o: Opening) -> Op:
         conv = conversation_id(tx.secret, o)
         _check_cid(tx, o)
         if tx.one("SELECT 1 FROM convs WHERE id = ?", (conv,)) is not None:
-            return Opened(conv, False, _role(tx, conv, o.creator) in MEMBER_ROLES)
+            return Opened(conv, False)
         users = everybody(o)
         for user in users:
             if tx.one("SELECT 1 FROM users WHERE id = ? AND disabled = 0", (user,)) is None:

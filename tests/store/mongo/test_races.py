@@ -119,6 +119,46 @@ def test_who_is_removed_through_one_worker_cannot_write_through_another_that_has
     run(work())
 
 
+def test_workers_that_change_one_member_at_once_each_know_the_role_before(database: Database) -> None:
+    async def work() -> None:
+        async with workers(database, 3) as found:
+            a = found[0]
+            alice, bob = await a.user("alice"), await a.user("bob")
+            conv = await a.conversation(alice, bob)
+            for roles in [("admin", "none", "banned"), ("member", "owner", "admin"), ("none", "member", "banned")] * 4:
+                changes = [w.store.append(change(conv, alice, bob, r)) for w, r in zip(found, roles, strict=True)]
+                # By the order in which they come some are forbidden, as to appoint a user who is out.
+                for outcome in await asyncio.gather(*changes, return_exceptions=True):
+                    assert isinstance(outcome, Appended | Forbidden), outcome
+            before: dict[str, str] = {}
+            entries = [json.loads(e.wire) for e in await a.log(conv) if e.t == "member"]
+            assert len(entries) > 12
+            for e in entries:
+                assert e["was"] == before.get(e["user"], "none"), e
+                before[e["user"]] = e["role"]
+
+    run(work())
+
+
+def test_one_cid_for_dms_with_two_users_at_once_makes_one_of_them(database: Database) -> None:
+    async def work() -> None:
+        async with workers(database, 2) as [a, b]:
+            bob, eve = await a.user("bob"), await a.user("eve")
+            for i in range(8):
+                alice = await a.user(f"alice{i}")
+                outcomes = await asyncio.gather(
+                    a.store.open(Opening(alice.id, "cid", "dm", None, (bob.id,), b"with bob")),
+                    b.store.open(Opening(alice.id, "cid", "dm", None, (eve.id,), b"with eve")),
+                    return_exceptions=True,
+                )
+                made = [x for x in outcomes if not isinstance(x, BaseException)]
+                assert len(made) == 1, outcomes
+                assert any(isinstance(x, Conflict) for x in outcomes)
+                assert [view.conv for view in (await a.store.views(alice.id))[1]] == [made[0].conv]
+
+    run(work())
+
+
 def test_opening_a_dm_on_two_workers_at_once_is_one_with_each_member_once(database: Database) -> None:
     async def work() -> None:
         async with workers(database, 2) as [a, b]:
