@@ -221,7 +221,7 @@ def _member_rule(e: NewEntry, s: Standing) -> Decision:
         return None  # as a repeated request finds it
     if role in MEMBER_ROLES and had not in MEMBER_ROLES:
         if s.kind == "channel" and not oneself:
-            # Of a banned user. Nobody is brought into a channel by others: the ban ends, and the user may join.
+            # The user is banned. Others bring no user into a channel: the ban ends, and the user may join.
             role = "none"
         elif s.user_conversations is None:
             return Fact.CONVERSATIONS
@@ -241,7 +241,7 @@ def _check_oneself(s: Standing, had: str, role: str) -> Fact | ChatError | None:
     if role == "member" and had == "none" and s.kind == "channel":
         return None
     if role not in ("none", "member") or had not in MEMBER_ROLES:
-        return Forbidden("nobody appoints or bans oneself")
+        return Forbidden("you cannot appoint or ban yourself")
     if had == "owner":
         if s.owners is None or s.members is None:
             return Fact.COUNTS
@@ -263,7 +263,7 @@ def _check_other(s: Standing, had: str, role: str) -> ChatError | None:
     if role == "member":
         if had == "banned":
             return None if mine >= _RANK["admin"] else Forbidden("this user is banned")
-        return Forbidden("one joins a channel by oneself") if s.kind == "channel" else None
+        return Forbidden("users join a channel by themselves") if s.kind == "channel" else None
     if mine < _RANK["admin"]:
         return Forbidden("only admins remove and ban")
     return None

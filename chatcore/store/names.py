@@ -1,4 +1,4 @@
-"""Names of users: what is allowed, and when two are the same."""
+"""Names of users: which are allowed, and when two are the same."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from .base import Opening
 
 
 def derived_id(secret: bytes, *parts: str) -> str:
-    """A 12-character id that the same parts always give, and that nobody can predict."""
+    """A 12-character id that the same parts always give, and that cannot be predicted without the secret."""
     digest = hashlib.blake2b("\0".join(parts).encode(), key=secret, digest_size=9).digest()
     return base64.urlsafe_b64encode(digest).decode()
 
@@ -42,7 +42,7 @@ def conversation_id(secret: bytes, o: Opening) -> str:
     return dm_id(secret, o.creator, o.members[0]) if o.kind == "dm" else request_id(secret, o)
 
 
-def everybody(o: Opening) -> list[str]:
+def first_members(o: Opening) -> list[str]:
     """The creator, then the other members, each once."""
     return [o.creator, *(user for user in dict.fromkeys(o.members) if user != o.creator)]
 

@@ -131,7 +131,7 @@ class World:
         assert not self.broken, self.broken[0]
 
     def _promise(self, holds: object, broken: str) -> None:
-        """To be kept at every moment: what is broken inside a callback is told at the end."""
+        """To be kept at every moment: a promise broken inside a callback is reported at the end."""
         if not holds:
             self.broken.append(f"at {self.loop.time():.4f}: {broken}")
 
@@ -253,8 +253,8 @@ class World:
                     place = (durable.seq, durable.ts)
                     self._promise(place == (seq, ts), f"ok for {sent.key} says {seq}, the log {durable.seq}")
                     self._promise(same, f"ok for {sent.key}, but the log has something else")
-                told = any(w == sent.writer and (e.conv, e.seq) == (sent.new.conv, seq) for w, e in self.announced)
-                self._promise(told, f"{sent.key} was answered before anybody was told")
+                announced = any(w == sent.writer and (e.conv, e.seq) == (sent.new.conv, seq) for w, e in self.announced)
+                self._promise(announced, f"{sent.key} was answered before it was announced")
             case Conflict():
                 self._promise(durable is not None, f"conflict for {sent.key}, which is not in the log")
                 self._promise(not same, f"conflict for {sent.key}, which is the same")
@@ -292,10 +292,10 @@ class World:
         self._check_refusals()
         self._check_order()
         if not self.crashed:
-            told = {(e.conv, e.seq) for _, e in self.announced}
+            announced = {(e.conv, e.seq) for _, e in self.announced}
             for conv, log in self.cluster.durable.items():
-                untold = [seq for seq in log if seq > len(USERS) and (conv, seq) not in told]
-                assert not untold, f"{conv} {untold}: in the log, but nobody was ever told"
+                missing = [seq for seq in log if seq > len(USERS) and (conv, seq) not in announced]
+                assert not missing, f"{conv} {missing}: in the log, but never announced"
 
     def _check_log(self, conv: str) -> None:
         log = self.cluster.durable[conv]
@@ -339,7 +339,7 @@ class World:
                 assert ever_out, f"{key} was refused, but its sender was always a member"
 
     def _check_order(self) -> None:
-        """Per sender, of messages that were submitted once: who came first is first, or failed first."""
+        """Per sender, of messages submitted once: the first submitted is first in the log, or failed first."""
         counts: dict[tuple[str, str, str], int] = {}
         for sent in self.sent:
             counts[sent.key] = counts.get(sent.key, 0) + 1

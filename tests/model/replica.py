@@ -94,7 +94,7 @@ class ReplicaSet:
         self.weather = weather
         self.durable: dict[str, dict[int, Row]] = {}
         self.durable_keys: dict[tuple[str, str, str], Row] = {}
-        self.left_by_row: set[tuple[str, str]] = set()  # who left a channel by oneself: no entry
+        self.left_by_row: set[tuple[str, str]] = set()  # users who left a channel by themselves: no entry
         self.primary: Node | None = Node(self, [], 0)
         self.former: Node | None = None  # has not noticed that it is not the primary any more
         self.tasks: set[asyncio.Task[None]] = set()

@@ -224,12 +224,12 @@ class FailsOneByOne(Appender):
 
 
 class NeverLooksLate(Appender):
-    """What lands after `unavailable` is never told."""
+    """An entry that lands after `unavailable` is never announced."""
 
     async def _look_late(self, conv: str, keys: list[Key]) -> None: ...
 
 
-class AnnouncesNothingThatWasFound(Appender):
+class TellsWhatWasFoundToNobody(Appender):
     """An entry that is read back is answered, but not announced."""
 
     def _announce(self, entries: list[Entry]) -> None:
@@ -264,7 +264,7 @@ class SameDigest(Appender):
 
 
 class GivesUpSilently(Appender):
-    """A failure ends the task, and nobody is answered."""
+    """A failure ends the task, and no caller is answered."""
 
     def _fail(self, state: _Log, why: str) -> None:
         for item in list(state.queue.values()):
@@ -313,7 +313,7 @@ class AllowsAsOfAnything(Client):
 APPENDERS = [
     AnswersBeforeCommit, AnswersBeforeTelling, BelievesInItsHead, BelievesInTheBus, TakesUnknownForDone,
     TakesUnknownForFailed, AsksOnceWhatIsAllowed, CompletesOnce, AsksForTheWholeBatchAtOnce, RefusesWhatMayStillLand,
-    RefusesWithoutLooking, FailsOneByOne, NeverLooksLate, AnnouncesNothingThatWasFound, IgnoresTheDigest, SameDigest,
+    RefusesWithoutLooking, FailsOneByOne, NeverLooksLate, TellsWhatWasFoundToNobody, IgnoresTheDigest, SameDigest,
     GivesUpSilently,
 ]  # fmt: skip
 CLIENTS = [AcknowledgesAlone, ReadsItsOwn, Unordered, FindsOnAnyPrimary, AllowsAsOfAnything]

@@ -21,13 +21,13 @@ from .weather import CALM
 
 
 class Ops:
-    """A store that takes 10 ms for each operation and does as it is told."""
+    """A store that takes 10 ms for each operation and fails as it is set to."""
 
     def __init__(self) -> None:
         self.logs: dict[str, dict[int, Row]] = {"c": {}, "d": {}}
         self.log = self.logs["c"]
         self.calls: list[tuple[float, str, Any]] = []
-        self.lose = 0  # so many inserts meet somebody else's entry
+        self.lose = 0  # so many inserts meet an entry of another writer
         self.down = False
         self.answer_late = False  # inserts happen, and are reported as unknown
         self.denied: set[str] = set()
@@ -83,7 +83,7 @@ class Bench:
 
     def __init__(self, **limits: Any) -> None:
         self.ops = Ops()
-        self.told: list[tuple[float, list[int]]] = []
+        self.announced: list[tuple[float, list[int]]] = []
         self.yields: list[float] = []
         self.loop = asyncio.get_running_loop()
         self.appender = Appender(
@@ -92,7 +92,7 @@ class Bench:
         )  # fmt: skip
 
     def _on_commit(self, entries: list[Entry]) -> None:
-        self.told.append((round(self.loop.time(), 3), [e.seq for e in entries]))
+        self.announced.append((round(self.loop.time(), 3), [e.seq for e in entries]))
 
     def send(self, cid: str, body: bytes = b'{"body":"x"}', sender: str = "bob") -> asyncio.Future[Appended]:
         return self.appender.submit(entry("c", sender, cid, "msg", body))
@@ -138,7 +138,7 @@ async def test_the_steady_state_is_one_write_per_batch_and_no_read(b: Bench) -> 
     assert b.ops.did() == ["newest", "insert", "insert", "insert"]
     assert [cids for _, what, cids in b.ops.calls if what == "insert"] == [["a"], ["b", "c", "d"], ["e"]]
     assert [(r.msgs, r.last_msg, r.ts) for r in b.ops.log.values()] == [(i, i, 1_000_000) for i in range(1, 6)]
-    assert [seqs for _, seqs in b.told] == [[1], [2, 3, 4], [5]]
+    assert [seqs for _, seqs in b.announced] == [[1], [2, 3, 4], [5]]
 
 
 @in_virtual_time()
@@ -199,7 +199,7 @@ async def test_who_is_asked_again_pauses_twice_as_long_until_somebody_got_in(b: 
 
     pauses = [await pause() for _ in range(8)]
     assert pauses == pytest.approx([0.020, 0.040, 0.080, 0.160, 0.320, 0.640, 1.0, 1.0])
-    # Somebody got in while this one paused: it looks before it writes, and pauses half as long the next time.
+    # Another writer got in while this one paused: it reads before it writes, and pauses half as long the next time.
     b.appender.on_yield("c")
     future = b.send("b")
     await asyncio.sleep(0.5)
@@ -235,7 +235,7 @@ async def test_who_loses_does_not_yield(b: Bench) -> None:
 async def test_unknown_but_done_is_found_told_and_answered_as_a_repetition(b: Bench) -> None:
     b.ops.answer_late = True
     assert await b.send("a") == Appended(1, 1_000_000, dup=True)
-    assert [seqs for _, seqs in b.told] == [[1]]
+    assert [seqs for _, seqs in b.announced] == [[1]]
     b.ops.answer_late = False
     assert await b.send("a") == Appended(1, 1_000_000, dup=True)
     assert isinstance(await outcome(b.send("a", b'{"body":"y"}')), Conflict)
@@ -245,7 +245,7 @@ async def test_unknown_but_done_is_found_told_and_answered_as_a_repetition(b: Be
 async def test_the_same_cid_while_it_is_under_way(b: Bench) -> None:
     first, second = b.send("a"), b.send("a")
     other = b.send("a", b'{"body":"y"}')
-    first.cancel()  # a session that ends takes nobody else's answer with it
+    first.cancel()  # a session that ends takes no answer of another with it
     assert (await second).seq == 1
     assert isinstance(await outcome(other), Conflict)
     assert len(b.ops.log) == 1
@@ -267,7 +267,7 @@ async def test_the_whole_queue_fails_together_and_is_looked_for_at_1_2_4_to_60_s
     assert [t for t, _ in looks] == pytest.approx(list(LATE_LOOKS_S))
     # Only what was part of a command; and no longer what was found.
     assert [keys for _, keys in looks] == [[("bob", "a"), ("bob", "b")]] * 6 + [[("bob", "b")]]
-    assert b.told == [(round(failed_at + 32.01, 3), [1])]
+    assert b.announced == [(round(failed_at + 32.01, 3), [1])]
 
 
 @in_virtual_time(max_wait_s=1.0)
@@ -300,9 +300,9 @@ async def test_nobody_waits_longer_for_an_operation_that_takes_longer(b: Bench) 
     await asyncio.sleep(3.0)
     again = b.send("a")
     assert (await b.send("d")).seq == 2
-    assert (await again).seq == 1, "what landed in the end is told, and found by who asks again"
+    assert (await again).seq == 1, "what landed in the end is announced, and found by a repetition"
     assert [row.new.cid for row in b.ops.log.values()] == ["a", "d"], "and nothing of those that had not been sent"
-    assert b.told[0][1] == [1]
+    assert b.announced[0][1] == [1]
 
 
 @in_virtual_time(max_wait_s=1.0)
@@ -400,7 +400,7 @@ async def test_a_bug_in_the_store_or_in_on_commit_is_never_told_as_internal(b: B
 
 @pytest.mark.parametrize("seed", range(5))
 def test_three_writers_on_one_conversation_all_get_through(seed: int) -> None:
-    """Without trouble, contention alone makes nobody wait until it is `unavailable`."""
+    """Without trouble, contention alone makes no writer wait until it is `unavailable`."""
     script = [SendAction(writer, 0, sender, n=9) for _ in range(10) for writer, sender in ((0, 0), (1, 1), (2, 2))]
     world = play(script, seed, CALM, 3)
     assert all(isinstance(s.outcome, Appended) for s in world.sent)

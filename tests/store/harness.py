@@ -48,9 +48,9 @@ Place = Path | Database
 class Opened:
     """A store in use: the entries that it announced, and what is in it."""
 
-    def __init__(self, store: Store, told: list[Entry]) -> None:
+    def __init__(self, store: Store, announced: list[Entry]) -> None:
         self.store = store
-        self.told = told
+        self.announced = announced
 
     async def user(self, name: str) -> User:
         return await self.store.add_user(name, "hash")
@@ -71,15 +71,15 @@ def run(data: Place, work: Callable[[Opened], Awaitable[Any]], **options: Any) -
     """Open a store on the folder or database, do the work on the loop that workers use, and close it."""
 
     async def main() -> Any:
-        told: list[Entry] = []
+        announced: list[Entry] = []
         store: Store
         if isinstance(data, Database):
-            store = MongoStore(data.settings(), told.extend, lambda conv: None, **options)
+            store = MongoStore(data.settings(), announced.extend, lambda conv: None, **options)
         else:
-            store = SQLiteStore(data, told.extend, **options)
+            store = SQLiteStore(data, announced.extend, **options)
         await store.start()
         try:
-            return await work(Opened(store, told))
+            return await work(Opened(store, announced))
         finally:
             await store.close()
 

@@ -1,4 +1,4 @@
-"""Appending: dense, once, in order, and only by who may."""
+"""Appending: dense, once, in order, and only by users who may."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_seqs_are_dense_and_in_the_order_of_the_calls(place: Place) -> None:
         log = await o.log(conv)
         assert [e.seq for e in log] == list(range(1, n + 2))
         assert [orjson.loads(e.wire)["body"] for e in log[1:]] == [str(i) for i in range(n)]
-        assert o.told == log, "what is told after the commit is what is in the log"
+        assert o.announced == log, "the entries announced after the commit are those in the log"
 
     run(place, work)
 
@@ -99,7 +99,7 @@ def test_a_cid_for_something_else_is_a_conflict(place: Place) -> None:
 
 
 def test_a_message_that_version_0_1_stored_may_be_repeated(tmp_path: Path) -> None:
-    """Its digest was another: who had not heard the `ok` before the upgrade was told `conflict` after it."""
+    """Its digest was another: a client that had not got the `ok` before the upgrade got `conflict` after it."""
 
     async def work(o: Opened) -> None:
         alice = await o.user("alice")
@@ -351,6 +351,6 @@ def test_what_was_sent_comes_back_as_it_was(place: Place, body: str) -> None:
         conv = await o.conversation(alice)
         await o.store.append(message(conv, alice, body))
         assert orjson.loads((await o.log(conv))[-1].wire)["body"] == body
-        assert (await o.log(conv))[-1].wire == o.told[-1].wire
+        assert (await o.log(conv))[-1].wire == o.announced[-1].wire
 
     run(place, work)

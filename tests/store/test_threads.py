@@ -28,7 +28,7 @@ PATIENCE_S = 10.0
 
 @contextlib.contextmanager
 def _write_lock(data: Path) -> Iterator[None]:
-    """Nobody else commits meanwhile."""
+    """No other process commits meanwhile."""
     lock = os.open(data / "write.lock", os.O_RDWR)
     fcntl.flock(lock, fcntl.LOCK_EX)
     try:
@@ -115,7 +115,7 @@ def test_what_is_put_back_keeps_its_order(tmp_path: Path) -> None:
 
 def test_what_waits_behind_a_failed_batch_fails_with_it(tmp_path: Path) -> None:
     """The next batch was tried although the one before it had failed: a later message of a user was stored and an
-    earlier one was not, which the client was told to repeat.
+    earlier one was not, although the client was to repeat it.
     """
 
     async def work(o: Opened) -> None:
@@ -136,23 +136,23 @@ def test_what_waits_behind_a_failed_batch_fails_with_it(tmp_path: Path) -> None:
 def test_who_waits_is_answered_although_telling_of_the_entries_fails(tmp_path: Path) -> None:
     """An exception of on_commit went to the loop's handler, and the futures of that batch were never resolved."""
     prepare(tmp_path)
-    told: list[Entry] = []
+    announced: list[Entry] = []
 
     def deaf(entries: list[Entry]) -> None:
-        told.extend(entries)
-        raise RuntimeError("nobody can be told")
+        announced.extend(entries)
+        raise RuntimeError("nothing can be announced")
 
     async def work() -> None:
         store = SQLiteStore(tmp_path, deaf)
         await store.start()
         try:
-            o = Opened(store, told)
+            o = Opened(store, announced)
             async with asyncio.timeout(PATIENCE_S):
                 alice = await o.user("alice")
                 conv = await o.conversation(alice, title=None)
                 done = await asyncio.gather(*(store.append(message(conv, alice)) for _ in range(5)))
             assert [d.seq for d in done] == [2, 3, 4, 5, 6]
-            assert [e.seq for e in told] == [1, 2, 3, 4, 5, 6]
+            assert [e.seq for e in announced] == [1, 2, 3, 4, 5, 6]
         finally:
             await store.close()
 

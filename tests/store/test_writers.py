@@ -142,7 +142,7 @@ def test_a_killed_writer_loses_nothing_that_was_acknowledged(tmp_path: Path) -> 
 
 
 def test_the_write_lock_is_fair(tmp_path: Path) -> None:
-    """Whoever releases it and wants it again at once does not overtake one that waits."""
+    """A process that releases it and wants it again at once does not overtake one that waits."""
     prepare(tmp_path)
     started, turn = FORK.Event(), FORK.Event()
 

@@ -285,27 +285,27 @@ class Mongo:
             result = await asyncio.shield(task)
         except (DuplicateKeyError, BulkWriteError) as exc:
             if _only_duplicates(exc):
-                self._well()
+                self._succeeded()
                 raise
-            self._ill(type(exc).__name__)
+            self._failed(type(exc).__name__)
             raise Unavailable(f"the store does not answer: {type(exc).__name__}") from exc
         except OperationFailure as exc:
             if may_refuse:
-                self._well()
+                self._succeeded()
             else:
-                self._ill(f"it refused an operation, code {exc.code}")
+                self._failed(f"it refused an operation, code {exc.code}")
             raise Refused(f"the store refused it: {type(exc).__name__}, code {exc.code}") from exc
         except PyMongoError as exc:
-            self._ill(type(exc).__name__)
+            self._failed(type(exc).__name__)
             raise Unavailable(f"the store does not answer: {type(exc).__name__}") from exc
-        self._well()
+        self._succeeded()
         return result
 
-    def _well(self) -> None:
+    def _succeeded(self) -> None:
         self.healthy = True
         self.outage.succeeded()
 
-    def _ill(self, why: str) -> None:
+    def _failed(self, why: str) -> None:
         self.healthy = False
         self.outage.failed(why)
 

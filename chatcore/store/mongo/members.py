@@ -303,7 +303,7 @@ class Members:
         """The roles of these users by a state that holds every change up to ``head``, or later ones."""
         known = self._known.get(conv)
         if known is not None and len(known) >= ROLES_PER_CONV:
-            # Not one by one: of what is dropped the row may be behind, and a load brings it up.
+            # All of them: the row behind a dropped role may not reflect it yet, and a load applies the changes.
             self._drop(conv)
             known = None
         if known is None:

@@ -34,7 +34,7 @@ from ..base import (
     User,
     View,
 )
-from ..opening import DM_REQUEST, conversation_id, dm_id, everybody, first_entries, request_id
+from ..opening import DM_REQUEST, conversation_id, dm_id, first_entries, first_members, request_id
 from . import schema
 from .accounts import Accounts
 from .client import Document, Mongo, MongoSettings
@@ -325,7 +325,7 @@ class MongoStore:
                 del self._opening[id]
 
     async def _open(self, o: Opening, id: str) -> Opened:
-        users = everybody(o)
+        users = first_members(o)
         there = await self._find_conv(id, o)
         if there is None:
             await self._may_open(o, users)

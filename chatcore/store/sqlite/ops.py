@@ -34,11 +34,11 @@ from ...entries import (
 from ...errors import ChatError, Conflict, Forbidden, NotFound
 from ...protocol import MEMBER_ROLES, encode_entry
 from ..base import Appended, Entry, Opened, Opening
-from ..opening import DM_REQUEST, conversation_id, everybody, first_entries, request_id
+from ..opening import DM_REQUEST, conversation_id, first_entries, first_members, request_id
 
 _ROLES: Final = "('member', 'admin', 'owner')"
 
-#: What is known about each message: the entry that its cid has already; what the sender may; and, where `first`
+#: The facts about each message: the entry that its cid has already; the standing of its sender; and, where `first`
 #: (the first message of a conversation in the batch), the newest entry.
 _KNOWN: Final = """
 WITH v(i, conv, sender, cid, first) AS (VALUES {values})
@@ -180,7 +180,7 @@ def same_or_conflict(e: NewEntry, seq: int, ts: int, digest: str) -> Outcome:
 
 
 def _digest_0_1(e: NewEntry) -> str:
-    """The digest of a message as version 0.1 stored it: what was sent then may be repeated now."""
+    """The digest of a message as version 0.1 stored it: a message sent then may be repeated now."""
     return hashlib.blake2b(e.fields, digest_size=8).hexdigest()
 
 
@@ -312,7 +312,7 @@ def open_conversation(o: Opening) -> Op:
         _check_cid(tx, o)
         if tx.one("SELECT 1 FROM convs WHERE id = ?", (conv,)) is not None:
             return Opened(conv, False)
-        users = everybody(o)
+        users = first_members(o)
         for user in users:
             if tx.one("SELECT 1 FROM users WHERE id = ? AND disabled = 0", (user,)) is None:
                 raise NotFound(f"no such user: {user}")

@@ -41,7 +41,7 @@ def _entry(row: tuple[Any, ...]) -> Entry:
 
 
 def _all(db: apsw.Connection, sql: str, args: Sequence[Any]) -> list[Any]:
-    """All rows (what is in them, the schema knows)."""
+    """All rows; the schema has their types."""
     return db.execute(sql, args).fetchall()
 
 
@@ -109,7 +109,7 @@ def page(user: str, conv: str, before: int | None, after: int | None, limit: int
 def member(db: apsw.Connection, user: str, conv: str) -> str:
     """The role of a member.
 
-    :raises NotFound: for everybody else, and for a conversation that does not exist.
+    :raises NotFound: the user is none, or there is no such conversation.
     """
     row = db.execute("SELECT role FROM members WHERE conv = ? AND user = ?", (conv, user)).fetchone()
     if row is None or row[0] not in MEMBER_ROLES:

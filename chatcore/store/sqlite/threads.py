@@ -214,8 +214,8 @@ class Writer(_Thread):
                         self.healthy = True
                         break
                     except (apsw.Error, OSError) as exc:
-                        # Whatever it was, its outcome is unknown: what was committed after all is found
-                        # by its cid when the same batch is tried again on a new connection.
+                        # The outcome is unknown: entries that were committed after all are found by
+                        # their cids when the same batch is tried again on a new connection.
                         log.error("write failed (attempt %d): %s", attempt + 1, exc)
                         self.healthy = False
                         _close(db)

@@ -22,7 +22,7 @@ from ..harness import Database, Opened
 
 T = TypeVar("T")
 
-#: For tests in which the server goes away: who waits for it gives up soon.
+#: For tests in which the server goes away: operations give up soon.
 QUICK: dict[str, Any] = {"timeout_ms": 1500, "server_selection_ms": 1500}
 
 
@@ -54,11 +54,11 @@ class Worker(Opened):
     def __init__(self, database: Database, settings: dict[str, Any], options: dict[str, Any]) -> None:
         self.yields: list[str] = []
         self.sent = Recorder()
-        told: list[Entry] = []
+        announced: list[Entry] = []
         store = MongoStore(
-            database.settings(**settings), told.extend, self.yields.append, listeners=[self.sent], **options
+            database.settings(**settings), announced.extend, self.yields.append, listeners=[self.sent], **options
         )
-        super().__init__(store, told)
+        super().__init__(store, announced)
 
     async def row(self, conv: str, user: User) -> dict[str, Any] | None:
         """A member's row, as it is in the database."""
@@ -74,7 +74,7 @@ class Worker(Opened):
         return loop.time() - began
 
     async def write_entry_alone(self, entry: NewEntry) -> Entry:
-        """What is left of a change when its writer dies before he has written the rows."""
+        """What is left of a change when its writer dies before it has written the rows."""
         doc = await self.store.mongo["entries"].find_one({"c": entry.conv}, sort=[("s", -1)])
         head = Head() if doc is None else Head(doc["s"], doc["n"], doc["l"], doc["k"])
         row = Row(entry, head.seq + 1, 0, head.msgs, head.last_msg, head.seq + 1)
@@ -86,7 +86,7 @@ class Worker(Opened):
 async def workers(
     database: Database, count: int, settings: dict[str, Any] | None = None, **options: Any
 ) -> AsyncIterator[list[Worker]]:
-    """Stores of several workers, which hear nothing of each other unless a test tells them."""
+    """Stores of several workers, which get nothing from each other unless a test passes it on."""
     found = [Worker(database, settings or {}, options) for _ in range(count)]
     started: list[Worker] = []
     try:
@@ -125,7 +125,7 @@ async def insist(worker: Worker, entry: NewEntry) -> Appended:
 
 
 def assert_dense_and_once(log: Sequence[Entry], answers: dict[str, Appended]) -> None:
-    """Seqs without a hole, each cid once, and each where its sender was told."""
+    """Seqs without a hole, each cid once, and each entry at the seq that its sender got."""
     assert [e.seq for e in log] == list(range(1, len(log) + 1))
     cids = [orjson.loads(e.wire)["cid"] for e in log]
     assert len(set(cids)) == len(cids)

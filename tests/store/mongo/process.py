@@ -28,7 +28,7 @@ async def work(database: Database, conv: str, sender: User, count: int) -> dict[
                 answers[cid] = (await insist(worker, message(conv, sender, str(i), cid))).seq
 
         await asyncio.gather(*(send(first) for first in range(AT_ONCE)))
-        assert worker.store.healthy, "a race that was lost is no ill health"
+        assert worker.store.healthy, "losing to another writer is no ill health"
     return answers
 
 

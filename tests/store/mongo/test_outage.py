@@ -21,11 +21,11 @@ def server() -> Iterator[MongoServer]:
     """One of our own, to be killed."""
     with MongoServer() as server:
         if server.external:
-            pytest.skip("somebody else's server is not killed")
+            pytest.skip("a server of others is not killed")
         yield server
 
 
-def driver_tells(error: BaseException) -> None:
+def driver_logs(error: BaseException) -> None:
     """As it does of its background tasks."""
     try:
         raise error
@@ -98,17 +98,17 @@ def test_the_driver_is_heard_where_no_server_is_to_blame(caplog: pytest.LogCaptu
     outage.watch()
     try:
         for _ in range(10):
-            driver_tells(AutoReconnect("10.0.0.7:27017: [Errno 111] Connection refused (configured timeouts: 20 s)"))
+            driver_logs(AutoReconnect("10.0.0.7:27017: [Errno 111] Connection refused (configured timeouts: 20 s)"))
         assert [record.getMessage() for record in caplog.records] == [
             "mongodb: no connection to a server, or a lost one: 10.0.0.7:27017: [Errno 111] Connection refused"
         ]
         assert outage.background == 10
-        driver_tells(TypeError("a bug"))
+        driver_logs(TypeError("a bug"))
         assert caplog.records[-1].name == DRIVER_LOG
         assert caplog.records[-1].exc_info
     finally:
         outage.close()
-    driver_tells(AutoReconnect("somebody else's"))
+    driver_logs(AutoReconnect("of another client"))
     assert caplog.records[-1].name == DRIVER_LOG
 
 

@@ -49,7 +49,9 @@ async def _use_everything(a: Worker, b: Worker) -> None:
     await store.open(Opening(alice.id, "again", "group", None, (), b"12345678"))
     await store.open(Opening(alice.id, "again", "group", None, (), b"12345678"))
     sends = [message(group, user, cid="x") for user in (alice, bob)]
-    await asyncio.gather(*map(a.store.append, sends), *map(b.store.append, sends))  # a race: somebody reads back
+    await asyncio.gather(
+        *map(a.store.append, sends), *map(b.store.append, sends)
+    )  # they contend: one of them reads back
     await asyncio.gather(*map(a.store.append, sends), *map(b.store.append, sends))
     await store.append(message(dm, bob))
     await store.append(change(group, alice, bob, "admin"))
@@ -81,6 +83,7 @@ async def _use_everything(a: Worker, b: Worker) -> None:
     await store.blockers(alice.id, [bob.id, eve.id])
     await store.dm_peer(alice.id, group)
     await store.block(eve.id, alice.id, True)
+    await store.blockers(alice.id, [bob.id, eve.id])
     await store.block(eve.id, alice.id, False)
     await store.account("alice")
     await store.account_by_id(alice.id)
@@ -271,8 +274,9 @@ def test_a_typing_signal_asks_nothing_and_the_first_one_for_four_fields(database
 
     async def work() -> None:
         async with workers(database, 1) as [a]:
-            alice, bob = await a.user("alice"), await a.user("bob")
-            conv = await a.conversation(alice, bob)
+            alice, bob, carol = await a.user("alice"), await a.user("bob"), await a.user("carol")
+            # Of three: where there are two, it might be a dm, in which one may have blocked the other.
+            conv = await a.conversation(alice, bob, carol)
             cache = SharedCachedStore(a.store, Cache(refresh=False))
             told: list[Any] = []
             settings = Settings.default()
@@ -291,7 +295,7 @@ def test_a_typing_signal_asks_nothing_and_the_first_one_for_four_fields(database
 
 
 class Told:
-    """Whoever is attached, and the bus: what each was told."""
+    """The attached sessions, and the bus: what each was given."""
 
     def __init__(self, told: list[Any]) -> None:
         self.push_state = self.publish = lambda *what: told.append(what)

@@ -37,8 +37,8 @@ def test_two_workers_that_race_on_one_conversation_leave_it_dense(database: Data
             for user in (alice, bob):
                 seqs = [answers[f"{user.id}-{i}"].seq for i in range(30)]
                 assert seqs == sorted(seqs), "what follows an `ok` comes after it"
-            told = {e.seq for e in a.told} | {e.seq for e in b.told}
-            assert told == set(range(1, len(await a.log(conv)) + 1)), "somebody tells of each entry"
+            announced = {e.seq for e in a.announced} | {e.seq for e in b.announced}
+            assert announced == set(range(1, len(await a.log(conv)) + 1)), "each entry is announced"
 
     run(work())
 
@@ -195,7 +195,7 @@ def test_the_same_cid_for_two_groups_at_once_makes_one_of_them(database: Databas
 
 
 def test_an_owner_cannot_leave_by_an_older_count_of_owners(database: Database) -> None:
-    """Two owners leave at once, each as if the other stayed: somebody must stay who leads."""
+    """Two owners leave at once, each as if the other stayed: one must stay to lead."""
 
     async def work() -> None:
         async with workers(database, 2) as [a, b]:
@@ -231,7 +231,7 @@ def test_a_ban_and_a_join_at_once_end_in_the_ban(database: Database) -> None:
 
 
 def test_a_row_made_by_an_earlier_change_meanwhile_is_overwritten_by_the_later_one(database: Database) -> None:
-    """A ban that found no row lost the race to make it to the join before it, and was never written."""
+    """A ban found no row, the join before it made the row first, and the ban was never written."""
 
     async def work() -> None:
         async with workers(database, 2) as [a, b]:

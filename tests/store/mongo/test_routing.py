@@ -1,4 +1,4 @@
-"""A replica set, simulated on the wire: who is asked for what, and what is made of its answers."""
+"""A replica set, simulated on the wire: which member gets which command, and what the store makes of the answers."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_history_comes_from_a_secondary_only_if_the_setting_says_so(rs: Replicas
             assert command["filter"] == {"c": "conv", "s": {"$gte": 1, "$lt": 6}}
             assert command["$readPreference"] == {"mode": "secondaryPreferred", "maxStalenessSeconds": 90}
             assert command["readConcern"] == {"level": "majority"}
-        # The head, and who may see it, are the primary's to say.
+        # The head, and the membership, come from the primary.
         assert rs.secondary.of("find", "members") == []
 
     run(work())
@@ -195,7 +195,7 @@ def test_an_insert_that_failed_is_looked_for_and_not_sent_again_blindly(
             # It was read back before anything was sent again.
             order = [next(iter(c)) for c in rs.primary.sent if c is looked or c in _inserts(rs)[before:]]
             assert order == (["insert", "find"] if landed else ["insert", "find", "insert"])
-            assert [e.seq for e in a.told][-1] == 2
+            assert [e.seq for e in a.announced][-1] == 2
 
     run(work())
 

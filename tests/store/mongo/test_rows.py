@@ -1,4 +1,4 @@
-"""Rows follow their entries: what is shown and allowed while they are behind, and who brings them up."""
+"""Rows follow their entries: what is shown and allowed while they are behind, and which worker brings them up."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Holding:
         return self.hashes
 
 
-@pytest.mark.parametrize("known", [True, False], ids=["who knows the conversation", "who does not"])
+@pytest.mark.parametrize("known", [True, False], ids=["a worker that knows the conversation", "one that does not"])
 def test_a_removal_counts_before_anybody_has_folded_it(database: Database, known: bool) -> None:
     async def work() -> None:
         async with workers(database, 2) as [a, b]:
@@ -60,11 +60,11 @@ def test_who_joins_a_channel_again_is_not_put_out_by_a_removal_that_is_folded_la
             alice, bob = await a.user("alice"), await a.user("bob")
             conv = await a.conversation(alice, kind="channel")
             await a.store.append(change(conv, bob, bob, "member"))
-            await b.store.append(message(conv, alice))  # B knows the conversation, so it folds nothing
+            await b.store.append(message(conv, alice))  # B knows the conversation, so it applies nothing
             await a.write_entry_alone(change(conv, alice, bob, "none"))
             await b.store.append(change(conv, bob, bob, "member"))
             await b.store.append(message(conv, bob))
-            assert await a.store.views(alice.id)  # which folds it
+            assert await a.store.views(alice.id)  # which applies it
             assert await a.store.role(bob.id, conv) == "member"
             await a.store.append(message(conv, bob))
 
@@ -116,11 +116,11 @@ def test_whoever_comes_across_a_change_folds_it(database: Database, how: str) ->
             else:
                 await b.store.entries(conv, entry.seq - 1, 10, 10**6)
 
-            async def folded() -> bool:
+            async def applied() -> bool:
                 # First the row, then the number.
                 return await a.store.role(bob.id, conv) == "none" and await b.store.member_count(conv) == 2
 
-            await b.until(folded)
+            await b.until(applied)
 
     run(work())
 
@@ -140,7 +140,7 @@ def test_folding_twice_at_once_and_again_is_folding_once(database: Database) -> 
             await members[1].apply(conv, changes)
             row = await a.row(conv, bob)
             assert row is not None
-            assert (row["role"], row["as_of"], row["read"]) == ("admin", 7, 6), "read up to where he came in"
+            assert (row["role"], row["as_of"], row["read"]) == ("admin", 7, 6), "read up to where the user came in"
             doc = await a.store.mongo["convs"].find_one({"_id": conv})
             assert doc is not None and doc["folded"] == 7
 
@@ -151,7 +151,7 @@ def test_a_death_between_a_row_and_the_number_of_members_is_made_good(database: 
     async def work() -> None:
         async with workers(database, 1) as [a]:
             conv, _, bob, entry = await _behind(a)
-            # He died after the row.
+            # The worker died after it wrote the row.
             await a.store.mongo["members"].update_one(
                 {"_id": f"{conv}:{bob.id}"}, {"$set": {"role": "none", "as_of": entry.seq}}
             )
@@ -182,7 +182,7 @@ def test_whoever_asks_again_completes_what_was_half_opened(database: Database) -
                 {"_id": whole.conv}, {"$set": {"opened": False, "folded": 0, "members": 0, "title_as_of": 0}}
             )
             assert (await b.store.channels(alice.id, None, None, 10))[0] == []
-            # What was allowed then stays so: Bob is in as many as he may be, and his account is disabled.
+            # What was allowed then stays so: Bob is in as many as the limit allows, and his account is disabled.
             for i in range(2):
                 await b.conversation(bob, title=f"t{i}")
             await b.store.set_disabled("bob", True)
@@ -263,7 +263,7 @@ def test_a_block_is_seen_by_a_worker_that_has_not_heard_of_it(database: Database
     run(work())
 
 
-@pytest.mark.parametrize("how", ["told", "looking"])
+@pytest.mark.parametrize("how", ["by the bus", "by looking"])
 def test_leaving_a_channel_is_seen_by_another_worker(database: Database, how: str) -> None:
     async def work() -> None:
         async with workers(database, 2) as [a, b]:
@@ -275,7 +275,7 @@ def test_leaving_a_channel_is_seen_by_another_worker(database: Database, how: st
             await b.store.memberships(bob.id)
             assert (await b.store.changes(0, holding)).rows == []
             await a.store.append(change(conv, bob, bob, "none"))
-            if how == "told":
+            if how == "by the bus":
                 b.store.row_changed(conv, bob.id)
             else:
                 assert (await b.store.changes(0, holding)).rows == [(bob.id, conv)]
@@ -293,7 +293,7 @@ def test_a_rotation_finds_everything_in_as_many_looks(database: Database) -> Non
             for i, user in enumerate(users):
                 await a.store.add_token(b"%d" % i, user.id, 2**50, "hash")
             holding = Holding(dict.fromkeys(convs, 1), [u.id for u in users], [b"%d" % i for i in range(7)])
-            for _ in range(3):  # rows are told for a while after their counter moved
+            for _ in range(3):  # rows are given out for a while after their counter moved
                 await b.store.changes(0, holding)
             assert await b.store.changes(0, holding) == Changes(0, [], [], [], [])
             for conv, user in zip(convs, users, strict=True):

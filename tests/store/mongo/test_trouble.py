@@ -25,7 +25,7 @@ def server() -> Iterator[MongoServer]:
     """One of our own, to be killed."""
     with MongoServer() as server:
         if server.external:
-            pytest.skip("somebody else's server is not killed")
+            pytest.skip("a server of others is not killed")
         yield server
 
 
@@ -62,7 +62,7 @@ def test_nothing_is_lost_or_stored_twice_when_the_server_is_killed_in_the_middle
             await asyncio.gather(*senders)
             log = await a.log(conv)
             assert_dense_and_once(log, answers)
-            assert len(log) == len(answers) + 3, "and nothing that nobody was told of"
+            assert len(log) == len(answers) + 3, "and nothing that was not answered"
 
     run(work())
 
@@ -94,11 +94,11 @@ def test_what_lands_after_its_sender_was_told_unavailable_is_told_and_found(
             finally:
                 server.resume()
 
-            async def told() -> bool:
-                return {e.seq for e in a.told} >= {1, 2, 3, 4, 5}
+            async def announced() -> bool:
+                return {e.seq for e in a.announced} >= {1, 2, 3, 4, 5}
 
-            # It landed when the server went on, and is told without another send.
-            await a.until(told, 6.0)
+            # It landed when the server went on, and is announced without another send.
+            await a.until(announced, 6.0)
             done = await a.store.append(message(conv, alice, cid="late-0"))
             assert (done.seq, done.dup) == (3, True)
             with pytest.raises(Conflict):
