@@ -26,13 +26,6 @@ UNFINISHED: Final = frozenset(
     {
         "chatcore/common/redis_client.py",
         "chatcore/queue/redis_scripts.py",
-        "chatcore/store/append.py",
-        "chatcore/store/mongo/client.py",
-        "chatcore/store/mongo/members.py",
-        "chatcore/store/mongo/schema.py",
-        "chatcore/store/mongo/store.py",
-        "chatcore/store/rules.py",
-        "chatcore/store/sqlite/threads.py",
     }
 )
 
