@@ -139,6 +139,8 @@ class Fact(enum.Enum):
     USER = "user"
     #: ``user_conversations``.
     CONVERSATIONS = "conversations"
+    #: ``user_blocks``.
+    BLOCKS = "blocks"
 
 
 class Standing(msgspec.Struct, gc=False):
@@ -158,6 +160,8 @@ class Standing(msgspec.Struct, gc=False):
     members: int | None = None
     user_exists: bool | None = None
     user_conversations: int | None = None
+    #: The user whose role the entry changes has blocked the sender.
+    user_blocks: bool | None = None
 
 
 #: What a rule says: append this entry, which has what only the head of the log knows; None: what the entry
@@ -174,7 +178,7 @@ def check_message(kind: str | None, role: str | None, blocked: bool) -> ChatErro
     if kind is None or role not in MEMBER_ROLES:
         return NotFound("no such conversation")
     if blocked:
-        return Forbidden("this user takes no direct messages from you")
+        return takes_no_messages()
     return None
 
 
@@ -223,6 +227,10 @@ def _member_rule(e: NewEntry, s: Standing) -> Decision:
         if s.kind == "channel" and not oneself:
             # The user is banned. Others bring no user into a channel: the ban ends, and the user may join.
             role = "none"
+        elif not oneself and s.user_blocks is None:
+            return Fact.BLOCKS
+        elif not oneself and s.user_blocks:
+            return takes_no_invitations(user)
         elif s.user_conversations is None:
             return Fact.CONVERSATIONS
         elif (refused := check_room_for(user, s.user_conversations, s.max_conversations)) is not None:
@@ -274,6 +282,16 @@ def check_room_for(user: str, conversations: int, most: int) -> ChatError | None
     if conversations >= most:
         return Forbidden(f"{user} is in {most} conversations, which is the limit")
     return None
+
+
+def takes_no_messages() -> ChatError:
+    """The refusal of a dm by the other one, who blocks the sender."""
+    return Forbidden("this user takes no direct messages from you")
+
+
+def takes_no_invitations(user: str) -> ChatError:
+    """The refusal of a user who blocks the inviter."""
+    return Forbidden(f"{user} takes no invitations from you")
 
 
 def by_oneself(e: NewEntry) -> bool:

@@ -115,6 +115,9 @@ def decide(fields: Any, standing: Standing, sender: str = "alice") -> Any:
             case Fact.CONVERSATIONS:
                 assert standing.user_conversations is None
                 standing.user_conversations = 1
+            case Fact.BLOCKS:
+                assert standing.user_blocks is None
+                standing.user_blocks = False
             case _:
                 return decision
     raise AssertionError(f"{decision} was asked for again and again")
@@ -154,9 +157,12 @@ def test_a_user_who_does_not_exist_or_has_no_room_is_not_invited() -> None:
 
     assert inviting() is Fact.USER
     assert isinstance(inviting(user_exists=False), NotFound)
-    assert inviting(user_exists=True) is Fact.CONVERSATIONS
-    assert isinstance(inviting(user_exists=True, user_conversations=5), Forbidden)
-    assert inviting(user_exists=True, user_conversations=4).change == RoleChange("bob", "member")
+    assert inviting(user_exists=True) is Fact.BLOCKS
+    assert isinstance(inviting(user_exists=True, user_blocks=True), Forbidden)
+    there = {"user_exists": True, "user_blocks": False}
+    assert inviting(**there) is Fact.CONVERSATIONS
+    assert isinstance(inviting(**there, user_conversations=5), Forbidden)
+    assert inviting(**there, user_conversations=4).change == RoleChange("bob", "member")
 
 
 def test_the_only_owner_stays_while_others_are_in() -> None:

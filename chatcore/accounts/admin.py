@@ -21,8 +21,8 @@ from ..settings import Settings
 from ..store.base import Store
 from ..store.names import check_name
 from ..store.sqlite import accounts, ops
-from ..store.sqlite.lock import WriteLock
 from ..store.sqlite.schema import BrokenStore, connect, database_path, prepare
+from ..store.sqlite.threads import WriteLock
 from .passwords import Passwords
 
 T = TypeVar("T")

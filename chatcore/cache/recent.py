@@ -423,6 +423,11 @@ class RecentEntries:
         """Keep an entry that was just committed, here or elsewhere."""
         self.l1.add(e, self._max_life_s)
 
+    def add_all(self, entries: Iterable[Entry]) -> None:
+        """Keep entries that were just committed."""
+        for e in entries:
+            self.l1.add(e, self._max_life_s)
+
     def overwrite(self, e: Entry) -> None:
         """Replace the body of an entry."""
         self.l1.overwrite(e)

@@ -28,6 +28,7 @@ from ..store.base import (
     Entry,
     Known,
     Memberships,
+    OnCommit,
     Opened,
     Opening,
     Page,
@@ -142,10 +143,10 @@ class CachedStore(ForwardingStore):
         """Messages of the bus may have been lost: drop everything in level 1."""
         self._invalidations.on_resync_needed()
 
-    def on_commit(self, entries: list[Entry]) -> None:
-        """This worker has committed new entries."""
-        for e in entries:
-            self.recent.add(e)
+    @property
+    def on_commit(self) -> OnCommit:
+        """To be called with the new entries that this worker has committed."""
+        return self.recent.add_all
 
     def on_entry(self, e: Entry) -> None:
         """Another worker has committed a new entry."""
@@ -246,7 +247,11 @@ class SharedCachedStore(CachedStore):
         }
 
     # --- events --------------------------------------------------------------------
-    def on_commit(self, entries: list[Entry]) -> None:
+    @property
+    def on_commit(self) -> OnCommit:
+        return self._on_commit
+
+    def _on_commit(self, entries: list[Entry]) -> None:
         for e in entries:
             self.recent.add(e)
             self.activity.note(e.conv)

@@ -13,9 +13,9 @@ import apsw
 from ..common.redis_client import RedisClient, parse_url
 from ..errors import BadRequest, ChatError, Unavailable
 from ..settings import Settings
-from ..store.sqlite.lock import WriteLock
 from ..store.sqlite.ops import Op, Transaction
 from ..store.sqlite.schema import BrokenStore, connect, database_path, prepare
+from ..store.sqlite.threads import WriteLock
 from .base import Queue
 from .redis import PREFIXES, RedisQueue
 from .sqlite import SQLiteQueue

@@ -19,9 +19,9 @@ from ..settings import Settings
 from ..store.base import Entry, OnCommit, Store
 from ..store.mongo.client import MongoSettings
 from ..store.mongo.store import BrokenSchema, MongoStore
-from ..store.sqlite.lock import WriteLock
 from ..store.sqlite.schema import BrokenStore, prepare
 from ..store.sqlite.store import SQLiteStore
+from ..store.sqlite.threads import WriteLock
 from ..supervisor.worker_process import StartError, WorkerContext
 from .health import Metrics
 

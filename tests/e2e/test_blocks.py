@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .client import Client
-from .world import User, World
+from .world import User, World, new_cid
 
 
 async def _pair(world: World) -> tuple[Client, Client, str, str, User]:
@@ -43,6 +43,19 @@ async def test_who_is_blocked_sees_who_blocks_offline(world: World) -> None:
     assert states[0] == {"user": alice.user, "state": "offline"}
     await alice.request("block", user=bob.user, on=False)
     await bob.expect(t="presence", user=alice.user, state="online")
+
+
+async def test_who_is_blocked_cannot_pull_who_blocks_into_a_group(world: World) -> None:
+    alice, bob, *_ = await _pair(world)
+    await alice.request("block", user=bob.user, on=True)
+    refused = await bob.refused("forbidden", "open", kind="group", cid=new_cid(), members=[alice.user])
+    assert "block" not in refused["message"]
+    carol = await world.user("carol")
+    conv = await world.group(bob, carol)
+    await bob.refused("forbidden", "member", c=conv, user=alice.user, role="member")
+    await alice.request("block", user=bob.user, on=False)
+    await bob.request("member", c=conv, user=alice.user, role="member")
+    await alice.expect(t="conv", c=conv, role="member")
 
 
 async def test_a_block_does_not_end_what_both_are_in(world: World) -> None:

@@ -228,7 +228,7 @@ class ModelStore:
         members = sum(db.is_in(c, u) for c, u in db.members if c == new.conv)
         standing = Standing(
             db.kinds.get(new.conv), db.role(new.conv, new.sender), owners=1, members=members,
-            user_exists=True, user_conversations=0,
+            user_exists=True, user_conversations=0, user_blocks=False,
         )  # fmt: skip
         if isinstance(change, RoleChange):
             standing.user_role = db.role(new.conv, change.user)

@@ -211,7 +211,7 @@ def _statements(tmp_path: Path) -> list[str]:
     ):
         do(op)
     for query in (
-        ops.position,
+        reads.position,
         reads.heads([group]),
         reads.entries(group, 0, 10, 10**6),
         reads.page(alice.id, group, None, None, 10, 10**6),

@@ -19,8 +19,8 @@ import pytest
 from chatcore.entries import MemberFields, new_entry
 from chatcore.errors import Forbidden, Unavailable
 from chatcore.store.base import Appended, User
-from chatcore.store.sqlite.lock import WriteLock
 from chatcore.store.sqlite.schema import BrokenStore, database_path, prepare
+from chatcore.store.sqlite.threads import WriteLock
 
 from .harness import Opened, message, run
 

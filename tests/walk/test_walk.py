@@ -14,8 +14,6 @@ from .run import walk_of
 #: At most so many modules, and returns to a package that was left.
 SEND: Final = (14, 2)
 RESUME: Final = (12, 2)
-#: Set when the packages are as they are to be.
-BOUNDED: Final = False
 
 
 @pytest.mark.parametrize(
@@ -30,7 +28,6 @@ def test_the_way_through_a_worker(scenario: str, bounds: tuple[int, int], throug
         walk = runner.run(walk_of(scenario, tmp_path))
     assert through <= set(walk.modules), walk.report()
     assert walk.report().count("\n") > len(walk.modules)
-    if BOUNDED:
-        modules, returns = bounds
-        assert len(walk.modules) <= modules, walk.report()
-        assert len(walk.returns) <= returns, walk.report()
+    modules, returns = bounds
+    assert len(walk.modules) <= modules, walk.report()
+    assert len(walk.returns) <= returns, walk.report()

@@ -156,6 +156,10 @@ class MongoOps:
                 standing.user_exists = found is not None
             case Fact.CONVERSATIONS:
                 standing.user_conversations = await self.conversations_of(e.change.user)
+            case Fact.BLOCKS:
+                block = {"_id": f"{e.change.user}:{e.sender}"}
+                found = await self._mongo.do(self._mongo["blocks"].find_one(block, {"_id": 1}))
+                standing.user_blocks = found is not None
 
     async def conversations_of(self, user: str) -> int:
         """How many conversations the user is in, up to the limit (asks every shard)."""

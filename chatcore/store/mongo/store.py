@@ -15,8 +15,17 @@ from pymongo.monitoring import CommandListener
 
 from ...common.clock import now_ms
 from ...common.tasks import Tasks
-from ...entries import CHANGING, MESSAGES, NewEntry, RoleChange, by_oneself, check_room_for
-from ...errors import ChatError, Conflict, Forbidden, NotFound, Unavailable
+from ...entries import (
+    CHANGING,
+    MESSAGES,
+    NewEntry,
+    RoleChange,
+    by_oneself,
+    check_room_for,
+    takes_no_invitations,
+    takes_no_messages,
+)
+from ...errors import ChatError, Conflict, NotFound, Unavailable
 from ...protocol import MEMBER_ROLES
 from ..append import Appender, AppendLimits
 from ..base import (
@@ -377,10 +386,8 @@ class MongoStore:
             inside = await self._ops.conversations_of(user)
             if (refused := check_room_for(user, inside, self._max_conversations)) is not None:
                 raise refused
-        if o.kind == "dm":
-            block = {"_id": f"{o.members[0]}:{o.creator}"}
-            if await self.mongo.do(self.mongo["blocks"].find_one(block, {"_id": 1})) is not None:
-                raise Forbidden("this user takes no direct messages from you")
+        for user in sorted(await self._reads.blockers(o.creator, o.members)):
+            raise takes_no_messages() if o.kind == "dm" else takes_no_invitations(user)
 
     async def _make(self, id: str, o: Opening, kind: str) -> None:
         a, b = sorted((o.creator, o.members[0])) if o.kind == "dm" else (None, None)

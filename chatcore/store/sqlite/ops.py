@@ -30,11 +30,14 @@ from ...entries import (
     by_oneself,
     check_message,
     check_room_for,
+    takes_no_invitations,
+    takes_no_messages,
 )
-from ...errors import ChatError, Conflict, Forbidden, NotFound
+from ...errors import ChatError, Conflict, NotFound
 from ...protocol import MEMBER_ROLES, encode_entry
 from ..base import Appended, Entry, Opened, Opening
 from ..opening import DM_REQUEST, conversation_id, first_entries, first_members, request_id
+from .schema import POSITION
 
 _ROLES: Final = "('member', 'admin', 'owner')"
 
@@ -97,7 +100,9 @@ class Transaction:
     def tick(self, n: int = 1) -> int:
         """The first of the next ``n`` values of the change counter (fresh for this transaction)."""
         if self._counter < 0:
-            self._counter = position(self.db)
+            row = self.one(POSITION)
+            assert row is not None
+            self._counter = int(row[0])
         first = self._counter + 1
         self._counter += n
         return first
@@ -109,16 +114,6 @@ class Transaction:
     def one(self, sql: str, args: Sequence[Any] = ()) -> tuple[Any, ...] | None:
         """The first row, or None."""
         return self.db.execute(sql, args).fetchone()
-
-
-def position(db: apsw.Connection) -> int:
-    """The newest value of the change counter."""
-    row = db.execute(
-        "SELECT max((SELECT coalesce(max(id), 0) FROM entries), (SELECT coalesce(max(rev), 0) FROM members),"
-        " (SELECT coalesce(max(rev), 0) FROM revocations))"
-    ).fetchone()
-    assert row is not None
-    return int(row[0])
 
 
 Outcome = Appended | ChatError
@@ -241,6 +236,12 @@ def _load(tx: Transaction, fact: Fact, e: NewEntry, standing: Standing) -> None:
             standing.user_exists = tx.one("SELECT 1 FROM users WHERE id = ?", (e.change.user,)) is not None
         case Fact.CONVERSATIONS:
             standing.user_conversations = _conversations_of(tx, e.change.user)
+        case Fact.BLOCKS:
+            standing.user_blocks = _blocks(tx, e.change.user, e.sender)
+
+
+def _blocks(tx: Transaction, user: str, other: str) -> bool:
+    return tx.one("SELECT 1 FROM blocks WHERE user = ? AND other = ?", (user, other)) is not None
 
 
 def _conversations_of(tx: Transaction, user: str) -> int:
@@ -319,8 +320,8 @@ def open_conversation(o: Opening) -> Op:
             refused = check_room_for(user, _conversations_of(tx, user), tx.max_conversations)
             if refused is not None:
                 raise refused
-        if o.kind == "dm" and tx.one("SELECT 1 FROM blocks WHERE user = ? AND other = ?", (o.members[0], o.creator)):
-            raise Forbidden("this user takes no direct messages from you")
+            if user != o.creator and _blocks(tx, user, o.creator):
+                raise takes_no_messages() if o.kind == "dm" else takes_no_invitations(user)
         ts = now_ms()
         a, b = sorted(users) if o.kind == "dm" else (None, None)
         _insert_conversation(tx, conv, o.kind, o.title, a, b, ts)

@@ -12,7 +12,7 @@ from ...errors import NotFound
 from ...protocol import MEMBER_ROLES, encode_entry
 from ..base import Account, Changes, Entry, Memberships, Page, Peer, Token, User, View
 from ..names import name_key
-from .ops import position
+from .schema import POSITION
 
 T = TypeVar("T")
 Query = Callable[[apsw.Connection], T]
@@ -33,6 +33,13 @@ LEFT JOIN entries l ON l.conv = m.conv AND l.seq = e.last_msg
 LEFT JOIN users w ON w.id = CASE WHEN c.a = m.user THEN c.b ELSE c.a END
 WHERE m.user = ?1 AND m.role IN {_ROLES}
 """
+
+
+def position(db: apsw.Connection) -> int:
+    """The newest value of the change counter."""
+    row = db.execute(POSITION).fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 def _entry(row: tuple[Any, ...]) -> Entry:

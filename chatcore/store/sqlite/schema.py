@@ -18,6 +18,11 @@ import apsw
 APPLICATION_ID: Final = 0x63686174  # "chat"
 SCHEMA_VERSION: Final = 1
 FILE_NAME: Final = "chatcore.db"
+#: Reads the newest value of the change counter.
+POSITION: Final = (
+    "SELECT max((SELECT coalesce(max(id), 0) FROM entries), (SELECT coalesce(max(rev), 0) FROM members),"
+    " (SELECT coalesce(max(rev), 0) FROM revocations))"
+)
 LOCK_NAMES: Final = ("write.next", "write.lock")
 # A reader never waits for a writer in WAL mode, and writers queue on the file lock;
 # this is for the moments of opening and recovery.

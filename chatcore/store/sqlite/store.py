@@ -117,7 +117,7 @@ class SQLiteStore:
             if not self._writer.healthy and self._writer.idle():
                 self._writer.put(_nothing).add_done_callback(_retrieved)
             if not self._reader.healthy and self._reader.idle():
-                self._reader.put(ops.position).add_done_callback(_retrieved)
+                self._reader.put(reads.position).add_done_callback(_retrieved)
 
     def write(self, op: ops.Op) -> asyncio.Future[Any]:
         """One operation of another part that keeps its tables here, in the next commit."""
@@ -151,7 +151,7 @@ class SQLiteStore:
         return await self._read(reads.page(user, conv, before, after, limit, max_bytes))
 
     async def position(self) -> int:
-        return await self._read(ops.position)
+        return await self._read(reads.position)
 
     async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes:
         return await self._read(reads.changes(after))

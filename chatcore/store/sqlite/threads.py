@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
+import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Final
 
 import apsw
@@ -23,8 +26,7 @@ from ...entries import MESSAGES, NewEntry
 from ...errors import ChatError, Internal, Unavailable
 from ..base import Entry, OnCommit
 from . import ops
-from .lock import WriteLock
-from .schema import BUSY_TIMEOUT_MS, connect, database_path
+from .schema import BUSY_TIMEOUT_MS, LOCK_NAMES, connect, database_path
 
 log = logging.getLogger("chatcore.store")
 
@@ -39,6 +41,40 @@ CHECKPOINT_BUSY_MS: Final = 50
 
 Work = NewEntry | ops.Op
 Future = asyncio.Future[Any]
+
+
+class WriteLock:
+    """Two file locks that make a queue.
+
+    ``flock`` alone is not fair: a process that releases it and wants it again at
+    once wins against a waiter that has yet to wake up. Here one waiter holds
+    ``next`` while it waits for ``write``, and a process that wants the lock again
+    must get ``next`` first, which it cannot before that waiter has had its turn.
+    The kernel releases both when a process dies.
+
+    One per thread: it owns its two descriptors (opened after the fork, since a
+    descriptor that is inherited shares its locks).
+    """
+
+    def __init__(self, data: Path) -> None:
+        self._next, self._write = (
+            os.open(data / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600) for name in LOCK_NAMES
+        )
+
+    def __enter__(self) -> None:
+        fcntl.flock(self._next, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(self._write, fcntl.LOCK_EX)
+        finally:
+            fcntl.flock(self._next, fcntl.LOCK_UN)
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        fcntl.flock(self._write, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Close both descriptors."""
+        os.close(self._next)
+        os.close(self._write)
 
 
 class _Thread:
