@@ -1,4 +1,4 @@
-"""Accounts over plain HTTP: register, log in, log out, find somebody by name."""
+"""Accounts over plain HTTP: register, log in, log out, find a user by name."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, Final
 
 import msgspec
 
-from .errors import Internal, error_from
+from .errors import Conflict, Internal, Unauthenticated, error_from
 from .events import User
 
-#: One request may take this long; hashing a password alone takes a while.
+#: One request may take this long; checking a password alone takes a while.
 TIMEOUT_S: Final = 30.0
 #: No answer of these requests is larger.
 _ANSWER_MAX: Final = 1 << 20
@@ -61,6 +61,22 @@ async def login(address: Address, name: str, password: str) -> Session:
     return await _session(address, "/v1/sessions", name, password)
 
 
+async def login_or_register(address: Address, name: str, password: str) -> Session:
+    """Log in; make the account if there is none of this name.
+
+    :raises Unauthenticated: there is one, with another password.
+    :raises Forbidden: registration is closed.
+    :raises OSError: the server cannot be reached.
+    """
+    try:
+        return await login(address, name, password)
+    except Unauthenticated:
+        try:
+            return await register(address, name, password)
+        except Conflict:
+            raise Unauthenticated("the name or the password is wrong") from None
+
+
 async def logout(address: Address, token: str) -> None:
     """End the session: the token is worth nothing from here on."""
     await request(address, "DELETE", "/v1/sessions/current", token=token)
@@ -79,7 +95,8 @@ async def request(
     """One request of the HTTP API; the answer's JSON object.
 
     :raises chatcore.errors.ChatError: the server refused it.
-    :raises OSError: the server cannot be reached, or is none of ours.
+    :raises OSError: the server cannot be reached.
+    :raises Internal: it is no chatcore server.
     """
     return await asyncio.to_thread(_request, address, method, path, body, token)
 

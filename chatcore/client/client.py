@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Final, Self
 
-from . import accounts, directory
+from . import accounts
 from .accounts import Address
-from .core import Core
-from .errors import OutboxFull, Unauthenticated
+from .connection import ConnectionLoop, now
+from .core import ClientCore
+from .errors import NotFound, OutboxFull
 from .events import Conversation, Event, Presence, Sent, User
-from .keeper import Keeper
-from .link import Link, now
 from .outbox import Draft, new_cid
-from .requests import Requests, states_of
-from .state import State, decode
+from .requests import Requests, channel_of_title, states_of
+from .state import State, StateSaver, decode
 
 #: ``typing`` goes out at most this often per conversation.
 TYPING_EVERY_S: Final = 3.0
 
 
 class Client(Requests):
-    """A chat session that reconnects by itself, loses nothing and repeats nothing.
+    """A chat session that reconnects by itself, loses no message and repeats none.
 
     Use it as an async context manager, read :meth:`events` in one task, and call
     the requests from any. It belongs to the event loop in which it was started.
 
     :param url: of the server, like ``http://127.0.0.1:8080``.
     :param token: from :meth:`login` or an earlier one; it never is in a URL.
-    :param state: where to keep what a restarted client needs to go on exactly
+    :param state: where to save what a restarted client needs to go on exactly
         where it was; without it everything ends with this object.
     :param only: attach just these conversations; an empty list means to be away.
     :param queue: events waiting for the application before the socket is held up.
@@ -66,7 +65,7 @@ class Client(Requests):
         self._timeout_s = timeout_s
         self._users: dict[str, User] = {}
         self._typed: dict[str, float] = {}
-        self._link: Link | None = None
+        self._connection_loop: ConnectionLoop | None = None
 
     @classmethod
     async def login(cls, url: str, name: str, password: str, *, register: bool = False, **options: Any) -> Self:
@@ -76,13 +75,8 @@ class Client(Requests):
         :raises chatcore.errors.Unauthenticated: the name or the password is wrong.
         :raises OSError: the server cannot be reached.
         """
-        address = Address(url)
-        try:
-            session = await accounts.login(address, name, password)
-        except Unauthenticated:
-            if not register:
-                raise
-            session = await directory.register_or_say_wrong(address, name, password)
+        log_in = accounts.login_or_register if register else accounts.login
+        session = await log_in(Address(url), name, password)
         return cls(url, session.token, **options)
 
     async def __aenter__(self) -> Self:
@@ -96,55 +90,55 @@ class Client(Requests):
     async def __aexit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # What the application was at when it failed is not done.
+        # The event at which the application failed is not processed.
         await self.close(done=kind is None)
 
     async def start(self) -> None:
         """Connect and authenticate, trying again for ``timeout_s``.
 
-        :raises chatcore.client.errors.Rejected: the server will not have us.
+        :raises chatcore.client.errors.Rejected: the server does not accept this client.
         :raises ConnectionError: there was no connection in time.
         """
-        if self._link is not None:
+        if self._connection_loop is not None:
             raise RuntimeError("the client was started before")
         snapshot = decode(await asyncio.to_thread(self._state.load) if self._state is not None else None)
-        core = Core(self.token, snapshot, only=self._only, ping_ms=self._ping_ms, window=self._window)
-        self._keeper = Keeper(self._state, snapshot, lambda: core.unacknowledged)
-        self._link = link = Link(core, self._keeper, self.address, self._queue_max)
+        core = ClientCore(self.token, snapshot, only=self._only, ping_ms=self._ping_ms, window=self._window)
+        self._saver = StateSaver(self._state, snapshot, lambda: core.unacknowledged)
+        self._connection_loop = io = ConnectionLoop(core, self._saver, self.address, self._queue_max)
         try:
             async with asyncio.timeout(self._timeout_s):
-                await link.online.wait()
+                await io.online.wait()
         except TimeoutError:
-            raise ConnectionError(f"no connection to {self.address}: {link.last_loss or 'no answer'}") from None
+            raise ConnectionError(f"no connection to {self.address}: {io.last_loss or 'no answer'}") from None
         self._check_open()
 
     async def close(self, *, done: bool = True) -> None:
         """Disconnect and end all tasks. Messages not acknowledged stay in the saved state.
 
-        :param done: the event that the application got last counts as done.
+        :param done: the event that the application got last counts as processed.
         """
-        if self._link is not None:
-            await self._link.close(done=done)
+        if self._connection_loop is not None:
+            await self._connection_loop.close(done=done)
 
-    # What the application looks at.
+    # State and events.
 
     @property
     def user(self) -> User:
-        """Who we are."""
-        me = self._core.world.me
+        """The user of this session."""
+        me = self._core.replica.me
         if me is None:
             raise RuntimeError("the client is not connected yet")
         return me
 
     @property
     def online(self) -> bool:
-        """Connected and authenticated right now."""
+        """Whether the client is connected and authenticated right now."""
         return self._core.online
 
     @property
     def conversations(self) -> Mapping[str, Conversation]:
         """The user's views of all conversations, by id."""
-        return self._core.world.views
+        return self._core.replica.views
 
     @property
     def unacknowledged(self) -> int:
@@ -152,10 +146,10 @@ class Client(Requests):
         return self._core.unacknowledged_count
 
     def events(self) -> AsyncIterator[Event]:
-        """All that happens, from here on until :meth:`close`; for one task at a time.
+        """All events from here on until :meth:`close`; for one task at a time.
 
-        Asking for the next event says that the application is through with the
-        one before: only then does the saved state move past it.
+        Asking for the next event says that the application has processed the one
+        before: only then does the saved state move past it.
 
         The iterator raises :class:`~chatcore.client.errors.Rejected` (and the
         like) when the connection ended for good.
@@ -165,29 +159,21 @@ class Client(Requests):
     async def ready(self) -> None:
         """Wait until all conversations are known. Raises TimeoutError."""
         async with asyncio.timeout(self._timeout_s):
-            while not self._core.in_step:
+            while not self._core.ready:
                 await self._until_changed()
 
     async def view(self, conv: str) -> Conversation:
-        """The view of a conversation; waits until the server has sent it. Raises TimeoutError."""
         async with asyncio.timeout(self._timeout_s):
-            while (view := self._core.world.views.get(conv)) is None:
+            while (view := self._core.replica.views.get(conv)) is None:
                 await self._until_changed()
         return view
 
-    # Requests with more to them than a question and an answer.
+    # Requests that need more than a request and its reply.
 
     async def ask(
         self, t: str, fields: Mapping[str, Any], *, repeat: bool = True, timeout_s: float | None = None
     ) -> dict[str, Any]:
-        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-        call = self._core.call(t, fields, partial(_resolve, future), repeat=repeat)
-        self._io.settle()
-        try:
-            async with asyncio.timeout(self._timeout_s if timeout_s is None else timeout_s):
-                return await future
-        finally:
-            self._core.cancel(call)
+        return await self._ask(t, fields, _ignore, repeat=repeat, timeout_s=timeout_s)
 
     def post(
         self,
@@ -199,7 +185,7 @@ class Client(Requests):
         data: str | None = None,
         cid: str | None = None,
     ) -> asyncio.Future[Sent]:
-        """Send a message without waiting: it is in line when this returns.
+        """Send a message without waiting: it is in the outbox when this returns.
 
         It is repeated, over reconnects and restarts of the server, until it is
         durable or refused for good; messages to one conversation arrive in the
@@ -212,11 +198,11 @@ class Client(Requests):
             raise OutboxFull(f"{self._unacknowledged_max} messages wait for their acknowledgement")
         draft = Draft(conv, cid or new_cid(), body, reply_to, list(files) if files is not None else None, data)
         future: asyncio.Future[Sent] = asyncio.get_running_loop().create_future()
-        # Whoever does not wait for it need not hear of it when the client closes.
+        # A caller that does not await it gets no warning about its exception when the client closes.
         future.add_done_callback(lambda f: f.cancelled() or f.exception())
-        lasting = self._keeper.lasting
-        pending = self._core.send(draft, partial(_acknowledged, draft, future), stored=not lasting)
-        if lasting and self._core.failure is None:
+        durable = self._saver.durable
+        pending = self._core.send(draft, partial(_acknowledged, draft, future), stored=not durable)
+        if durable and self._core.failure is None:
 
             def saved(waiter: asyncio.Future[None]) -> None:
                 error = waiter.exception() if not waiter.cancelled() else None
@@ -225,10 +211,10 @@ class Client(Requests):
                 else:
                     self._core.discard(pending)
                     _resolve(future, error)
-                self._io.settle()
+                self._io.apply_outputs()
 
-            self._keeper.urgent().add_done_callback(saved)
-        self._io.settle()
+            self._saver.save_now().add_done_callback(saved)
+        self._io.apply_outputs()
         return future
 
     async def send(self, conv: str, body: str, **options: Any) -> Sent:
@@ -248,17 +234,17 @@ class Client(Requests):
             await self._until_changed()
 
     def typing(self, conv: str) -> None:
-        """Tell the others that the user is typing: dropped when offline or told just now."""
+        """Show the other members that the user is typing; dropped when offline, or sent a moment ago."""
         at = now()
         if at - self._typed.get(conv, -TYPING_EVERY_S) >= TYPING_EVERY_S:
             self._typed[conv] = at
-            self._core.tell("typing", {"c": conv})
-            self._io.settle()
+            self._core.send_once("typing", {"c": conv})
+            self._io.apply_outputs()
 
     async def read(self, conv: str, upto: int) -> None:
         await super().read(conv, upto)
-        self._core.world.marked(conv, upto)
-        self._io.settle()
+        self._core.replica.read_upto(conv, upto)
+        self._io.apply_outputs()
 
     async def attach(self, only: Sequence[str] | None) -> None:
         """Attach just these conversations from now on, on later connections too.
@@ -267,13 +253,13 @@ class Client(Requests):
         """
         fields: dict[str, Any] = {}
         if only is not None:
-            cursors = self._core.world.catchup.cursors
+            cursors = self._core.replica.catchup.cursors
             fields = {"only": list(only), "have": {c: cursors[c].have for c in only if c in cursors}}
         await self.ask("attach", fields)
         self._core.attach(list(only) if only is not None else None)
 
     async def watch(self, users: Sequence[str]) -> list[Presence]:
-        """Be told of the presence of these users (and no others), on later connections too.
+        """Get :class:`Presence` events of these users (and no others), on later connections too.
 
         Returns their states now.
         """
@@ -282,7 +268,6 @@ class Client(Requests):
         return states_of(reply)
 
     async def join(self, conv: str) -> Conversation:
-        """Join a channel; nothing happens to one that the user is in already."""
         await self.ready()  # or the owner of a channel might make a plain member of himself
         if conv in self.conversations:
             return self.conversations[conv]
@@ -290,21 +275,29 @@ class Client(Requests):
         return await self.view(conv)
 
     async def leave(self, conv: str) -> None:
-        """Leave a conversation; nothing more of it will be told."""
-        await self.member(conv, self.user.id, "none")
-        self._core.world.forget(conv)
-        self._io.settle()
+        def left(reply: dict[str, Any]) -> None:
+            # At once: a push behind the reply may bring the user back.
+            seq = reply.get("s")
+            self._core.replica.left(conv, seq if isinstance(seq, int) else None)
+
+        await self._ask("member", {"c": conv, "user": self.user.id, "role": "none"}, left)
+        self._io.apply_outputs()
 
     async def channel(self, title: str) -> str:
         """The id of the channel of this title: joined, or made if there is none.
 
-        See :mod:`chatcore.client.directory` for what happens when several make it at once.
+        See :mod:`chatcore.client.requests` for what happens when several clients make it at once.
         """
-        return await directory.channel(self, title)
+        return await channel_of_title(self, title)
 
     async def dm(self, name: str) -> str:
         """The id of the direct conversation with the user of this name. Raises NotFound."""
-        return await directory.dm(self, name)
+        user = await accounts.find_user(self.address, self.token, name)
+        if user is None:
+            raise NotFound(f"there is no user {name!r}")
+        conv = await self.open("dm", members=[user.id])
+        await self.view(conv)
+        return conv
 
     async def name_of(self, user: str) -> str:
         """The name of a user by id; the id itself if there is no such user. Remembered."""
@@ -317,7 +310,7 @@ class Client(Requests):
         """Use a new token of the same user, on this connection and later ones."""
         self.token = token
         self._core.renew(token, now())
-        self._io.settle()
+        self._io.apply_outputs()
 
     async def logout(self) -> None:
         """End the session on the server; it closes the connection, which ends the client."""
@@ -326,18 +319,43 @@ class Client(Requests):
     def nudge(self) -> None:
         """The machine woke up or changed networks: look at once whether the server is there."""
         self._core.nudge(now())
-        self._io.settle()
+        self._io.apply_outputs()
 
-    # Inside.
+    # Internals.
+
+    async def _ask(
+        self,
+        t: str,
+        fields: Mapping[str, Any],
+        on_ok: Callable[[dict[str, Any]], None],
+        *,
+        repeat: bool = True,
+        timeout_s: float | None = None,
+    ) -> dict[str, Any]:
+        """As :meth:`ask`; ``on_ok`` is called with the reply before any later message is looked at."""
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+
+        def done(reply: dict[str, Any] | Exception) -> None:
+            if not isinstance(reply, Exception):
+                on_ok(reply)
+            _resolve(future, reply)
+
+        call = self._core.call(t, fields, done, repeat=repeat)
+        self._io.apply_outputs()
+        try:
+            async with asyncio.timeout(self._timeout_s if timeout_s is None else timeout_s):
+                return await future
+        finally:
+            self._core.cancel(call)
 
     @property
-    def _io(self) -> Link:
-        if self._link is None:
+    def _io(self) -> ConnectionLoop:
+        if self._connection_loop is None:
             raise RuntimeError("the client is not started: use it in `async with`, or call start()")
-        return self._link
+        return self._connection_loop
 
     @property
-    def _core(self) -> Core:
+    def _core(self) -> ClientCore:
         return self._io.core
 
     def _check_open(self) -> None:
@@ -345,7 +363,7 @@ class Client(Requests):
             raise self._core.failure
 
     async def _until_changed(self) -> None:
-        """Wait until something has changed. Raises what ended the connection for good."""
+        """Wait until something has changed. Raises the exception that ended the connection for good."""
         self._check_open()
         self._io.changed.clear()
         await self._io.changed.wait()
@@ -354,14 +372,14 @@ class Client(Requests):
 class _Events:
     """The iterator of :meth:`Client.events`."""
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, io: ConnectionLoop) -> None:
+        self._io = io
 
     def __aiter__(self) -> _Events:
         return self
 
     async def __anext__(self) -> Event:
-        return await self._link.next_event()
+        return await self._io.next_event()
 
 
 def _acknowledged(draft: Draft, future: asyncio.Future[Sent], reply: dict[str, Any] | Exception) -> None:
@@ -370,6 +388,10 @@ def _acknowledged(draft: Draft, future: asyncio.Future[Sent], reply: dict[str, A
     else:
         seq, ts = int(reply.get("s", 0)), int(reply.get("ts", 0))
         _resolve(future, Sent(draft.conv, draft.cid, seq, ts, bool(reply.get("dup"))))
+
+
+def _ignore(_: object) -> None:
+    pass
 
 
 def _resolve(future: asyncio.Future[Any], result: Any) -> None:

@@ -1,10 +1,10 @@
-"""The client without its I/O: what to send, what to tell the application, when to come back.
+"""The client without its I/O: what to send, which events to give the application, when to come back.
 
-Whoever does the I/O calls the inputs (``connected``, ``received``, ``lost``,
+The owner does the I/O. It calls the inputs (``connected``, ``received``, ``lost``,
 ``tick``, ...) with the time in seconds of one clock that never jumps back, and
-after each of them looks at the outputs: :meth:`Core.take_frames`,
-:meth:`Core.take_events`, :attr:`Core.connect_at`, :attr:`Core.drop`,
-:attr:`Core.failure` and :meth:`Core.wake_at`.
+after each of them looks at the outputs: :meth:`ClientCore.take_frames`,
+:meth:`ClientCore.take_events`, :attr:`ClientCore.connect_at`, :attr:`ClientCore.drop`,
+:attr:`ClientCore.failure` and :meth:`ClientCore.wake_at`.
 """
 
 from __future__ import annotations
@@ -17,32 +17,52 @@ from typing import Any, Final
 
 import msgspec
 
-from .backoff import Backoff
-from .calls import Call, Calls, Done, encode
 from .errors import ChatError, ConnectionLost, RateLimited, StateMismatch, TooLarge, error_from, rejection_from
 from .events import Disconnected, Event, Refused, User
-from .outbox import Draft, Outbox, Pending
-from .pulse import AUTH_TIMEOUT_S, PING_TIMEOUT_S, QUIET_S, Pulse
-from .resume import resume_fields
+from .liveness import AUTH_TIMEOUT_S, IDLE_S, PING_TIMEOUT_S, Liveness, ReconnectDelay
+from .outbox import (
+    UNANSWERED_DEFAULT,
+    UNANSWERED_SPARE,
+    Call,
+    Calls,
+    Done,
+    Draft,
+    MessageOutbox,
+    Pending,
+    encode,
+)
+from .replica import Progress, Replica
 from .state import Snapshot
-from .world import Mark, World
 
 log: Final = logging.getLogger("chatcore.client")
 
 VERSION: Final = 1
-#: A retryable refusal without a sensible time is repeated after this.
-RETRY_MIN_S: Final = 0.05
+#: A refusal that asks for less is repeated after this, so that a server that says 0 is not asked in a tight loop.
+RETRY_MIN_S: Final = 0.01
 #: Entries asked for in one page when a hole is filled.
 PAGE: Final = 100
-#: Closes that some message of ours caused: it is not repeated.
+#: Closes that some message of this client caused: it is not repeated.
 BAD_MESSAGE_CODES: Final = frozenset({1002, 1003, 1007, 1009})
 
-#: What the server allows until its ``hello`` says otherwise (protocol.md, "Connecting").
-_LIMITS: Final = {"frame": 65536, "have": 1000, "history": PAGE}
+#: What the server allows until its ``hello`` says otherwise (protocol document, "Limits and rates").
+_LIMITS: Final = {
+    "frame": 65536,
+    "have": 1000,
+    "history": PAGE,
+    "outstanding": UNANSWERED_DEFAULT + UNANSWERED_SPARE,
+}
+#: What one conversation takes in ``have`` besides its id, with the largest seq.
+_HAVE_OVERHEAD_BYTES: Final = 20
 
 
-class Core:
-    """One user's session over any number of connections; not more than one at a time."""
+class ClientCore:
+    """One user's session over any number of connections; not more than one at a time.
+
+    :param snapshot: the saved state of an earlier run.
+    :param only: attach just these conversations; None: all.
+    :param ping_ms: how often the server is to ping; its own choice if None.
+    :param window: messages unanswered at the same time per conversation.
+    """
 
     def __init__(
         self,
@@ -54,17 +74,17 @@ class Core:
         window: int = 1,
         rng: random.Random | None = None,
     ) -> None:
-        kept = snapshot or Snapshot()
+        saved = snapshot or Snapshot()
         self._rng = rng or random.Random()
         self._token = token
-        self._user_id = kept.user
+        self._user_id = saved.user
         self._only = only
         self._ping_ms = ping_ms
-        self._backoff = Backoff(self._rng)
+        self._reconnect = ReconnectDelay(self._rng)
         self._calls = Calls()
-        self._outbox = Outbox(window)
-        self.world = World(dict(kept.have), dict(kept.convs), kept.sync)
-        for draft in kept.sends:
+        self._outbox = MessageOutbox(window)
+        self.replica = Replica(dict(saved.have), dict(saved.convs), saved.sync)
+        for draft in saved.sends:
             self._outbox.add(Pending(draft, None, stored=True))
         self._watched: list[str] | None = None
         self._frames: list[bytes] = []
@@ -73,15 +93,15 @@ class Core:
         self._gen = 0
         self._open = False
         self._authenticated = False
-        self._pulse = Pulse()
+        self._liveness = Liveness()
         self._auth_at: float | None = None
         #: ``ready`` came on this connection: every conversation is known.
-        self.in_step = False
+        self.ready = False
         #: When to connect; None while there is a connection or one is being made.
         self.connect_at: float | None = 0.0
         #: The socket is to be aborted, then ``lost`` to be called.
         self.drop = False
-        #: Why it is all over; nothing will happen any more.
+        #: Why the session ended for good; nothing will happen any more.
         self.failure: Exception | None = None
 
     # Inputs: the connection.
@@ -99,7 +119,7 @@ class Core:
             return
         self._now = now
         self._open, self._authenticated = True, False
-        self._pulse.opened(now)
+        self._liveness.opened(now)
         self._frames.clear()
         self._auth_at = now
         self._flush()
@@ -114,11 +134,11 @@ class Core:
         except msgspec.DecodeError:
             obj = None
         if not isinstance(obj, dict):
-            log.warning("the server sent something that is no JSON object; dropping the connection")
+            log.warning("the server sent a message that is no JSON object; dropping the connection")
             self.drop = True
             return
         t = obj.get("t")
-        self._pulse.heard(now, news=t not in ("ok", "error", "hello"))
+        self._liveness.heard(now, news=t not in ("ok", "error", "hello"))
         match t:
             case "ok":
                 if call := self._calls.answered(obj.get("id")):
@@ -127,16 +147,18 @@ class Core:
                 if call := self._calls.answered(obj.get("id")):
                     call.done(error_from(obj))
                 else:
-                    log.warning("the server says: %s %s", obj.get("code"), obj.get("message"))
+                    log.warning(
+                        "the server sent an error without a request: %s %s", obj.get("code"), obj.get("message")
+                    )
             case "hello":
                 self._hello(obj)
             case "ready":
-                self.in_step = True
-                self.world.push(obj)
-                self._backoff.ready(now)
-                self._pulse.synced(now)
+                self.ready = True
+                self.replica.push(obj)
+                self._reconnect.ready(now)
+                self._liveness.synced(now)
             case _:
-                self.world.push(obj)
+                self.replica.push(obj)
         self._flush()
 
     def lost(self, gen: int, code: int, reason: str, now: float) -> None:
@@ -144,14 +166,14 @@ class Core:
         if gen != self._gen or self.failure:
             return
         self._now = now
-        self._open = self._authenticated = self.in_step = self.drop = False
+        self._open = self._authenticated = self.ready = self.drop = False
         self._auth_at = None
         self._frames.clear()
         rejection = rejection_from(code, reason)
         bad = code in BAD_MESSAGE_CODES
         flying = sum(1 for pending in self._outbox if pending.in_flight)
         culprit = self._outbox.disconnected(bad_message=bad, others=self._calls.unanswered - flying)
-        self.world.disconnected()
+        self.replica.disconnected()
         for call, error in self._calls.disconnected(repeat=not bad):
             call.done(error)
         if rejection is not None:
@@ -159,42 +181,42 @@ class Core:
             return
         if culprit is not None:
             self._finish(culprit, TooLarge(f"the server closed the connection over this message: {reason} ({code})"))
-        attempt = self._backoff.attempt + 1
-        wait = self._backoff.lost(now, reason)
+        attempt = self._reconnect.attempt + 1
+        wait = self._reconnect.lost(now, reason)
         self.connect_at = now + wait
-        self.world.say(Disconnected(code=code, reason=reason, retry_in_s=wait, attempt=attempt))
+        self.replica.emit_at_most_once(Disconnected(code=code, reason=reason, retry_in_s=wait, attempt=attempt))
 
     def tick(self, now: float) -> None:
         """Time has passed, at least until :meth:`wake_at`."""
         self._now = max(self._now, now)
         if not self._open or self.drop or self.failure:
             return
-        if self._pulse.dead(now):
+        if self._liveness.dead(now):
             log.info("no sign of life from the server; dropping the connection")
             self.drop = True
             return
-        if self._authenticated and self._pulse.due(now):
+        if self._authenticated and self._liveness.due(now):
             self._send_ping()
         self._flush()
 
     def nudge(self, now: float) -> None:
-        """The machine woke up or changed networks: come back at once, or see if the other side is there."""
+        """The machine woke up or changed networks: come back at once, or ask whether the server is there."""
         self._now = max(self._now, now)
         if self.connect_at is not None:
             self.connect_at = now
-        elif self._authenticated and not self._pulse.waiting:
+        elif self._authenticated and not self._liveness.waiting:
             self._send_ping()
             self._flush()
 
     def reading(self, yes: bool, now: float) -> None:
         """Whether the socket is being read: silence means nothing while it is not."""
-        self._pulse.reading(yes, now)
+        self._liveness.reading(yes, now)
 
-    def set_room(self, room: bool, now: float) -> None:
-        """Whether the application can take more; without room entries are left to be paged."""
+    def set_accepting(self, accepting: bool, now: float) -> None:
+        """Whether the application can take more events; otherwise entries are left to be paged."""
         self._now = max(self._now, now)
-        if room != self.world.room:
-            self.world.set_room(room)
+        if accepting != self.replica.accepting:
+            self.replica.set_accepting(accepting)
             self._flush()
 
     # Inputs: the application.
@@ -204,7 +226,7 @@ class Core:
 
         Until ``stored`` (:meth:`stored`) it does not go out.
 
-        :raises BadRequest: it cannot be said in JSON.
+        :raises BadRequest: it cannot be written as JSON.
         """
         encode("send", draft.fields())
         pending = Pending(draft, done, stored)
@@ -217,7 +239,7 @@ class Core:
 
     def stored(self, pending: Pending) -> None:
         """The message is in the saved state and may go out."""
-        pending.stored = True
+        self._outbox.stored(pending)
         self._flush()
 
     def discard(self, pending: Pending) -> None:
@@ -225,9 +247,9 @@ class Core:
         self._outbox.finish(pending)
 
     def call(self, t: str, fields: Mapping[str, Any], done: Done, *, repeat: bool = True) -> Call:
-        """Ask something; ``done`` is called once, with the reply or an exception.
+        """Send a request; ``done`` is called once, with the reply or an exception.
 
-        :raises BadRequest: it cannot be said in JSON.
+        :raises BadRequest: it cannot be written as JSON.
         """
         call = Call(t, fields, done, repeat=repeat)
         if self.failure:
@@ -238,11 +260,11 @@ class Core:
         return call
 
     def cancel(self, call: Call) -> None:
-        """Nobody waits for this answer any more."""
+        """Drop a request: its caller does not wait for the reply any more."""
         self._calls.cancel(call)
 
-    def tell(self, t: str, fields: Mapping[str, Any]) -> None:
-        """Send what is not answered and not worth repeating."""
+    def send_once(self, t: str, fields: Mapping[str, Any]) -> None:
+        """Send a request without a reply, which is not worth repeating; it is dropped when offline."""
         if self._authenticated:
             self._frames.append(msgspec.json.encode({"t": t, **fields}))
 
@@ -263,7 +285,7 @@ class Core:
             self._flush()
 
     def fail(self, error: Exception) -> None:
-        """It is all over: everything that waits ends with ``error``."""
+        """End the session for good: everything that waits ends with ``error``."""
         if self.failure is None:
             self.failure = error
             self.connect_at = None
@@ -280,22 +302,22 @@ class Core:
 
     @property
     def online(self) -> bool:
-        """Connected and authenticated."""
+        """Whether the client is connected and authenticated."""
         return self._authenticated
 
     @property
     def waiting(self) -> bool:
-        """Somebody waits for something that the server is to say."""
+        """Whether a reply of the server is awaited."""
         return self._calls.outstanding > 0 or len(self._outbox) > 0 or not self._authenticated
 
     @property
     def user_id(self) -> str:
-        """Who we are; empty until the first ``auth`` was answered."""
+        """The own user id; empty until the first ``auth`` was answered."""
         return self._user_id
 
     @property
     def has_frames(self) -> bool:
-        """:meth:`take_frames` would return something."""
+        """Whether :meth:`take_frames` would return any."""
         return bool(self._frames)
 
     @property
@@ -313,20 +335,20 @@ class Core:
         out, self._frames = self._frames, []
         return out
 
-    def take_events(self) -> list[tuple[Event | None, Mark]]:
-        """What to tell the application, in order."""
-        return self.world.take()
+    def take_events(self) -> list[tuple[Event | None, Progress]]:
+        """The events for the application, in order; one of None only has progress to record."""
+        return self.replica.take()
 
     def wake_at(self) -> float | None:
         """When to call :meth:`tick` next; None if only other inputs matter."""
         if not self._open or self.failure:
             return None
-        times: list[float | None] = [self._auth_at, self._pulse.wake_at(asking=self._authenticated)]
+        times: list[float | None] = [self._auth_at, self._liveness.wake_at(may_ping=self._authenticated)]
         if self._authenticated:
-            times += [self._outbox.next_at(self._now), self.world.catchup.next_at(self._now)]
+            times += [self._outbox.next_at(self._now), self.replica.catchup.next_at(self._now)]
         return min((at for at in times if at is not None), default=None)
 
-    # Inside.
+    # Internals.
 
     def _hello(self, obj: dict[str, Any]) -> None:
         limits = obj.get("limits")
@@ -334,34 +356,57 @@ class Core:
             self._limits |= {k: v for k, v in limits.items() if k in _LIMITS and isinstance(v, int) and v > 0}
 
     def _send_ping(self) -> None:
-        self._pulse.asked(self._now, PING_TIMEOUT_S)
-        self._frames.append(self._calls.ask(Call("ping", {}, self._pong, repeat=False)))
+        self._liveness.asked(self._now, PING_TIMEOUT_S)
+        self._frames.append(self._calls.issue(Call("ping", {}, self._pong, repeat=False)))
 
     def _pong(self, reply: dict[str, Any] | Exception) -> None:
-        self._pulse.answered()
-        self._pulse.synced(self._now)
-        if isinstance(reply, dict) and self.in_step:
-            self.world.synced(reply.get("sync"))
+        self._liveness.answered()
+        self._liveness.synced(self._now)
+        if isinstance(reply, dict) and self.ready:
+            self.replica.synced(reply.get("sync"))
 
     def _auth(self) -> None:
         first = not self._authenticated
         self._auth_at = None
         if first:
-            self._pulse.asked(self._now, AUTH_TIMEOUT_S)
+            self._liveness.asked(self._now, AUTH_TIMEOUT_S)
         fields: dict[str, Any] = {"v": VERSION, "token": self._token}
         if first:
-            fields |= resume_fields(self.world, most=self._limits["have"], most_bytes=self._limits["frame"] // 2)
+            fields |= self._resume_fields()
             if self._only is not None:
                 fields["only"] = self._only
             if self._ping_ms is not None:
                 fields["ping_ms"] = self._ping_ms
-        self._frames.append(self._calls.ask(Call("auth", fields, partial(self._authed, first), repeat=False)))
+        self._frames.append(self._calls.issue(Call("auth", fields, partial(self._authed, first), repeat=False)))
+
+    def _resume_fields(self) -> dict[str, Any]:
+        """``sync`` and ``have`` for ``auth``, or nothing: without ``sync`` the server ignores ``have``.
+
+        As many conversations as the server takes, in about half a frame, the newest first.
+        One that is left out costs a page of history, if it changed at all.
+        """
+        if self.replica.sync is None:
+            return {}
+        cursors, views = self.replica.catchup.cursors, self.replica.views
+
+        def newest(conv: str) -> int:
+            view = views.get(conv)
+            return view.last.ts if view and view.last else 0
+
+        have: dict[str, int] = {}
+        size = 0
+        for conv in sorted(cursors, key=newest, reverse=True)[: self._limits["have"]]:
+            size += len(conv) + _HAVE_OVERHEAD_BYTES
+            if size > self._limits["frame"] // 2:
+                break
+            have[conv] = cursors[conv].have
+        return {"sync": self.replica.sync, "have": have}
 
     def _authed(self, first: bool, reply: dict[str, Any] | Exception) -> None:
         if isinstance(reply, ConnectionLost):
             return
         if first:
-            self._pulse.answered()
+            self._liveness.answered()
         if isinstance(reply, ChatError) and reply.retry_after_ms is not None:
             self._auth_at = self._now + max(RETRY_MIN_S, reply.retry_after_ms / 1000)
             return
@@ -380,17 +425,17 @@ class Core:
             self._auth_at = self._now + max(10.0, expires_ms / 2000)
         if first:
             self._authenticated = True
-            self._pulse.quiet_s = QUIET_S * self._rng.uniform(0.8, 1.2)
-            self.world.authenticated(user, reply.get("full") is True)
+            self._liveness.idle_s = IDLE_S * self._rng.uniform(0.8, 1.2)
+            self.replica.authenticated(user, reply.get("full") is True)
             if self._watched is not None:
-                self.call("watch", {"users": self._watched}, self.watching, repeat=False)
+                self.call("watch", {"users": self._watched}, self._watching, repeat=False)
 
-    def watching(self, reply: dict[str, Any] | Exception) -> None:
-        """The states of the watched users came; tell them as if pushed."""
+    def _watching(self, reply: dict[str, Any] | Exception) -> None:
+        """The states of the watched users came: give them out as if they were pushed."""
         states = reply.get("states") if isinstance(reply, dict) else None
         for state in states if isinstance(states, list) else []:
             if isinstance(state, dict):
-                self.world.push({"t": "presence", **state})
+                self.replica.push({"t": "presence", **state})
 
     def _flush(self) -> None:
         """Make frames of everything that may go out now."""
@@ -400,37 +445,42 @@ class Core:
             self._auth()
         if not self._authenticated:
             return
-        if self.world.room:
-            for conv, after in self.world.catchup.take(self._now):
+        if self.replica.accepting:
+            for conv, after in self.replica.catchup.take(self._now, self._free()):
                 fields = {"c": conv, "after": after, "limit": min(PAGE, self._limits["history"]), "raw": True}
-                self._ask(Call("history", fields, partial(self._page, conv), repeat=False))
-        for call in self._calls.take():
-            self._ask(call)
-        # Again, because what is refused right here makes way for the next.
-        while taken := self._outbox.take(self._now):
-            for pending in taken:
-                self._ask(Call("send", pending.draft.fields(), partial(self._sent, pending), repeat=False))
+                self._issue(Call("history", fields, partial(self._page, conv), repeat=False))
+        # In loops, because a request that is refused right here makes way for the next.
+        while calls := self._calls.take(self._free()):
+            for call in calls:
+                self._issue(call)
+        while messages := self._outbox.take(self._now, self._free()):
+            for pending in messages:
+                self._issue(Call("send", pending.draft.fields(), partial(self._sent, pending), repeat=False))
 
-    def _ask(self, call: Call) -> None:
-        frame = self._calls.ask(call)
+    def _free(self) -> int:
+        """How many more requests may go out before others are answered."""
+        return max(1, self._limits["outstanding"] - UNANSWERED_SPARE) - self._calls.unanswered
+
+    def _issue(self, call: Call) -> None:
+        frame = self._calls.issue(call)
         if len(frame) > self._limits["frame"]:
             # The server would close the connection over it.
-            self._calls.unask(call)
+            self._calls.withdraw(call)
             call.done(TooLarge(f"{call.t}: {len(frame)} bytes, the server takes {self._limits['frame']}"))
         else:
             self._frames.append(frame)
 
     def _page(self, conv: str, reply: dict[str, Any] | Exception) -> None:
         if isinstance(reply, dict):
-            self.world.page(conv, reply, self._now)
+            self.replica.page(conv, reply, self._now)
         elif not isinstance(reply, ConnectionLost):
-            self.world.page_refused(conv, self._retry_at(reply))
+            self.replica.page_refused(conv, self._retry_at(reply))
 
     def _sent(self, pending: Pending, reply: dict[str, Any] | Exception) -> None:
         if isinstance(reply, ConnectionLost):
             return
         if isinstance(reply, Exception) and (at := self._retry_at(reply)) is not None:
-            self._outbox.retry(pending, at, everything=isinstance(reply, RateLimited))
+            self._outbox.retry(pending, at, over_rate=isinstance(reply, RateLimited))
         else:
             self._finish(pending, reply)
 
@@ -440,7 +490,7 @@ class Core:
             pending.done(result)
         elif isinstance(result, Exception):
             draft = pending.draft
-            self.world.insist(Refused(conv=draft.conv, cid=draft.cid, body=draft.body, error=result))
+            self.replica.emit(Refused(conv=draft.conv, cid=draft.cid, body=draft.body, error=result))
 
     def _retry_at(self, error: Exception) -> float | None:
         if isinstance(error, ChatError) and error.retry_after_ms is not None:

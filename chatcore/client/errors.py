@@ -1,7 +1,7 @@
-"""What can go wrong for a client, and how the server's words become exceptions.
+"""The errors of a client, and how error replies and close codes become exceptions.
 
-A refused request raises the class of :mod:`chatcore.errors` with its code. What
-concerns the connection as a whole is a :class:`ClientError`.
+A refused request raises the class of :mod:`chatcore.errors` with its code. An error
+of the connection as a whole is a :class:`ClientError`.
 """
 
 from __future__ import annotations
@@ -49,15 +49,15 @@ __all__ = [
 
 
 class ClientError(Exception):
-    """The base of what the client raises on its own account."""
+    """The base of the errors that the client itself detects."""
 
 
 class ClientClosed(ClientError):
-    """The client was closed before there was an answer."""
+    """The client was closed before there was a reply."""
 
 
 class ConnectionLost(ClientError):
-    """The connection was lost and this request is not one that is repeated."""
+    """The connection was lost, and this request is not repeated."""
 
 
 class OutboxFull(ClientError):

@@ -1,8 +1,8 @@
-"""What a client tells its application: one frozen, typed struct for each kind of news.
+"""The events that a client gives its application, one frozen, typed struct for each kind.
 
 Entries (:class:`Entry` and its subclasses) belong to a conversation's log: each
-is told exactly once and in order. Everything else is a state: the newest word
-about something, told at most once.
+comes exactly once and in order. All other events are states: the newest one
+counts, and each comes at most once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Entry(Event, frozen=True, kw_only=True):
     """One entry of a conversation's log.
 
     As this very class it is an entry of a type that this version does not know:
-    ``raw`` then holds all that the server said. ``ts`` is Unix milliseconds by
+    ``raw`` then holds all its fields. ``ts`` is Unix milliseconds by
     the server's clock, for display only.
     """
 
@@ -45,7 +45,7 @@ class Entry(Event, frozen=True, kw_only=True):
 
 
 class Message(Entry, frozen=True, kw_only=True):
-    """Somebody said something. ``body`` is None once the message was deleted."""
+    """A message. ``body`` is None once it was deleted."""
 
     body: str | None = None
     reply_to: int | None = msgspec.field(name="re", default=None)
@@ -72,7 +72,7 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
 
     ``head`` is the newest seq known to exist, ``read`` the user's own mark,
     ``unread`` and ``mentions`` count others' messages after it. ``members`` is
-    what the server said last: entries do not change it.
+    as the server sent it last: entries do not change it.
     """
 
     id: str

@@ -1,17 +1,36 @@
-"""Every request of the protocol as one typed method."""
+"""Every request of the protocol as one typed method, and a channel by its title, which takes several.
+
+Titles are not unique on the server, so two clients that both find no ``lobby`` and both
+make one have to end in the same. The rule is that the oldest wins: a client that has just
+made a channel lists the directory once more, and if there are several of that title takes
+the one whose first entry has the lowest time stamp (then the lowest id), leaving its own.
+A client that listed before the other one was made holds the older one already, so both
+agree; and a channel that is made later under the same title does not draw anybody away.
+Namesakes that all members have left are looked at only if there are no others.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
-from .errors import Internal
-from .events import Entry, Kind, Level, Message, Presence, User, entry_from
+from .errors import Forbidden, Internal
+from .events import Conversation, Entry, Kind, Level, Presence, User, entry_from
 from .outbox import new_cid
+from .replica import is_out
 
 T = TypeVar("T")
+
+#: Channels looked at for one title; more namesakes than this are not an accident.
+_LISTED_MAX: Final = 200
+_PAGE: Final = 50
+#: Later than any time stamp.
+MAX_TS: Final = 2**53
+#: Between tries to leave a namesake; others look at it for a few milliseconds.
+LEAVE_WAITS_S: Final = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -61,12 +80,26 @@ class Requests:
     """The requests. All of them raise the classes of :mod:`chatcore.errors` when refused,
     TimeoutError when the server cannot be reached for too long, and survive reconnects:
     a request whose reply was lost is asked again, which the protocol makes harmless.
+
+    The methods without a body are those that need more than the request: see :class:`.client.Client`.
     """
 
     async def ask(
         self, t: str, fields: Mapping[str, Any], *, repeat: bool = True, timeout_s: float | None = None
     ) -> dict[str, Any]:
-        """Ask anything and return the reply; the methods below are made of this."""
+        """Send any request and return the reply; the methods below are made of this."""
+        raise NotImplementedError
+
+    async def view(self, conv: str) -> Conversation:
+        """The view of a conversation; waits until the server has sent it. Raises TimeoutError."""
+        raise NotImplementedError
+
+    async def join(self, conv: str) -> Conversation:
+        """Join a channel; nothing happens to one that the user is in already."""
+        raise NotImplementedError
+
+    async def leave(self, conv: str) -> None:
+        """Leave a conversation; no more events come of it."""
         raise NotImplementedError
 
     async def history(
@@ -102,11 +135,11 @@ class Requests:
         return seq if isinstance(seq, int) else None
 
     async def invite(self, conv: str, user: str) -> int | None:
-        """Bring ``user`` into a group."""
+        """Invite ``user`` into a group."""
         return await self.member(conv, user, "member")
 
     async def remove(self, conv: str, user: str) -> int | None:
-        """Take ``user`` out."""
+        """Remove ``user``."""
         return await self.member(conv, user, "none")
 
     async def set_title(self, conv: str, title: str, *, cid: str | None = None) -> None:
@@ -143,9 +176,76 @@ def states_of(reply: dict[str, Any]) -> list[Presence]:
     return _as(list[Presence], reply.get("states", []))
 
 
-def messages(page: Page) -> list[Message]:
-    """Only what people said."""
-    return [entry for entry in page.entries if isinstance(entry, Message)]
+async def channel_of_title(requests: Requests, title: str) -> str:
+    """The id of the channel of this title: joined, or made if there is none."""
+    found = await namesakes(requests, title)
+    made = ""
+    if not found:
+        made = await requests.open("channel", title=title)
+        found = await namesakes(requests, title)
+        if made not in [c.id for c in found]:
+            return made  # the directory does not show it yet, and no other one either
+    chosen = found[0] if len(found) == 1 else await _oldest(requests, found, made)
+    if is_out(chosen.role):
+        await requests.join(chosen.id)
+    await requests.view(chosen.id)
+    return chosen.id
+
+
+async def namesakes(requests: Requests, title: str) -> list[Channel]:
+    """All channels of this title; as in the directory, case does not matter."""
+    wanted = title.strip().casefold()
+    found: list[Channel] = []
+    after: str | None = None
+    listed = 0
+    while listed < _LISTED_MAX:
+        page = await requests.channels(title, after=after, limit=_PAGE)
+        found += [c for c in page.conversations if c.title.casefold() == wanted]
+        listed += _PAGE
+        after = page.next
+        if after is None:
+            break
+    return [one for one in found if one.members] or found
+
+
+async def _oldest(requests: Requests, found: list[Channel], made: str) -> Channel:
+    """The oldest of several channels; ``made`` is the one that this client has just made, if any.
+
+    A log is only for members: look at each from inside.
+    """
+    ages: list[tuple[int, str, Channel]] = []
+    joined: list[str] = []
+    for one in found:
+        if is_out(one.role):
+            try:
+                await requests.join(one.id)
+            except Forbidden:
+                continue  # closed to this user, so not where users meet
+            joined.append(one.id)
+        first = await requests.history(one.id, after=0, limit=1, raw=True)
+        # One without any entry is the youngest: no message was sent there.
+        ages.append((first.entries[0].ts if first.entries else MAX_TS, one.id, one))
+    if not ages:
+        raise Forbidden(f"you may not join {found[0].title!r}")
+    chosen = min(ages)[2]
+    # Leave those joined to look, and at last the namesake that this client has just made: while it waits
+    # for the others to leave that one, they may be waiting for it to leave theirs.
+    for conv in [*joined, made]:
+        if conv and conv != chosen.id:
+            await _leave_namesake(requests, conv)
+    return msgspec.structs.replace(chosen, role="member")
+
+
+async def _leave_namesake(requests: Requests, conv: str) -> None:
+    """Leave a namesake. Its owner cannot while others are in it, who only came to look."""
+    for wait_s in LEAVE_WAITS_S:
+        try:
+            await requests.leave(conv)
+        except Forbidden:
+            await asyncio.sleep(wait_s)
+        else:
+            return
+    # The user stays in it, which does no harm.
 
 
 def _given(**fields: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from chatcore.client import state
-from chatcore.client.core import Core
+from chatcore.client.core import ClientCore
 from chatcore.client.events import Conversation, Entry, Event, Gap, Reset
 from chatcore.client.outbox import Draft, new_cid
 from chatcore.client.state import Snapshot
@@ -21,7 +21,7 @@ from chatcore.client.state import Snapshot
 ME = {"id": "u1", "name": "alice"}
 
 
-class Server:
+class ModelServer:
     """Logs of several conversations; one connection at a time, to user u1."""
 
     def __init__(self, *, backlog: int = 5, page: int = 3) -> None:
@@ -109,7 +109,7 @@ class Server:
 class App:
     """A core, what its application got, and the saved state; all of one user."""
 
-    def __init__(self, server: Server, seed: int = 0) -> None:
+    def __init__(self, server: ModelServer, seed: int = 0) -> None:
         self.server = server
         self.now = 0.0
         self.got: dict[str, list[int]] = {}
@@ -120,7 +120,7 @@ class App:
         self.saved = Snapshot()
         self.rng = random.Random(seed)
         self.gen = 0
-        self.core = Core("token", self.saved, rng=self.rng)
+        self.core = ClientCore("token", self.saved, rng=self.rng)
 
     def restart(self) -> None:
         """The process ends without a word, and another one goes on from what was saved."""
@@ -128,47 +128,47 @@ class App:
         self.lose()
         self.inbox.clear()
         self.saved = state.decode(state.encode(self.saved))
-        self.core = Core("token", self.saved, rng=self.rng)
+        self.core = ClientCore("token", self.saved, rng=self.rng)
 
     def connect(self) -> None:
         if self.core.connect_at is not None:
             self.now = max(self.now, self.core.connect_at)
             self.gen = self.core.connecting()
             self.core.connected(self.gen, self.now)
-            self.settle()
+            self.collect()
 
     def lose(self, code: int = 1006, reason: str = "") -> None:
         self.server.closed()
         self.core.lost(self.gen, code, reason, self.now)
-        self.settle()
+        self.collect()
 
     def send(self, conv: str) -> None:
         cid = new_cid()
         self.sent.setdefault(conv, []).append(cid)
         self.core.send(Draft(conv, cid, "x"), lambda reply: self.acked.add(cid), stored=True)
-        self.settle()
+        self.collect()
 
     def receive(self) -> None:
         """One message from the server arrives."""
         data = msgspec.json.encode(self.server.to_client.popleft())
         self.core.received(self.gen, data, self.now)
-        self.settle()
+        self.collect()
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds
         self.core.tick(self.now)
-        self.settle()
+        self.collect()
         if self.core.drop:
             self.lose()
 
-    def settle(self) -> None:
+    def collect(self) -> None:
         for frame in self.core.take_frames():
             self.server.from_client.append(msgspec.json.decode(frame))
         self.inbox.extend(self.core.take_events())
 
     def consume(self) -> None:
         """The application takes one event and is through with it."""
-        event, mark = self.inbox.popleft()
+        event, progress = self.inbox.popleft()
         match event:
             case Entry():
                 start = self.start.setdefault(event.conv, event.seq)
@@ -177,21 +177,21 @@ class App:
                 got.append(event.seq)
             case Gap() | Reset():
                 raise AssertionError(f"nothing was lost, and yet: {event}")
-        if mark.have is not None:
-            self.saved.have[mark.conv] = mark.have
+        if progress.have is not None:
+            self.saved.have[progress.conv] = progress.have
             # Where the log begins for this application.
-            self.start.setdefault(mark.conv, mark.have + 1)
-        if isinstance(mark.view, Conversation):
-            self.saved.convs[mark.conv] = mark.view
-        if mark.sync is not None:
-            self.saved.sync = mark.sync
+            self.start.setdefault(progress.conv, progress.have + 1)
+        if isinstance(progress.view, Conversation):
+            self.saved.convs[progress.conv] = progress.view
+        if progress.sync is not None:
+            self.saved.sync = progress.sync
         if self.core.user_id:
             self.saved.user = self.core.user_id
 
     def finish(self) -> None:
         """Everything works from here on: run until there is nothing left to do."""
         self.server.refuse = 0
-        self.core.set_room(True, self.now)
+        self.core.set_accepting(True, self.now)
         for _ in range(2000):
             self.connect()
             while self.server.from_client:
@@ -203,7 +203,7 @@ class App:
             if (
                 not self.server.from_client
                 and not self.core.unacknowledged_count
-                and not self.core.world.catchup.behind
+                and not self.core.replica.catchup.behind
             ):
                 return
             self.pass_time(0.5)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from chatcore.client.core import Core
+from chatcore.client.core import ClientCore
 from chatcore.client.errors import (
     BadRequest,
     ChatError,
@@ -46,7 +46,7 @@ class Wire:
     """A core and the other end of its connection."""
 
     def __init__(self, snapshot: Snapshot | None = None, **options: Any) -> None:
-        self.core = Core("secret", snapshot, rng=random.Random(1), **options)
+        self.core = ClientCore("secret", snapshot, rng=random.Random(1), **options)
         self.now = 100.0
         self.gen = 0
         self.told: list[Event] = []
@@ -399,7 +399,7 @@ def test_after_a_full_resync_the_rest_is_forgotten() -> None:
     wire.auth(full=True, convs=[conv("c1", after=1)])
     told = wire.events()
     assert ConversationGone(conv="c2") in told
-    assert set(wire.core.world.views) == {"c1"}
+    assert set(wire.core.replica.views) == {"c1"}
     assert isinstance(told[-1], Ready)
 
 
@@ -439,7 +439,7 @@ def test_an_old_removal_in_a_replay_does_not_end_a_membership_that_was_renewed()
     wire.say({"t": "member", "c": "c1", "s": 1, "from": "u2", "ts": 1, "user": "u1", "role": "none"})
     wire.say({"t": "member", "c": "c1", "s": 2, "from": "u2", "ts": 1, "user": "u1", "role": "member"})
     assert [e.role for e in wire.events() if isinstance(e, MemberChanged)] == ["none", "member"]
-    assert wire.core.world.views["c1"].role == "member"
+    assert wire.core.replica.views["c1"].role == "member"
 
 
 def test_absent_fields_of_a_view_are_unchanged_and_later_messages_are_counted() -> None:
@@ -447,10 +447,10 @@ def test_absent_fields_of_a_view_are_unchanged_and_later_messages_are_counted() 
     wire.auth(convs=[conv(after=3, title="lobby", read=1, unread=2, mentions=1)])
     wire.say({"t": "conv", "c": "c1", "notify": "none"})
     wire.say(msg(4) | {"mentions": ["u1"]})
-    view = wire.core.world.views["c1"]
+    view = wire.core.replica.views["c1"]
     assert (view.title, view.notify, view.unread, view.mentions, view.head) == ("lobby", "none", 3, 2, 4)
     wire.say(msg(5, sender="u1"))
-    view = wire.core.world.views["c1"]
+    view = wire.core.replica.views["c1"]
     assert (view.read, view.unread, view.mentions) == (5, 0, 0)
 
 
@@ -458,12 +458,12 @@ def test_without_room_views_are_merged_and_told_later() -> None:
     wire = Wire()
     wire.auth(convs=[conv()])
     wire.events()
-    wire.core.set_room(False, wire.now)
+    wire.core.set_accepting(False, wire.now)
     wire.say({"t": "conv", "c": "c1", "title": "a"})
     wire.say({"t": "conv", "c": "c1", "title": "b"})
     wire.say({"t": "typing", "c": "c1", "user": "u2"})
     assert wire.events() == []
-    wire.core.set_room(True, wire.now)
+    wire.core.set_accepting(True, wire.now)
     (changed,) = wire.events()
     assert isinstance(changed, ConversationChanged)
     assert changed.conversation.title == "b"
@@ -554,10 +554,10 @@ def test_what_follows_a_message_that_is_too_large_goes_out_at_once() -> None:
 
 def test_typing_is_not_kept_for_later() -> None:
     wire = Wire()
-    wire.core.tell("typing", {"c": "c1"})
+    wire.core.send_once("typing", {"c": "c1"})
     wire.auth()
     assert wire.frames() == []
-    wire.core.tell("typing", {"c": "c1"})
+    wire.core.send_once("typing", {"c": "c1"})
     assert wire.frames() == [{"t": "typing", "c": "c1"}]
 
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from chatcore.client.events import Entry
 
-from .model import App, Server
+from .model import App, ModelServer
 
 CONVS = ("c1", "c2", "c3")
 
@@ -21,7 +21,7 @@ CONVS = ("c1", "c2", "c3")
 class Faults(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.server = Server()
+        self.server = ModelServer()
         self.server.create("c1")
         self.server.create("c2")
         self.app = App(self.server)
@@ -70,8 +70,8 @@ class Faults(RuleBasedStateMachine):
 
     @rule(room=st.booleans())
     def set_room(self, room: bool) -> None:
-        self.app.core.set_room(room, self.app.now)
-        self.app.settle()
+        self.app.core.set_accepting(room, self.app.now)
+        self.app.collect()
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 20.0, 70.0]))
     def pass_time(self, seconds: float) -> None:
@@ -102,7 +102,7 @@ class Faults(RuleBasedStateMachine):
             assert self.app.got.get(conv, []) == list(range(start, len(log) + 1))
             mine = [row["cid"] for row in log if row["from"] == "u1"]
             assert mine == self.app.sent.get(conv, [])
-            view = self.app.core.world.views[conv]
+            view = self.app.core.replica.views[conv]
             assert view.head == len(log)
 
 
@@ -111,7 +111,7 @@ TestFaults = Faults.TestCase
 
 
 def test_a_new_conversation_begins_where_the_server_says() -> None:
-    server = Server()
+    server = ModelServer()
     server.create("c1")
     for n in range(7):
         server.append("c1", "u2", f"o{n}")
@@ -124,7 +124,7 @@ def test_a_new_conversation_begins_where_the_server_says() -> None:
 
 
 def test_a_long_absence_is_paged_while_live_entries_are_held_back() -> None:
-    server = Server(backlog=5, page=3)
+    server = ModelServer(backlog=5, page=3)
     server.create("c1")
     app = App(server)
     app.connect()

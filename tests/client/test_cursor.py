@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatcore.client.cursor import HELD_MAX, Cursor
+from chatcore.client.catchup import HELD_MAX, Cursor
 from chatcore.client.events import Entry, Event, Gap
 
 
@@ -49,9 +49,9 @@ def test_what_is_held_back_is_bounded_and_what_did_not_fit_is_paged() -> None:
     assert cursor.want == 2 * HELD_MAX - 1
 
 
-def test_without_room_nothing_is_given_out_and_all_is_to_be_paged() -> None:
+def test_without_accept_nothing_is_given_out_and_all_is_to_be_paged() -> None:
     cursor = Cursor("c1", 0)
-    assert cursor.push(entry(1), room=False) == []
+    assert cursor.push(entry(1), accept=False) == []
     assert cursor.behind
     assert seqs(cursor.page([entry(1)], at=1)) == [1]
 
@@ -103,7 +103,7 @@ def test_any_order_of_pushes_pages_and_losses_gives_out_a_prefix_of_the_log(step
     for what, n, room in steps:
         if what == "push":
             top = max(top, n)
-            got += seqs(cursor.push(entry(n), room=room))
+            got += seqs(cursor.push(entry(n), accept=room))
         elif what == "page":
             page = [entry(s) for s in range(cursor.have + 1, min(top, cursor.have + n) + 1)]
             got += seqs(cursor.page(page, at=page[-1].seq if page else 0))

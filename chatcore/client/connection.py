@@ -1,7 +1,7 @@
-"""The I/O around the core: one socket after the other, a timer, the application's queue.
+"""The I/O around the core: one socket after the other, a timer, the queue of events for the application.
 
-What to do is decided in :mod:`chatcore.client.core`. Everything here runs in
-tasks that :meth:`Link.close` ends.
+:mod:`chatcore.client.core` decides what to do. Everything here runs in tasks that
+:meth:`ConnectionLoop.close` ends.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.typing import Subprotocol
 
 from .. import __version__
+from ..common.tasks import Tasks
 from .accounts import Address
-from .core import Core
+from .core import ClientCore
 from .errors import ClientClosed
 from .events import Event
-from .keeper import Keeper
-from .waiting import wait_within
-from .world import Mark
+from .replica import Progress
+from .state import StateSaver, wait_within
 
 SUBPROTOCOL: Final = "chatcore.v1"
-#: The server's largest message is 256 KiB; more than this is not from it.
+#: The server's largest message is 256 KiB; a larger frame than this is not from a chatcore server.
 FRAME_MAX: Final = 1 << 20
 #: Messages that the WebSocket library may read ahead.
 READ_AHEAD: Final = 16
-#: How long the other side may take to answer our closing handshake, in seconds.
+#: How long the server may take to answer the closing handshake, in seconds.
 CLOSE_TIMEOUT_S: Final = 2
-#: An application that does not keep up holds up the socket this long. The server
-#: gives up on a reader after 30 s; from here on we read and page later instead.
+#: An application that does not keep up holds up the socket this long. The server gives up
+#: on a reader after 30 s; after this the client reads on, drops entries and pages them later.
 PAUSE_S: Final = 10.0
 
 #: Counts on while the machine sleeps, where there is such a clock: a laptop
@@ -41,73 +41,81 @@ _CLOCK: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
 def now() -> float:
-    """Seconds by the clock that the core is given; its zero means nothing."""
+    """Seconds of the clock that the core is given; its zero means nothing."""
     return time.clock_gettime(_CLOCK)
 
 
-class Link:
-    """Runs one core. :meth:`settle` must follow every input to it."""
+class ConnectionLoop:
+    """Runs one core. :meth:`apply_outputs` must follow every input to it.
 
-    def __init__(self, core: Core, keeper: Keeper, address: Address, queue_max: int) -> None:
+    :param saver: saves what the application has processed.
+    :param queue_max: events waiting for the application before the socket is held up.
+    """
+
+    def __init__(self, core: ClientCore, saver: StateSaver, address: Address, queue_max: int) -> None:
         self.core = core
         self.last_loss = ""
-        #: Set for good once authenticated, or when it is all over.
+        #: Set for good once authenticated, or when the session ended for good.
         self.online = asyncio.Event()
-        #: Set after every change; whoever waits for one clears it first.
+        #: Set after every change; a task that waits for one clears it first.
         self.changed = asyncio.Event()
-        self._keeper = keeper
+        self._saver = saver
         self._address = address
         self._queue_max = queue_max
         self._loop = asyncio.get_running_loop()
-        self._inbox: deque[tuple[Event | None, Mark]] = deque()
-        self._handed: Mark | None = None
+        self._events: deque[tuple[Event | None, Progress]] = deque()
+        # Of the event that the application has now: to be recorded when it asks for the next one.
+        self._processing: Progress | None = None
         self._unacknowledged = core.unacknowledged_count
-        self._told = asyncio.Event()
-        self._writing = asyncio.Event()
-        self._go_on = asyncio.Event()
-        self._kick = asyncio.Event()
+        self._more_events = asyncio.Event()
+        self._more_frames = asyncio.Event()
+        self._resume_reading = asyncio.Event()
+        self._reconnect = asyncio.Event()
         self._ws: ClientConnection | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
-        self._saving = asyncio.create_task(keeper.run(), name="chatcore state")
-        self._running = asyncio.create_task(self._run(), name="chatcore connection")
+        self._tasks = Tasks()
+        self._saving = self._tasks.spawn(saver.run(), "chatcore state")
+        self._running = self._tasks.spawn(self._run(), "chatcore connection")
         self._running.add_done_callback(self._ended)
 
     async def close(self, *, done: bool) -> None:
-        """Disconnect and end all tasks. ``done``: the application is through with its last event."""
+        """Disconnect and end all tasks. ``done``: the application has processed its last event."""
         if done:
-            self._handed_is_done()
-        self._inbox.clear()
+            self._record_processed()
+        self._events.clear()
         self.core.fail(ClientClosed("the client was closed"))
-        self.settle()
+        self.apply_outputs()
         if self._timer is not None:
             self._timer.cancel()
-        self._keeper.stop()
+        self._saver.stop()
         if self._ws is not None:
             await self._ws.close()
         self._running.cancel()
+        # Not cancelled: it ends by itself after the last save.
         await asyncio.gather(self._running, self._saving, return_exceptions=True)
+        await self._tasks.close()
 
-    def settle(self) -> None:
+    def apply_outputs(self) -> None:
         """Look at the core's outputs and do what they say."""
         core = self.core
-        if told := core.take_events():
-            self._inbox.extend(told)
-            self._told.set()
+        if events := core.take_events():
+            self._events.extend(events)
+            self._more_events.set()
         if core.unacknowledged_count < self._unacknowledged:
-            self._keeper.touch()
+            self._saver.acknowledged()
         self._unacknowledged = core.unacknowledged_count
         if core.online and not self.online.is_set():
-            self._keeper.is_user(core.user_id)
+            self._saver.set_user(core.user_id)
             self.online.set()
         if core.failure is not None:
             self.online.set()
-            self._told.set()
+            self._more_events.set()
         if core.has_frames:
-            self._writing.set()
+            self._more_frames.set()
         self.changed.set()
-        self._go_on.set()
-        self._kick.set()
+        self._resume_reading.set()
+        self._reconnect.set()
         if core.drop and self._ws is not None and not isinstance(core.failure, ClientClosed):
             self._ws.transport.abort()
         at = core.wake_at()
@@ -118,43 +126,43 @@ class Link:
             self._timer = self._loop.call_later(max(0.0, at - now()), self._tick)
 
     async def next_event(self) -> Event:
-        """The next event, which also says that the application is through with the last one.
+        """The next event; asking for it also says that the application has processed the last one.
 
         :raises StopAsyncIteration: the client was closed.
         :raises Exception: why the connection ended for good.
         """
-        self._handed_is_done()
+        self._record_processed()
         while True:
-            while self._inbox:
-                event, mark = self._inbox.popleft()
+            while self._events:
+                event, progress = self._events.popleft()
                 self._popped()
                 if event is not None:
-                    self._handed = mark
+                    self._processing = progress
                     return event
-                self._keeper.done(mark)
+                self._saver.record(progress)
             if self.core.failure is not None:
                 raise StopAsyncIteration if isinstance(self.core.failure, ClientClosed) else self.core.failure
-            self._told.clear()
-            await self._told.wait()
+            self._more_events.clear()
+            await self._more_events.wait()
 
     def _popped(self) -> None:
-        if len(self._inbox) <= self._queue_max // 2:
-            self._go_on.set()
-            if not self.core.world.room:
-                self.core.set_room(True, now())
-                self.settle()
+        if len(self._events) <= self._queue_max // 2:
+            self._resume_reading.set()
+            if not self.core.replica.accepting:
+                self.core.set_accepting(True, now())
+                self.apply_outputs()
 
-    def _handed_is_done(self) -> None:
-        if self._handed is not None:
-            self._keeper.done(self._handed)
-            self._handed = None
+    def _record_processed(self) -> None:
+        if self._processing is not None:
+            self._saver.record(self._processing)
+            self._processing = None
 
     async def _run(self) -> None:
         core = self.core
         while core.failure is None:
             while (at := core.connect_at) is not None and (wait := at - now()) > 0:
-                self._kick.clear()
-                await wait_within(self._kick, wait)
+                self._reconnect.clear()
+                await wait_within(self._reconnect, wait)
             gen = core.connecting()
             try:
                 ws = await connect(
@@ -175,20 +183,20 @@ class Link:
                 code, reason = await self._talk(ws, gen)
             self.last_loss = reason
             core.lost(gen, code, reason, now())
-            self.settle()
+            self.apply_outputs()
 
     async def _talk(self, ws: ClientConnection, gen: int) -> tuple[int, str]:
         """Use one connection to its end; its close code and reason."""
         self._ws = ws
         self.core.connected(gen, now())
-        writer = asyncio.create_task(self._write(ws), name="chatcore writer")
+        writer = self._tasks.spawn(self._write(ws), "chatcore writer")
         try:
-            self.settle()
+            self.apply_outputs()
             while self.core.failure is None:
-                await self._wait_for_room()
+                await self._wait_for_application()
                 data = await ws.recv(decode=False)
                 self.core.received(gen, data, now())
-                self.settle()
+                self.apply_outputs()
             return 1000, ""
         except ConnectionClosed as exc:
             return (exc.rcvd.code, exc.rcvd.reason) if exc.rcvd else (1006, str(exc))
@@ -204,35 +212,35 @@ class Link:
                 try:
                     await ws.send(frame, text=True)
                 except ConnectionClosed:
-                    return  # the reader knows why
+                    return  # _talk reports the reason
             if not self.core.has_frames:
-                self._writing.clear()
-                await self._writing.wait()
+                self._more_frames.clear()
+                await self._more_frames.wait()
 
-    async def _wait_for_room(self) -> None:
-        """Hold up the socket while the application is behind, but neither for too long
-        nor while somebody waits for an answer that would come over it."""
+    async def _wait_for_application(self) -> None:
+        """Hold up the socket while the application is behind, but neither for too long nor while a reply is
+        awaited, which comes over the same socket."""
         core = self.core
-        if len(self._inbox) < self._queue_max or not core.world.room:
+        if len(self._events) < self._queue_max or not core.replica.accepting:
             return
         core.reading(False, now())
         until = now() + PAUSE_S
-        while len(self._inbox) > self._queue_max // 2 and not core.waiting and core.failure is None:
-            self._go_on.clear()
-            if not await wait_within(self._go_on, until - now()):
+        while len(self._events) > self._queue_max // 2 and not core.waiting and core.failure is None:
+            self._resume_reading.clear()
+            if not await wait_within(self._resume_reading, until - now()):
                 break
         core.reading(True, now())
-        core.set_room(len(self._inbox) <= self._queue_max // 2, now())
-        self.settle()
+        core.set_accepting(len(self._events) <= self._queue_max // 2, now())
+        self.apply_outputs()
 
     def _tick(self) -> None:
         self._timer = None
         self.core.tick(now())
-        self.settle()
+        self.apply_outputs()
 
     def _ended(self, task: asyncio.Task[None]) -> None:
-        """The connection's task is over: whatever still waits must not wait for ever."""
+        """The connection's task has ended: fail everything that still waits."""
         error = None if task.cancelled() else task.exception()
         if isinstance(error, Exception):
             self.core.fail(error)
-        self.settle()
+        self.apply_outputs()
