@@ -14,7 +14,7 @@ import msgspec
 
 from chatcore.client import state
 from chatcore.client.core import ClientCore
-from chatcore.client.events import Conversation, Entry, Event, Gap, Reset
+from chatcore.client.events import Conversation, ConversationGone, Entry, Event, Gap, Reset
 from chatcore.client.outbox import Draft, new_cid
 from chatcore.client.state import Snapshot
 
@@ -33,15 +33,58 @@ class ModelServer:
         self.attached = False
         self.syncs: dict[str, dict[str, int]] = {}
         self.refuse = 0
+        #: Conversations that u1 was removed from, ever, and now.
+        self.removed: set[str] = set()
+        self.out: set[str] = set()
 
     def append(self, conv: str, sender: str, cid: str, *, told: bool = True) -> int:
         """Append a message; not ``told`` is a push that got lost, which must do no harm."""
         log = self.logs.setdefault(conv, [])
         new = {"t": "msg", "c": conv, "s": len(log) + 1, "from": sender, "ts": 1, "cid": cid, "body": cid}
         log.append(new)
-        if self.attached and told:
-            self.to_client.append(new)
+        self._tell(conv, new if told else None)
         return len(log)
+
+    def remove(self, conv: str, *, conv_push: bool) -> None:
+        """Remove u1. A live session gets the entry, or only the ``conv`` that says the same."""
+        entry = self._member(conv, "none")
+        self._tell(conv, {"t": "conv", "c": conv, "role": "none"} if conv_push else entry)
+        self.out.add(conv)
+        self.removed.add(conv)
+
+    def invite(self, conv: str) -> None:
+        """Bring u1 back."""
+        entry = self._member(conv, "member")
+        self.out.discard(conv)
+        self._tell(conv, self._conv(conv, len(self.logs[conv]) - 1))
+        self._tell(conv, entry)
+
+    def remove_and_invite(self, conv: str) -> None:
+        """Both before u1 hears of either: a ``conv`` as of the end comes before the entries."""
+        removal = self._member(conv, "none")
+        self.removed.add(conv)
+        self._member(conv, "member")
+        head = len(self.logs[conv])
+        self._tell(conv, {k: v for k, v in self._conv(conv, 0).items() if k != "after"})
+        self._tell(conv, removal)
+        self._tell(conv, self._conv(conv, head - 1))
+        self._tell(conv, self.logs[conv][-1])
+
+    def say_view_of_before(self, conv: str, back: int) -> None:
+        """A ``conv`` that was read before the newest entries, if no role has changed since."""
+        log = self.logs[conv]
+        if all(row["t"] == "msg" for row in log[len(log) - back :]):
+            self._tell(conv, {"t": "conv", "c": conv, "role": "member", "head": max(0, len(log) - back)})
+
+    def _member(self, conv: str, role: str) -> dict[str, Any]:
+        log = self.logs[conv]
+        entry = {"t": "member", "c": conv, "s": len(log) + 1, "from": "u2", "ts": 1, "user": ME["id"], "role": role}
+        log.append(entry)
+        return entry
+
+    def _tell(self, conv: str, push: dict[str, Any] | None) -> None:
+        if self.attached and conv not in self.out and push is not None:
+            self.to_client.append(push)
 
     def create(self, conv: str) -> None:
         self.logs[conv] = []
@@ -56,6 +99,9 @@ class ModelServer:
     def serve(self) -> None:
         """Answer one request."""
         asked = self.from_client.popleft()
+        if asked.get("c") in self.out:
+            self.to_client.append({"t": "error", "id": asked["id"], "code": "not_found", "message": ""})
+            return
         answer = getattr(self, "_" + asked["t"])(asked)
         if "id" in asked and answer is not None:
             self.to_client.append({"t": "ok", **answer, "id": asked["id"]})
@@ -67,6 +113,10 @@ class ModelServer:
         self.attached = True
         for conv, log in self.logs.items():
             head = len(log)
+            if conv in self.out:
+                if before is not None:
+                    self.to_client.append({"t": "conv", "c": conv, "role": "none"})
+                continue
             if before is not None and before.get(conv) == head and have.get(conv, head) == head:
                 continue
             known = have.get(conv)
@@ -170,6 +220,12 @@ class App:
         """The application takes one event and is through with it."""
         event, progress = self.inbox.popleft()
         match event:
+            case ConversationGone():
+                self.got.pop(event.conv, None)
+                self.start.pop(event.conv, None)
+            case Gap() if event.conv in self.server.removed:
+                self.got[event.conv] = []
+                self.start[event.conv] = event.last + 1
             case Entry():
                 start = self.start.setdefault(event.conv, event.seq)
                 got = self.got.setdefault(event.conv, [])
@@ -177,6 +233,9 @@ class App:
                 got.append(event.seq)
             case Gap() | Reset():
                 raise AssertionError(f"nothing was lost, and yet: {event}")
+        if progress.gone:
+            self.saved.have.pop(progress.conv, None)
+            self.saved.convs.pop(progress.conv, None)
         if progress.have is not None:
             self.saved.have[progress.conv] = progress.have
             # Where the log begins for this application.

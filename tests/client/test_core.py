@@ -442,6 +442,119 @@ def test_an_old_removal_in_a_replay_does_not_end_a_membership_that_was_renewed()
     assert wire.core.replica.views["c1"].role == "member"
 
 
+def member(seq: int, role: str, user: str = "u1") -> dict[str, Any]:
+    return {"t": "member", "c": "c1", "s": seq, "from": "u2", "ts": 1, "user": user, "role": role}
+
+
+@pytest.mark.parametrize("accepting", [True, False])
+def test_removed_and_invited_again_while_away_stays_in(accepting: bool) -> None:
+    """The story: "either is enough" made a client forget a conversation that it is in. The `conv` is as of its
+    head; the removal that is replayed behind it is older."""
+    wire = Wire(Snapshot(user="u1", sync="S0", have={"c1": 4}, convs={"c1": Conversation(id="c1", head=4)}))
+    wire.auth(full=False)
+    wire.core.set_accepting(accepting, wire.now)
+    wire.say(conv(after=4, head=6, role="admin"))
+    wire.say(member(5, "none"))
+    wire.say(member(6, "member"))
+    assert wire.core.replica.views["c1"].role == "admin"
+    wire.core.set_accepting(True, wire.now)
+    if not accepting:
+        (page,) = wire.frames()
+        entries = [member(5, "none"), member(6, "member")]
+        wire.say({"t": "ok", "id": page["id"], "entries": entries, "more": False, "at": 6})
+    told = wire.events()
+    assert [e.role for e in told if isinstance(e, MemberChanged)] == ["none", "member"]
+    assert ConversationGone(conv="c1") not in told
+    assert wire.core.replica.views["c1"].role == "admin", "history changes no role"
+    wire.say(member(7, "banned"))
+    assert wire.events()[-1] == ConversationGone(conv="c1")
+
+
+def test_a_removal_in_a_page_of_a_long_absence_is_history() -> None:
+    wire = Wire(Snapshot(user="u1", sync="S0", have={"c1": 4}, convs={"c1": Conversation(id="c1", head=4)}))
+    wire.auth(full=False, convs=[conv(after=900, head=900)])
+    wire.say(msg(901))
+    (page,) = wire.frames()
+    entries = [member(5, "none"), member(6, "member"), *[msg(s) for s in range(7, 901)]]
+    wire.say({"t": "ok", "id": page["id"], "entries": entries, "more": False, "at": 900})
+    told = wire.events()
+    assert [e.seq for e in told if isinstance(e, Entry)] == list(range(5, 902))
+    assert ConversationGone(conv="c1") not in told
+
+
+def test_removed_and_invited_again_at_once_stays_in_whichever_comes_first() -> None:
+    """The `conv` was read after both entries, which come behind it; the second one attaches anew."""
+    wire = Wire()
+    wire.auth(convs=[conv(after=10, head=10)])
+    wire.say(conv(after=None, head=12))
+    wire.say(member(11, "none"))
+    wire.say(conv(after=11, head=12))
+    wire.say(member(12, "member"))
+    wire.say(msg(13))
+    told = wire.events()
+    assert [e.seq for e in told if isinstance(e, Entry)] == [11, 12, 13]
+    assert ConversationGone(conv="c1") not in told
+    assert not any(isinstance(e, Reset) for e in told)
+
+
+def test_removed_and_invited_again_after_the_removal_was_seen_begins_anew() -> None:
+    wire = Wire()
+    wire.auth(convs=[conv(after=10, head=10)])
+    wire.events()
+    wire.say(member(11, "none"))
+    wire.say(conv(after=11, head=12))
+    wire.say(member(12, "member"))
+    wire.say(msg(13))
+    told = wire.events()
+    assert [type(e) for e in told if not isinstance(e, Message)] == [
+        MemberChanged,
+        ConversationGone,
+        ConversationChanged,
+        MemberChanged,
+    ]
+    assert [e.seq for e in told if isinstance(e, Entry)] == [11, 12, 13]
+
+
+def test_a_conv_that_entries_have_overtaken_takes_nothing_back() -> None:
+    """It was read before the entry that is here already: the role, the title, the newest message and the head are
+    those of the entries; what it says of the settings counts."""
+    wire = Wire()
+    wire.auth(convs=[conv(after=3, title="old", read=3)])
+    wire.say(member(4, "admin"))
+    wire.say({"t": "meta", "c": "c1", "s": 5, "from": "u2", "ts": 1, "title": "new"})
+    wire.say(msg(6))
+    wire.say(conv(after=None, head=3, title="old", read=3, unread=0, notify="none"))
+    view = wire.core.replica.views["c1"]
+    assert (view.role, view.title, view.head, view.unread, view.notify) == ("admin", "new", 6, 1, "none")
+    assert view.last is not None
+    assert view.last.seq == 6
+    # And an entry that comes again is still history.
+    wire.say(member(4, "none"))
+    assert "c1" in wire.core.replica.views
+
+
+def test_a_log_that_went_back_takes_the_view_with_it() -> None:
+    """A backup was restored: the first `conv` of a connection counts as it is."""
+    old = Conversation(id="c1", head=50, role="owner", title="later")
+    wire = Wire(Snapshot(user="u1", sync="S0", have={"c1": 50}, convs={"c1": old}))
+    wire.auth(full=False, convs=[conv(after=30, head=30, role="member", title="earlier")])
+    view = wire.core.replica.views["c1"]
+    assert (view.head, view.role, view.title) == (30, "member", "earlier")
+    wire.say(member(31, "none"))
+    assert "c1" not in wire.core.replica.views
+
+
+def test_leaving_does_not_undo_a_return_that_is_known_already() -> None:
+    """The user left by entry 11 and was invited again by entry 12; the `ok` to leaving comes last."""
+    wire = Wire()
+    wire.auth(convs=[conv(after=10, head=10)])
+    wire.say(conv(after=None, head=12))
+    wire.core.replica.left("c1", 11)
+    assert "c1" in wire.core.replica.views
+    wire.core.replica.left("c1", 12)
+    assert "c1" not in wire.core.replica.views
+
+
 def test_absent_fields_of_a_view_are_unchanged_and_later_messages_are_counted() -> None:
     wire = Wire()
     wire.auth(convs=[conv(after=3, title="lobby", read=1, unread=2, mentions=1)])
@@ -454,7 +567,7 @@ def test_absent_fields_of_a_view_are_unchanged_and_later_messages_are_counted() 
     assert (view.read, view.unread, view.mentions) == (5, 0, 0)
 
 
-def test_without_room_views_are_merged_and_told_later() -> None:
+def test_while_the_application_is_too_slow_views_are_merged_and_come_later() -> None:
     wire = Wire()
     wire.auth(convs=[conv()])
     wire.events()

@@ -2,7 +2,8 @@
 
 Promised: the application gets every entry once and in order, without a hole,
 whatever happens to connections and to the process; what it sent is in the log
-once and in order.
+once and in order; and it is in exactly the conversations in which the server says
+that it is, however often it was removed and invited again.
 """
 
 from __future__ import annotations
@@ -81,6 +82,25 @@ class Faults(RuleBasedStateMachine):
     def restart(self) -> None:
         self.app.restart()
 
+    @precondition(lambda self: "c3" in self.server.logs)
+    @rule(conv_push=st.booleans())
+    def removed_or_invited(self, conv_push: bool) -> None:
+        if "c3" in self.server.out:
+            self.server.invite("c3")
+        else:
+            self.server.remove("c3", conv_push=conv_push)
+
+    @precondition(lambda self: "c3" in self.server.logs and "c3" not in self.server.out)
+    @rule()
+    def removed_and_invited_at_once(self) -> None:
+        self.server.remove_and_invite("c3")
+
+    @precondition(lambda self: self.server.attached)
+    @rule(conv=st.sampled_from(CONVS), back=st.integers(0, 5))
+    def view_of_before(self, conv: str, back: int) -> None:
+        if conv in self.server.logs:
+            self.server.say_view_of_before(conv, back)
+
     @rule(n=st.integers(1, 3))
     def store_is_down(self, n: int) -> None:
         self.server.refuse = n
@@ -88,7 +108,7 @@ class Faults(RuleBasedStateMachine):
     @precondition(lambda self: self.server.attached)
     @rule(conv=st.sampled_from(CONVS), back=st.integers(1, 5))
     def push_again(self, conv: str, back: int) -> None:
-        if log := self.server.logs.get(conv):
+        if conv not in self.server.out and (log := self.server.logs.get(conv)):
             self.server.to_client.append(log[-min(back, len(log))])
 
     def teardown(self) -> None:
@@ -97,13 +117,17 @@ class Faults(RuleBasedStateMachine):
         for conv in self.server.logs:  # a later entry brings to light what was not told
             self.server.append(conv, "u2", f"last-{conv}")
         self.app.finish()
+        assert set(self.app.core.replica.views) == set(self.server.logs) - self.server.out
         for conv, log in self.server.logs.items():
+            if conv in self.server.out:
+                assert conv not in self.app.got
+                continue
             start = self.app.start.get(conv, 1)
             assert self.app.got.get(conv, []) == list(range(start, len(log) + 1))
-            mine = [row["cid"] for row in log if row["from"] == "u1"]
+            mine = [row["cid"] for row in log if row["t"] == "msg" and row["from"] == "u1"]
             assert mine == self.app.sent.get(conv, [])
             view = self.app.core.replica.views[conv]
-            assert view.head == len(log)
+            assert (view.head, view.role) == (len(log), "member")
 
 
 Faults.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
