@@ -19,7 +19,7 @@ from ..server import PATIENCE_S, environment
 PASSWORD = "correct horse"
 
 
-class Chat:
+class RunningChat:
     """One running chat. What it prints is collected; tests wait until it has said something."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Chat:
             raise AssertionError(f"no {pattern!r} on {on}: {self.out!r} {self.err!r}") from None
 
 
-class Piped(Chat):
+class Piped(RunningChat):
     """A chat whose input and output are pipes."""
 
     process: asyncio.subprocess.Process
@@ -96,7 +96,7 @@ async def piped(url: str, home: Path, *arguments: str, password: str | None = PA
         await asyncio.gather(*readers)
 
 
-class OnTerminal(Chat):
+class OnTerminal(RunningChat):
     """A chat on a pseudo-terminal that says where its cursor is when asked, as real ones do."""
 
     def __init__(self, process: asyncio.subprocess.Process, fd: int) -> None:

@@ -9,10 +9,8 @@ import pytest
 
 from chatcore.client.accounts import Address
 from chatcore.client.events import Conversation, MemberChanged, User
-from chatcore.client.terminal.credentials import Tokens
-from chatcore.client.terminal.options import parse
-from chatcore.client.terminal.screen import Stdin
-from chatcore.client.terminal.text import clean, listing, member_line, one_line, title_of
+from chatcore.client.terminal.login import TokenFiles, parse
+from chatcore.client.terminal.screen import Stdin, clean, listing, member_line, one_line, title_of
 
 
 def test_without_arguments_it_is_the_lobby_here() -> None:
@@ -61,12 +59,12 @@ def test_an_address_holds_no_secrets() -> None:
 
 def test_tokens_are_kept_for_their_owner_only_and_per_server(tmp_path: Path) -> None:
     here, there = Address("http://127.0.0.1:1"), Address("http://127.0.0.1:2")
-    tokens = Tokens(here, tmp_path / "chatcore")
+    tokens = TokenFiles(here, tmp_path / "chatcore")
     assert tokens.last_user() is None
     tokens.put("Alice", "A")
     tokens.put("bob", "B")
     assert tokens.get("alice") == "A"
-    assert Tokens(there, tmp_path / "chatcore").get("alice") is None
+    assert TokenFiles(there, tmp_path / "chatcore").get("alice") is None
     files = list((tmp_path / "chatcore").iterdir())
     assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
     assert (tmp_path / "chatcore").stat().st_mode & 0o777 == 0o700

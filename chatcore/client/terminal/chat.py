@@ -1,4 +1,4 @@
-"""The chat on the screen: one conversation at a time, followed from its events."""
+"""The chat on the screen: one conversation at a time, its entries and its members."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 from typing import Final
 
+from ...common.tasks import Tasks
 from ..client import Client
 from ..errors import ChatError, ClientError, NotFound, OutboxFull
 from ..events import (
@@ -24,19 +25,107 @@ from ..events import (
     Typing,
     UserChanged,
 )
-from .people import People
-from .screen import Screen
-from .text import body_of, clock, listing, member_line, meta_line, one_line, title_of
+from .screen import Screen, body_of, clock, listing, member_line, meta_line, one_line, title_of
 
 log: Final = logging.getLogger("chatcore.client.terminal")
 
+#: Members that are listed and watched; in larger conversations, these first ones.
+MEMBERS_MAX: Final = 500
+_PAGE: Final = 100
+#: How long a typing signal is shown (protocol document, "typing").
+TYPING_S: Final = 6.0
 
-class Chat:
+
+class MemberList:
+    """The members of one conversation at a time."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._names: dict[str, str] = {}
+        self._conv = ""
+        self._roles: dict[str, str] = {}
+        self._states: dict[str, str] = {}
+        self._typing: dict[str, float] = {}
+
+    async def load(self, conv: str) -> None:
+        """Look up the members of a conversation, and watch their presence."""
+        if conv != self._conv:
+            self._conv = conv
+            self._roles.clear()
+            self._typing.clear()
+        roles: dict[str, str] = {}
+        after: str | None = None
+        while len(roles) < MEMBERS_MAX:
+            page = await self._client.members(conv, after=after, limit=_PAGE)
+            roles |= {member.user: member.role for member in page.members}
+            unknown = [user for user in roles if user not in self._names]
+            if unknown:
+                self._names |= {user.id: one_line(user.name) for user in await self._client.users(unknown)}
+            after = page.next
+            if after is None:
+                break
+        self._roles = roles
+        others = [user for user in roles if user != self._client.user.id]
+        try:
+            self._states = {state.user: state.state for state in await self._client.watch(others)}
+        except ChatError:
+            self._states = {}  # a member has left meanwhile; the next load will do
+
+    def knows(self, user: str) -> bool:
+        """Whether this user was a member when the members were loaded."""
+        return user in self._roles
+
+    async def name(self, user: str) -> str:
+        """The name of a user, safe to print; the id if it cannot be found out."""
+        if user not in self._names:
+            try:
+                self._names[user] = one_line(await self._client.name_of(user))
+            except (ChatError, TimeoutError):
+                return user
+        return self._names[user]
+
+    def forget_name(self, user: str) -> None:
+        """The name has changed."""
+        self._names.pop(user, None)
+
+    def presence(self, event: Presence) -> bool:
+        """Take in a presence; whether it changed that of a member."""
+        before = self._states.get(event.user, "offline")
+        self._states[event.user] = event.state
+        return before != event.state and event.user in self._roles
+
+    def online(self) -> list[str]:
+        """The names of the other members who are online."""
+        return sorted(self._names.get(u, u) for u, s in self._states.items() if s == "online" and u in self._roles)
+
+    def who(self) -> list[str]:
+        """One line for each member."""
+        me = self._client.user.id
+        lines = []
+        for user, role in self._roles.items():
+            state = "you" if user == me else self._states.get(user, "offline")
+            lines.append(f"{self._names.get(user, user)} ({state}{', ' + role if role != 'member' else ''})")
+        return sorted(lines)
+
+    def is_typing(self, user: str, yes: bool = True) -> None:
+        """A user is typing, or has sent the message."""
+        if yes and user != self._client.user.id:
+            self._typing[user] = asyncio.get_running_loop().time() + TYPING_S
+        else:
+            self._typing.pop(user, None)
+
+    def typing(self) -> list[str]:
+        """The names of those typing now."""
+        now = asyncio.get_running_loop().time()
+        return sorted(self._names.get(user, user) for user, until in self._typing.items() if until > now)
+
+
+class TerminalChat:
     """Ties a client to a screen. ``follow`` runs beside whatever reads lines."""
 
     def __init__(self, client: Client, history: int) -> None:
         self.client = client
-        self.people = People(client)
+        self.members = MemberList(client)
         self.conv = ""
         #: Messages that were refused for good.
         self.refused = 0
@@ -50,11 +139,11 @@ class Chat:
         self._mine = 0
         self._marks = asyncio.Event()
 
-    # What is shown.
+    # Showing.
 
     @property
     def title(self) -> str:
-        """What the conversation on the screen is called."""
+        """The name of the conversation on the screen."""
         return title_of(self.client.conversations.get(self.conv)) if self.conv else "(nowhere)"
 
     def status(self) -> str:
@@ -62,9 +151,9 @@ class Chat:
         parts = [self.title]
         if self._offline:
             parts.append("reconnecting…")
-        if online := self.people.online():
+        if online := self.members.online():
             parts.append(f"online: {listing(online)}")
-        if typing := self.people.typing():
+        if typing := self.members.typing():
             parts.append(f"{listing(typing, 3)} {'is' if len(typing) == 1 else 'are'} typing…")
         if waiting := self.client.unacknowledged:
             parts.append(f"{waiting} not sent yet")
@@ -76,13 +165,13 @@ class Chat:
         self.conv, self._held, self._shown, self._mine = conv, [], 0, 0
         self.screen.notice(self.title)
         try:
-            await self.people.load(conv)
+            await self.members.load(conv)
             await self.show_history(self._history)
         finally:
             held, self._held = self._held or [], None
         for entry in held:
             await self._show(entry)
-        if online := self.people.online():
+        if online := self.members.online():
             self.screen.notice(f"online: {listing(online)}")
         self.screen.refresh()
 
@@ -118,7 +207,7 @@ class Chat:
                 raise NotFound(f"there is no conversation {target!r} that you are in") from None
         return target
 
-    # What the user does.
+    # Actions of the user.
 
     def say(self, text: str) -> None:
         """Send a line to the conversation on the screen; it goes out as soon as it can."""
@@ -155,17 +244,17 @@ class Chat:
             self._shown_more.clear()
             await self._shown_more.wait()
 
-    # What happens.
+    # Events.
 
     async def follow(self) -> None:
         """Show events until the connection ends for good, which raises its reason."""
-        marking = asyncio.create_task(self._mark(), name="chat read marks")
+        tasks = Tasks()
+        tasks.spawn(self._mark(), "chat read marks")
         try:
             async for event in self.client.events():
                 await self._event(event)
         finally:
-            marking.cancel()
-            await asyncio.gather(marking, return_exceptions=True)
+            await tasks.close()
 
     async def _event(self, event: Event) -> None:
         match event:
@@ -173,10 +262,10 @@ class Chat:
                 await self._entry(event)
             case Typing() if event.conv == self.conv:
                 await self._meet(event.user)
-                self.people.is_typing(event.user)
+                self.members.is_typing(event.user)
             case Presence():
-                if self.people.presence(event):
-                    self.screen.notice(f"{await self.people.name(event.user)} is {event.state}")
+                if self.members.presence(event):
+                    self.screen.notice(f"{await self.members.name(event.user)} is {event.state}")
             case Disconnected():
                 if not self._offline:
                     self._offline = True
@@ -189,12 +278,12 @@ class Chat:
                 self.screen.notice(f"{event.last - event.first + 1} entries are missing here")
             case Reset() if event.conv == self.conv:
                 self._shown = event.upto
-                self.screen.notice("the server went back in time; some messages above are gone there")
+                self.screen.notice("the log on the server was set back; some messages above are gone there")
             case ConversationGone() if event.conv == self.conv:
                 self._shown_more.set()
                 self.leave()
             case UserChanged():
-                self.people.forget_name(event.user.id)
+                self.members.forget_name(event.user.id)
             case _:
                 return
         self.screen.refresh()
@@ -207,7 +296,7 @@ class Chat:
                 await self._show(entry)
         elif isinstance(entry, Message) and entry.sender != self.client.user.id:
             where = title_of(self.client.conversations.get(entry.conv))
-            self.screen.notice(f"[{where}] {await self.people.name(entry.sender)}: {one_line(entry.body or '')}")
+            self.screen.notice(f"[{where}] {await self.members.name(entry.sender)}: {one_line(entry.body or '')}")
 
     async def _show(self, entry: Entry) -> None:
         if entry.seq <= self._shown:
@@ -218,32 +307,32 @@ class Chat:
         self._shown_more.set()
 
     async def _print(self, entry: Entry) -> None:
-        sender = await self.people.name(entry.sender)
+        sender = await self.members.name(entry.sender)
         match entry:
             case Message():
                 mine = entry.sender == self.client.user.id
-                self.people.is_typing(entry.sender, False)
+                self.members.is_typing(entry.sender, False)
                 self.screen.message(clock(entry.ts), sender, body_of(entry), mine)
                 if not mine:
                     self._read = entry.seq
                     self._marks.set()
-            case MemberChanged() if not self.title.startswith("@"):  # of a dm everybody knows
-                self.screen.notice(member_line(entry, sender, await self.people.name(entry.user)))
+            case MemberChanged() if not self.title.startswith("@"):  # both users of a dm know it
+                self.screen.notice(member_line(entry, sender, await self.members.name(entry.user)))
             case MetaChanged():
                 self.screen.notice(meta_line(entry, sender))
             case _:
                 pass
 
     async def _meet(self, user: str) -> None:
-        """Somebody shows up who was not there: joining a channel makes no entry."""
-        if self.conv and not self.people.knows(user) and self.client.online:
+        """Load the members again if this user is not among them: joining a channel makes no entry."""
+        if self.conv and not self.members.knows(user) and self.client.online:
             try:
-                await self.people.load(self.conv)
+                await self.members.load(self.conv)
             except (ChatError, TimeoutError) as error:
                 log.debug("the members could not be looked up: %s", error)
 
     async def _mark(self) -> None:
-        """Tell the server what was read: only the newest, one request at a time."""
+        """Move the read mark on the server: only the newest one, one request at a time."""
         while True:
             await self._marks.wait()
             self._marks.clear()
@@ -255,7 +344,7 @@ class Chat:
 
 
 class _NoScreen:
-    """Before there is a screen."""
+    """The screen before there is one: it shows no line."""
 
     def message(self, when: str, name: str, body: str, mine: bool) -> None:
         pass

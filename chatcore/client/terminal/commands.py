@@ -1,4 +1,4 @@
-"""What a line that begins with a slash does."""
+"""The commands: lines that begin with a slash."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Final
 from ...errors import BadRequest
 from ..accounts import find_user
 from ..errors import ChatError, NotFound
-from .chat import Chat
-from .options import HISTORY, HISTORY_MAX, is_target
-from .text import clean, one_line, title_of
+from .chat import TerminalChat
+from .login import HISTORY, HISTORY_MAX, is_target
+from .screen import clean, one_line, title_of
 
 HELP: Final = """\
 /help                  this
@@ -19,8 +19,8 @@ HELP: Final = """\
 /join #NAME            a channel (made if there is none); also @USER, or an id
 /dm USER               talk to one user
 /group TITLE [USER…]   make a group (one word for the title)
-/invite USER           bring somebody into this group
-/remove USER           take somebody out
+/invite USER           invite a user into this group
+/remove USER           remove a user from it
 /title TEXT            set the title
 /leave                 leave this conversation
 /list                  your conversations
@@ -33,11 +33,11 @@ _CHANNELS: Final = 50
 
 
 class Quit(Exception):
-    """The user wants to go."""
+    """The user ends the chat."""
 
 
-async def run_line(chat: Chat, line: str) -> None:
-    """Do what a typed line says. Raises Quit."""
+async def run_line(chat: TerminalChat, line: str) -> None:
+    """Send a typed line, or run the command in it. Raises Quit."""
     text = line.rstrip()
     if not text.strip():
         return
@@ -57,37 +57,37 @@ async def run_line(chat: Chat, line: str) -> None:
         chat.screen.notice(f"/{name}: no answer from the server; try again later")
 
 
-async def _help(chat: Chat, _: str) -> None:
+async def _help(chat: TerminalChat, _: str) -> None:
     for line in HELP.splitlines():
         chat.screen.notice(line)
 
 
-async def _who(chat: Chat, _: str) -> None:
-    await chat.people.load(_here(chat))
-    for line in chat.people.who():
+async def _who(chat: TerminalChat, _: str) -> None:
+    await chat.members.load(_here(chat))
+    for line in chat.members.who():
         chat.screen.notice(line)
 
 
-async def _history(chat: Chat, rest: str) -> None:
+async def _history(chat: TerminalChat, rest: str) -> None:
     _here(chat)
     if rest and not (rest.isascii() and rest.isdigit() and 1 <= int(rest) <= HISTORY_MAX):
         raise BadRequest(f"/history N: 1 to {HISTORY_MAX}")
     await chat.show_history(int(rest or HISTORY))
 
 
-async def _join(chat: Chat, rest: str) -> None:
+async def _join(chat: TerminalChat, rest: str) -> None:
     if not is_target(rest):
         raise BadRequest("/join #channel, @user or an id")
     await chat.enter(rest)
 
 
-async def _dm(chat: Chat, rest: str) -> None:
+async def _dm(chat: TerminalChat, rest: str) -> None:
     if not rest:
         raise BadRequest("/dm USER")
     await chat.enter("@" + rest.removeprefix("@"))
 
 
-async def _group(chat: Chat, rest: str) -> None:
+async def _group(chat: TerminalChat, rest: str) -> None:
     title, *names = rest.split() or [""]
     if not title:
         raise BadRequest("/group TITLE [USER…]")
@@ -95,32 +95,32 @@ async def _group(chat: Chat, rest: str) -> None:
     await chat.enter(await chat.client.open("group", title=title, members=members))
 
 
-async def _invite(chat: Chat, rest: str) -> None:
+async def _invite(chat: TerminalChat, rest: str) -> None:
     await chat.client.invite(_here(chat), await _user(chat, rest))
 
 
-async def _remove(chat: Chat, rest: str) -> None:
+async def _remove(chat: TerminalChat, rest: str) -> None:
     await chat.client.remove(_here(chat), await _user(chat, rest))
 
 
-async def _title(chat: Chat, rest: str) -> None:
+async def _title(chat: TerminalChat, rest: str) -> None:
     if not rest:
         raise BadRequest("/title TEXT")
     await chat.client.set_title(_here(chat), rest)
 
 
-async def _leave(chat: Chat, _: str) -> None:
+async def _leave(chat: TerminalChat, _: str) -> None:
     await chat.client.leave(_here(chat))
 
 
-async def _list(chat: Chat, _: str) -> None:
+async def _list(chat: TerminalChat, _: str) -> None:
     views = sorted(chat.client.conversations.values(), key=lambda view: title_of(view).casefold())
     for view in views:
         news = f", {view.unread} unread" if view.unread and view.id != chat.conv else ""
         chat.screen.notice(f"{title_of(view)} ({view.id}{news})")
 
 
-async def _channels(chat: Chat, rest: str) -> None:
+async def _channels(chat: TerminalChat, rest: str) -> None:
     page = await chat.client.channels(rest.removeprefix("#") or None, limit=_CHANNELS)
     for channel in page.conversations:
         count = f"{channel.members} member{'s' if channel.members != 1 else ''}"
@@ -129,17 +129,17 @@ async def _channels(chat: Chat, rest: str) -> None:
         chat.screen.notice("… and more: /channels PREFIX")
 
 
-async def _quit(chat: Chat, _: str) -> None:
+async def _quit(chat: TerminalChat, _: str) -> None:
     raise Quit
 
 
-def _here(chat: Chat) -> str:
+def _here(chat: TerminalChat) -> str:
     if not chat.conv:
         raise NotFound("you are nowhere: /join #channel first")
     return chat.conv
 
 
-async def _user(chat: Chat, name: str) -> str:
+async def _user(chat: TerminalChat, name: str) -> str:
     """The id of a user by name. Raises NotFound."""
     name = name.removeprefix("@")
     user = await find_user(chat.client.address, chat.client.token, name) if name else None
@@ -148,7 +148,7 @@ async def _user(chat: Chat, name: str) -> str:
     return user.id
 
 
-_COMMANDS: Final[dict[str, Callable[[Chat, str], Awaitable[None]]]] = {
+_COMMANDS: Final[dict[str, Callable[[TerminalChat, str], Awaitable[None]]]] = {
     "help": _help,
     "who": _who,
     "history": _history,

@@ -1,4 +1,4 @@
-"""What the chat is shown on: one interface, a pipe and a terminal behind it."""
+"""What the chat is shown on: how things look as text, and one interface with a pipe and a terminal behind it."""
 
 from __future__ import annotations
 
@@ -7,33 +7,100 @@ import codecs
 import os
 import sys
 import threading
+import time
+import unicodedata
 from collections.abc import Callable
 from typing import Final, Protocol
 
-#: Lines read ahead from a pipe; the writer waits then.
+from ..events import Conversation, MemberChanged, Message, MetaChanged
+
+#: Lines read ahead from a pipe; then its writer has to wait.
 LINES_AHEAD: Final = 100
 _CHUNK: Final = 65536
+#: Joins emoji into one; the only invisible character that is let through.
+_ZWJ: Final = "\u200d"
+
+
+def clean(text: str) -> str:
+    """A text of another user, safe to print: without control characters, which could command
+    the terminal, and without those that hide or reorder text. Line breaks are kept."""
+    return "".join(
+        char if char in (_ZWJ, "\n") or unicodedata.category(char)[0] != "C" else " " if char == "\t" else "\ufffd"
+        for char in text.replace("\r\n", "\n")
+    )
+
+
+def one_line(text: str) -> str:
+    """As :func:`clean`, on one line."""
+    return clean(text).replace("\n", " ")
+
+
+def title_of(view: Conversation | None) -> str:
+    """The name of a conversation: ``#channel``, ``@user``, or a group's title."""
+    if view is None:
+        return "(gone)"
+    if view.kind == "channel":
+        return "#" + one_line(view.title)
+    if view.kind == "dm":
+        return "@" + one_line(view.peer.name if view.peer else view.id)
+    return one_line(view.title) or view.id
+
+
+def clock(ts: int) -> str:
+    """Hours and minutes of a Unix time in ms, here; with the date if it is not today."""
+    then = time.localtime(ts / 1000)
+    same_day = then[:3] == time.localtime()[:3]
+    return time.strftime("%H:%M" if same_day else "%Y-%m-%d %H:%M", then)
+
+
+def body_of(message: Message) -> str:
+    """The text of a message; later lines are indented."""
+    if message.body is None:
+        return "(deleted)"
+    return clean(message.body).replace("\n", "\n    ") or "(data)"
+
+
+def member_line(entry: MemberChanged, sender: str, user: str) -> str:
+    """The line for a ``member`` entry."""
+    if entry.role == "none":
+        return f"{user} left" if entry.sender == entry.user else f"{sender} removed {user}"
+    if entry.role == "banned":
+        return f"{sender} banned {user}"
+    if entry.role == "member":
+        return f"{user} joined" if entry.sender == entry.user else f"{sender} added {user}"
+    return f"{user} is now {entry.role}"
+
+
+def meta_line(entry: MetaChanged, sender: str) -> str:
+    """The line for a ``meta`` entry."""
+    return f"{sender} set the title: {one_line(entry.title)}"
+
+
+def listing(names: list[str], most: int = 8) -> str:
+    """Some names on one line."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 class Screen(Protocol):
-    """Shows lines and gives the lines that the user types."""
+    """Shows lines, and returns the lines that the user types."""
 
     def message(self, when: str, name: str, body: str, mine: bool) -> None:
-        """Somebody said something in the conversation on the screen."""
+        """Show a message of the conversation on the screen."""
 
     def notice(self, text: str) -> None:
-        """Something else worth a line."""
+        """Show any other line."""
 
     def refresh(self) -> None:
-        """The status (see ``status`` of the makers) has changed."""
+        """Show the status line anew: it has changed."""
 
     async def line(self) -> str | None:
         """The next line that the user typed, without its end; None at the end of input."""
 
 
 class Stdin:
-    """Lines of standard input, read without Python's buffer: a thread of ours may hang in
-    a read when the program ends, which a lock on ``sys.stdin`` would not survive."""
+    """Lines of standard input, read without Python's buffer: the reading thread may hang in
+    a read when the program ends, and must not hold the lock on ``sys.stdin`` then."""
 
     def __init__(self, fd: int = 0) -> None:
         self._fd = fd
@@ -53,7 +120,7 @@ class Stdin:
         return line.removesuffix("\r")
 
 
-class Plain:
+class PipeScreen:
     """Line by line: messages to stdout as ``name: text``, all else to stderr."""
 
     def __init__(self, stdin: Stdin) -> None:
@@ -86,12 +153,12 @@ class Plain:
             try:
                 asyncio.run_coroutine_threadsafe(self._lines.put(line), loop).result()
             except (RuntimeError, asyncio.CancelledError):
-                return  # the loop is closed: nobody reads any more
+                return  # the loop is closed: the chat has ended
             if line is None:
                 return
 
 
-class Tty:
+class TtyScreen:
     """A terminal: a line to type in below everything else, and a status line under it."""
 
     def __init__(self, prompt: Callable[[], str], status: Callable[[], str], typing: Callable[[str], None]) -> None:
