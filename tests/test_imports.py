@@ -24,7 +24,6 @@ KNOWN_IMPORTS: Final[frozenset[tuple[str, str]]] = frozenset()
 #: Rings that are there still; likewise.
 KNOWN_RINGS: Final = frozenset(
     {
-        frozenset({"client/client.py", "client/directory.py"}),
         frozenset({"queue/redis.py", "queue/redis_consumer.py", "queue/redis_partition.py"}),
     }
 )

@@ -44,7 +44,7 @@ PAGE: Final = 100
 #: Closes that some message of this client caused: it is not repeated.
 BAD_MESSAGE_CODES: Final = frozenset({1002, 1003, 1007, 1009})
 
-#: What the server allows until its ``hello`` says otherwise (protocol document, "Limits and rates").
+#: What the server allows until its ``hello`` says otherwise (docs/protocol.md, "Limits and rates").
 _LIMITS: Final = {
     "frame": 65536,
     "have": 1000,

@@ -1,6 +1,6 @@
 """Whether the server is still there, and when to connect again after a connection was lost.
 
-The rules are those of the protocol document, "Stay alive" and "Come back".
+The rules are those of docs/protocol.md, "Stay alive" and "Come back".
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A chat server of a few lines for one user, as protocol.md describes it, and an application.
+"""A chat server of a few lines for one user, as docs/protocol.md describes it, and an application.
 
 It has no sockets: messages lie in two queues until a test moves them, so that a
 connection can end between any two of them.

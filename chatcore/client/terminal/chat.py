@@ -32,7 +32,7 @@ log: Final = logging.getLogger("chatcore.client.terminal")
 #: Members that are listed and watched; in larger conversations, these first ones.
 MEMBERS_MAX: Final = 500
 _PAGE: Final = 100
-#: How long a typing signal is shown (protocol document, "typing").
+#: How long a typing signal is shown (docs/protocol.md, "typing").
 TYPING_S: Final = 6.0
 
 
