@@ -10,6 +10,9 @@ were given: by default one at a time, because only then can a refusal in the mid
 not let a later message overtake. A refused message goes out again no sooner than its
 own ``retry_after_ms``. While messages that were over the server's rate wait for their
 times, no new ones go out: the tokens that grow meanwhile are promised to those that wait.
+If one is refused again at its time (other requests took the token, or the server charges for
+refusals), all wait until the last of these times, and then go out one at a time; each
+acknowledged one lets one more be in flight.
 """
 
 from __future__ import annotations
@@ -36,6 +39,8 @@ UNANSWERED_SPARE: Final = 4
 CID_BITS: Final = 128
 
 _ID_MAX: Final = 2**31 - 1
+#: No bound: the window of all requests is smaller.
+_IN_FLIGHT_MAX: Final = 1000
 
 #: Called once with the ``ok`` reply, or with the exception that ended the request.
 Done = Callable[[dict[str, Any] | Exception], None]
@@ -180,10 +185,11 @@ class Draft(msgspec.Struct, frozen=True):
 class Pending:
     """One unacknowledged message. It goes out once it is ``stored``, and no sooner than ``not_before``.
 
-    ``suspect``: it may be the message over which the server closed a connection.
+    ``promised``: it was over the rate, and the server said when it can succeed. ``suspect``: it may be the message
+    over which the server closed a connection.
     """
 
-    __slots__ = ("done", "draft", "in_flight", "not_before", "stored", "suspect")
+    __slots__ = ("done", "draft", "in_flight", "not_before", "promised", "stored", "suspect")
 
     def __init__(self, draft: Draft, done: Done | None, stored: bool) -> None:
         self.draft = draft
@@ -191,6 +197,7 @@ class Pending:
         self.stored = stored
         self.not_before = 0.0
         self.in_flight = False
+        self.promised = False
         self.suspect = False
 
 
@@ -209,8 +216,11 @@ class MessageOutbox:
         # waits for another time by now, is skipped when its time comes.
         self._retries: list[tuple[float, int, Pending]] = []
         self._retry_count = 0
-        # No message goes out for the first time before this: the promised tokens are those of refused messages.
+        # The last time that was promised to a message over the rate: new ones wait for it.
         self._new_not_before = 0.0
+        # After a promise that did not hold, all messages wait, and only so many may be in flight.
+        self._not_before = 0.0
+        self._in_flight_max = _IN_FLIGHT_MAX
         self._in_flight = 0
         self._suspects = 0
         self._count = 0
@@ -237,8 +247,10 @@ class MessageOutbox:
 
     def take(self, now: float, free: int) -> list[Pending]:
         """The messages to send now, at most ``free``; they count as in flight from here on."""
-        limit = min(free, 1 - self._in_flight) if self._suspects else free
+        limit = min(free, (1 if self._suspects else self._in_flight_max) - self._in_flight)
         out: list[Pending] = []
+        if now < self._not_before:
+            return out
         while self._retries and self._retries[0][0] <= now and len(out) < limit:
             pending = heapq.heappop(self._retries)[2]
             # If a message before it in the line still waits, it follows in the turn of its conversation.
@@ -264,6 +276,7 @@ class MessageOutbox:
             self._suspects -= 1
         line.remove(pending)
         self._count -= 1
+        self._in_flight_max = min(self._in_flight_max + 1, _IN_FLIGHT_MAX)
         if line:
             self._turns[conv] = None
         else:
@@ -283,6 +296,10 @@ class MessageOutbox:
         heapq.heappush(self._retries, (at, self._retry_count, pending))
         if over_rate:
             self._new_not_before = max(self._new_not_before, at)
+            if pending.promised:
+                self._not_before = self._new_not_before
+                self._in_flight_max = 1
+            pending.promised = True
 
     def disconnected(self, *, bad_message: bool, others: int) -> Pending | None:
         """The socket is gone: all that was in flight will be sent again.
@@ -291,7 +308,9 @@ class MessageOutbox:
         requests besides messages were unanswered. If only one message can be meant it is returned, to be refused;
         otherwise the suspects go out one at a time from now on, so that the next such close names the one.
         """
-        self._new_not_before = 0.0  # the next connection has a full bucket
+        # The next connection has a full bucket.
+        self._new_not_before = self._not_before = 0.0
+        self._in_flight_max = _IN_FLIGHT_MAX
         flying = [pending for pending in self if pending.in_flight]
         for pending in flying:
             self._land(pending)
@@ -309,7 +328,7 @@ class MessageOutbox:
 
     def next_at(self, now: float) -> float | None:
         """When a message that waits for its time may go out; None if no message waits for a time."""
-        times = [self._retries[0][0]] if self._retries else []
+        times = [max(self._retries[0][0], self._not_before)] if self._retries else []
         if self._turns:
             times.append(self._new_not_before)
         return min((at for at in times if at > now), default=None)

@@ -53,7 +53,7 @@ class StrictServer:
         self.most_unanswered = max(self.most_unanswered, self.unanswered)
         assert self.unanswered <= self.outstanding, "more unanswered requests than the server takes"
         at = max(self._full_at, now) + self._token_s
-        cid = request.get("cid", "")
+        cid = request.get("cid") or f"request {request['id']}"
         if (not_before := self._not_before.pop(cid, None)) is not None:
             assert now >= not_before, f"{cid} comes before its time"
             self.latest_s = max(self.latest_s, now - not_before)
@@ -80,6 +80,16 @@ class StrictServer:
         assert (at - free_at) / self._token_s < PROMISES_MAX, "flooding"
         self._promised = at + self._token_s
         return int((self._promised - now - BURST * self._token_s) * 1000) + 1
+
+
+class ChargingServer(StrictServer):
+    """Charges for what it refuses, so that a promise holds only if nothing else is refused meanwhile."""
+
+    def _promise(self, now: float) -> int:
+        self._full_at = max(self._full_at, now) + self._token_s
+        missing_s = self._full_at - now - BURST * self._token_s
+        assert missing_s <= BURST * self._token_s, "flooding"
+        return int((missing_s + self._token_s) * 1000) + 1
 
 
 class Simulation:
@@ -211,3 +221,26 @@ def test_typed_messages_do_not_wait_for_long_behind_a_drained_outbox() -> None:
     while "typed" not in sim.acked:
         sim.run(len(sim.acked) + 1)
     assert sim.now - before < 5.0
+
+
+def test_other_requests_that_take_the_promised_tokens_cost_no_more_than_these() -> None:
+    """A request of the application takes a token that was promised to a message; the message is refused again."""
+    sim = Simulation(StrictServer(outstanding=64))
+    for n in range(2000):
+        sim.send(f"c{n % 40}", str(n))
+    took: list[Any] = []
+    for acked in range(300, 2000, 10):
+        sim.run(acked)
+        sim.core.call("users", {"ids": []}, took.append)
+    sim.run(2000)
+    tokens = 2000 + sum(isinstance(reply, dict) for reply in took) - BURST
+    assert tokens / RATE <= sim.now <= tokens / RATE * 1.05 + 2.0
+
+
+def test_a_server_that_charges_for_refusals_does_not_bring_it_to_a_stop() -> None:
+    """The story: each repeated message was refused again and charged, for ever."""
+    count = 1000
+    sim = Simulation(ChargingServer(outstanding=64))
+    for n in range(count):
+        sim.send(f"c{n % 40}", str(n))
+    assert sim.run(count) <= 5 * (count - BURST) / RATE

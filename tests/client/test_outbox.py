@@ -76,6 +76,23 @@ def test_each_message_that_was_over_the_rate_goes_out_at_its_own_time_and_before
     assert sent == [(1.0, ["a-1"]), (2.0, ["c-1"]), (3.0, ["b-1", "d-1"])]
 
 
+def test_after_a_promise_that_did_not_hold_all_wait_for_the_last_time_and_go_out_one_at_a_time() -> None:
+    box = MessageOutbox()
+    for conv in ("a", "b", "c"):
+        box.add(pending(conv, 1))
+    for at, one in enumerate(box.take(0.0, FREE), 1):
+        box.retry(one, float(at), over_rate=True)
+    (a,) = box.take(1.0, FREE)
+    box.retry(a, 4.0, over_rate=True)
+    assert box.take(3.0, FREE) == []
+    assert box.next_at(3.0) == 4.0
+    (b,) = box.take(4.0, FREE)
+    assert cids([b]) == ["b-1"]
+    assert box.take(4.0, FREE) == []
+    box.finish(b)
+    assert cids(box.take(4.0, FREE)) == ["c-1", "a-1"]
+
+
 def test_of_one_conversation_nothing_overtakes_a_message_that_waits_for_a_later_time() -> None:
     box = MessageOutbox(window=3)
     for n in (1, 2, 3):
