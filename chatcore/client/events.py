@@ -11,6 +11,8 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from ..entries import ENTRY_TYPES
+
 Kind = Literal["dm", "group", "channel"]
 Level = Literal["all", "mentions", "none"]
 State = Literal["online", "offline"]
@@ -55,10 +57,11 @@ class Message(Entry, frozen=True, kw_only=True):
 
 
 class MemberChanged(Entry, frozen=True, kw_only=True):
-    """``user`` now has ``role``: none, banned, member, admin or owner."""
+    """``user`` now has ``role``: none, banned, member, admin or owner; it ``was`` the one before ("": not known)."""
 
     user: str
     role: str
+    was: str = ""
 
 
 class MetaChanged(Entry, frozen=True, kw_only=True):
@@ -72,7 +75,8 @@ class Conversation(msgspec.Struct, frozen=True, kw_only=True):
 
     ``head`` is the newest seq known to exist, ``read`` the user's own mark,
     ``unread`` and ``mentions`` count others' messages after it. ``members`` is
-    as the server sent it last: entries do not change it.
+    as the server sent it last, and counted on by entries. Joining and leaving a channel by
+    oneself makes no entry.
     """
 
     id: str
@@ -191,7 +195,9 @@ class Sent(msgspec.Struct, frozen=True):
     dup: bool = False
 
 
-_ENTRIES: Final[dict[str, type[Entry]]] = {"msg": Message, "member": MemberChanged, "meta": MetaChanged}
+_EVENTS: Final = {event.__name__: event for event in (Message, MemberChanged, MetaChanged)}
+#: By type, as each type of entry declares it.
+_ENTRIES: Final[dict[str, type[Entry]]] = {t: _EVENTS[one.event] for t, one in ENTRY_TYPES.items()}
 
 
 def entry_from(obj: dict[str, Any]) -> Entry | None:

@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import msgspec
 
+from ..protocol import MEMBER_ROLES
 from .catchup import CatchUp
 from .events import (
     Conversation,
@@ -113,8 +114,11 @@ def with_entry(view: Conversation, entry: Entry, me: str) -> Conversation:
                     changes["mentions"] = view.mentions + 1
         case MetaChanged():
             changes["title"] = entry.title
-        case MemberChanged() if entry.user == me:
-            changes["role"] = entry.role
+        case MemberChanged():
+            if entry.user == me:
+                changes["role"] = entry.role
+            if entry.was:
+                changes["members"] = view.members + (entry.role in MEMBER_ROLES) - (entry.was in MEMBER_ROLES)
     return msgspec.structs.replace(view, **changes)
 
 
