@@ -143,7 +143,7 @@ class Worker:
             self.cache.on_entry(e)
             self._head(e.conv, e.seq)
 
-    def on_doubt(self, why: str) -> None:
+    def on_resync_needed(self, why: str) -> None:
         self.cache.on_resync_needed()
 
     def on_peer_gone(self, peer: str) -> None: ...

@@ -1,21 +1,18 @@
 """The local bus: Unix stream sockets between the worker processes of one host.
 
-Every worker listens at ``<run_dir>/bus-<name>.sock`` and connects to every other
-socket of the folder, so that a pair of workers has two links, each used in one
-direction only::
+Every worker listens at ``<run_dir>/bus-<name>.sock`` and connects to every other socket of the folder. So two
+workers are connected by two links, each used in one direction only::
 
     A ==> B   written by A: A's subscriptions, and what A publishes to B
     A <== B   written by B: B's subscriptions, and what B publishes to A
 
-A tells its subscriptions on its own link and is answered on that of B, ahead of
-everything that B publishes from then on: that is what a confirmation says. A
-socket is listening before it is visible, and visible before its owner lists the
-folder, so of two workers that start together at least one sees the other; and who
-is connected to connects back.
+A sends its subscriptions on its own link. B answers on B's link, ahead of everything that B publishes from
+then on: that is what a confirmation means. A socket listens before it is visible, and is visible before its
+owner lists the folder, so of two workers that start together at least one sees the other; a worker that is
+connected to connects back.
 
-Nothing here is ever repeated. Whatever may have been missed (a link came up or
-broke, a queue overflowed, a peer was silent or confirmed late) is a doubt, and
-whoever listens looks at the log.
+The bus never sends anything twice. Whenever messages may have been missed (a link came up or broke, a queue
+overflowed, a peer was silent or confirmed late) it asks its listener to resync.
 """
 
 from __future__ import annotations
@@ -26,22 +23,29 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
-from .base import BusListener
-from .local_confirm import Wait, Waits
-from .local_link import (
+from ..common.tasks import Tasks
+from .base import (
     MAX_CHANNEL_BYTES,
     MAX_PAYLOAD_BYTES,
+    SILENT_AFTER_BEATS,
+    BusFormatError,
+    BusListener,
+    encode_channels,
+    notify,
+)
+from .local_link import (
     NAME_PATTERN,
     SUBSCRIBE,
     UNSUBSCRIBE,
+    Confirmations,
     Inbound,
     LocalBusStats,
-    Malformed,
     Peer,
+    PendingSubscribe,
     channel_frames,
     message_frame,
 )
@@ -52,10 +56,8 @@ log = logging.getLogger(__name__)
 MAX_ADDRESS_BYTES: Final = 107
 #: Connections that wait to be accepted: more than a host has workers.
 BACKLOG: Final = 128
-#: Without a byte for so many heartbeats a peer counts as silent.
-SILENT_AFTER_BEATS: Final = 3
 
-#: Shared tuples of peers that no route uses any more are let go when there are so many more of them than routes.
+#: Unused shared tuples of peers are dropped when there are so many more tuples than routes.
 SPARE_GROUPS: Final = 1000
 
 _SOCKET: Final = re.compile(rf"bus-({NAME_PATTERN.pattern})\.sock")
@@ -66,9 +68,9 @@ class LocalBus:
 
     :param run_dir: the folder of the sockets; private to the server's user.
     :param name: ``<host>-<slot>-<nonce>``, never used by two processes.
-    :param queue_bytes: bound of what waits for one peer; more is dropped, and that peer told.
+    :param queue_bytes: bound of what waits for one peer; a message above it is dropped, and that peer resyncs.
     :param confirm_timeout_ms: how long `subscribe` waits for a peer; also the deadline of `close`.
-    :param heartbeat_ms: between heartbeats, and between looks at the folder.
+    :param heartbeat_ms: between heartbeats, and between scans of the folder.
     :raises ValueError: a name that does not fit into a socket's address.
     """
 
@@ -86,24 +88,24 @@ class LocalBus:
         self._server: asyncio.Server | None = None
         self._visible = False
         self._closing = False
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._beating: asyncio.Task[None] | None = None
         self._peers: dict[str, Peer] = {}
         self._links: set[Peer | Inbound] = set()  # those with a transport
         self._links_gone = asyncio.Event()
-        # Every connected user has a channel, so what is kept of one is small: the peers that subscribed to
-        # it are one of a few shared tuples, and only what was subscribed to more than once is counted.
+        # Every connected user has a channel, so a channel costs little: the peers that subscribed to it are
+        # one of a few shared tuples, and only what was subscribed to more than once is counted.
         self._routes: dict[str, tuple[Peer, ...]] = {}
         self._groups: dict[tuple[Peer, ...], tuple[Peer, ...]] = {}
         self._counts: dict[bytes, int] = {}
-        self._waits: Waits
-        self._asking: Wait | None = None  # the subscriptions of this tick
+        self._confirmations: Confirmations
+        self._pending: PendingSubscribe | None = None  # the subscriptions of this tick
         self._dirty: list[Peer] = []
         self._flush_due = False
-        # For the links (see local_link.Hub):
+        # For the links (see local_link.LinkOwner):
         self.loop: asyncio.AbstractEventLoop
         self.queue_bytes = queue_bytes
-        self.own: dict[bytes, str] = {}
+        self.subscribed: dict[bytes, str] = {}
         self.on_bus: Callable[[str, bytes], Any]
         self._listener: BusListener
 
@@ -114,7 +116,7 @@ class LocalBus:
 
     @property
     def peers(self) -> list[str]:
-        """Names of the workers that there is a session with."""
+        """Names of the workers that this one is connected to, or is connecting to."""
         return list(self._peers)
 
     @property
@@ -135,7 +137,7 @@ class LocalBus:
         self.loop = asyncio.get_running_loop()
         self._listener = listener
         self.on_bus = listener.on_bus
-        self._waits = Waits(self.loop, self._confirm_s, self.doubt)
+        self._confirmations = Confirmations(self.loop, self._confirm_s, self.need_resync)
         self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._dir_fd = os.open(self.run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
@@ -154,11 +156,11 @@ class LocalBus:
             sock.close()
             os.close(self._dir_fd)
             raise
-        self._look()
-        self._beating = self._own_task(self._beat_forever())
-        wait = Wait(self.loop)
-        self._waits.begin(wait, {peer: peer.asked for peer in self._peers.values()})
-        await wait.done
+        self._scan_folder()
+        self._beating = self._tasks.spawn(self._beat_forever(), "bus-heartbeat")
+        pending = PendingSubscribe(self.loop)
+        self._confirmations.begin(pending, {peer: peer.asked for peer in self._peers.values()})
+        await pending.done
 
     async def close(self) -> None:
         """Send what is queued, bounded by the confirm timeout, then end everything. Ends every wait."""
@@ -167,14 +169,15 @@ class LocalBus:
         self._closing = True
         self._visible = False
         self._path(self._name).unlink(missing_ok=True)
-        # Links that are being opened are open in a turn or two. They are not cancelled: uvloop would close such a
-        # transport without a word to its protocol, which then writes to it.
+        # Links that are being opened are open in a turn or two. They are not cancelled: uvloop would close the
+        # transport without calling its protocol, which would then write to it.
         if self._beating is not None:
             self._beating.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._server.close()
         self._flush()
-        # The links that are written here end, flushed. Their readers then end theirs, behind what they had sent.
+        # This worker's writing ends close after a flush. Each peer, when it has read them to the end, closes
+        # its own, behind what it had sent.
         for link in list(self._links):
             if isinstance(link, Peer) and link.transport is not None:
                 link.transport.close()
@@ -188,40 +191,37 @@ class LocalBus:
                 link.transport.abort()
         for peer in list(self._peers.values()):
             self._end(peer)
-        self._waits.end_all()
+        self._confirmations.finish_all()
         await asyncio.sleep(0)  # for the aborted transports' callbacks
         os.close(self._dir_fd)
 
     async def subscribe(self, channels: list[str]) -> None:
-        """See :meth:`Bus.subscribe`. A peer that does not confirm in time is a doubt, and another one
-        when it does; one that is silent already is not waited for. A cancelled call subscribed to nothing.
+        """See :meth:`Bus.subscribe`. A peer that does not confirm in time calls for a resync, and for another
+        one when it does; a peer that is silent already is not waited for. A cancelled call subscribed to nothing.
 
         :raises ValueError: a channel of no or of more than 200 bytes.
         """
         if self._closing:
             return
-        encoded = [channel.encode() for channel in channels]
-        for raw in encoded:
-            if not 0 < len(raw) <= MAX_CHANNEL_BYTES:
-                raise ValueError(f"channel of {len(raw)} bytes: 1 to {MAX_CHANNEL_BYTES} are allowed")
+        encoded = encode_channels(channels)
         fresh: list[bytes] = []
         for channel, raw in zip(channels, encoded, strict=True):
-            if raw in self.own:
+            if raw in self.subscribed:
                 self._counts[raw] = self._counts.get(raw, 1) + 1
             else:
-                self.own[raw] = channel
+                self.subscribed[raw] = channel
                 fresh.append(raw)
         if fresh:
-            self._tell(SUBSCRIBE, fresh)
-            if self._asking is None:
-                self._asking = Wait(self.loop)
+            self._send_channels(SUBSCRIBE, fresh)
+            if self._pending is None:
+                self._pending = PendingSubscribe(self.loop)
                 self._flush_soon()
-        # Known already may still be unconfirmed: the newest wait covers all the older ones.
-        wait = self._asking or self._waits.newest()
-        if wait is None:
+        # A channel that was subscribed before may still be unconfirmed: the newest wait covers all the older ones.
+        pending = self._pending or self._confirmations.newest()
+        if pending is None:
             return
         try:
-            await asyncio.shield(wait.done)
+            await asyncio.shield(pending.done)
         except asyncio.CancelledError:
             self.unsubscribe(channels)
             raise
@@ -236,9 +236,9 @@ class LocalBus:
                 self._counts[raw] = count - 1
             elif count == 2:
                 del self._counts[raw]
-            elif self.own.pop(raw, None) is not None:
+            elif self.subscribed.pop(raw, None) is not None:
                 gone.append(raw)
-        self._tell(UNSUBSCRIBE, gone)
+        self._send_channels(UNSUBSCRIBE, gone)
 
     def publish(self, channel: str, payload: bytes) -> None:
         self.stats.published += 1
@@ -247,9 +247,9 @@ class LocalBus:
             self._send(peers, channel, payload)
 
     def send_to(self, peer: str, channel: str, payload: bytes) -> None:
-        session = self._peers.get(peer)
-        if session is not None:
-            self._send((session,), channel, payload)
+        found = self._peers.get(peer)
+        if found is not None:
+            self._send((found,), channel, payload)
 
     def _send(self, peers: Iterable[Peer], channel: str, payload: bytes) -> None:
         raw = channel.encode()
@@ -266,7 +266,7 @@ class LocalBus:
             else:
                 self.stats.dropped += 1
 
-    def _tell(self, kind: int, channels: list[bytes]) -> None:
+    def _send_channels(self, kind: int, channels: list[bytes]) -> None:
         for data in channel_frames(kind, channels):
             for peer in self._peers.values():
                 peer.send(data)
@@ -283,26 +283,26 @@ class LocalBus:
 
     def _flush(self) -> None:
         self._flush_due = False
-        if self._asking is not None:
-            wait, self._asking = self._asking, None
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
             id = self.next_ask()
             for peer in self._peers.values():
                 peer.ask(id)
                 if peer.silent:
-                    peer.late = id
-            self._waits.begin(wait, {p: id for p in self._peers.values() if not (p.silent or p.broken)})
+                    peer.late_ask = id
+            self._confirmations.begin(pending, {p: id for p in self._peers.values() if not (p.silent or p.broken)})
         dirty, self._dirty = self._dirty, []
         for peer in dirty:
             peer.flush()
 
     # --- confirmations -----------------------------------------------------
     def next_ask(self) -> int:
-        return self._waits.next_ask()
+        return self._confirmations.next_ask()
 
     def confirmed(self, peer: Peer, id: int) -> None:
-        self._waits.confirmed(peer, id)
+        self._confirmations.confirmed(peer, id)
 
-    # --- sessions ----------------------------------------------------------
+    # --- connections -------------------------------------------------------
     def _path(self, name: str) -> Path:
         return self.run_dir / f"bus-{name}.sock"
 
@@ -311,18 +311,18 @@ class LocalBus:
         direct = str(path)
         return direct if len(os.fsencode(direct)) <= MAX_ADDRESS_BYTES else f"/proc/self/fd/{self._dir_fd}/{path.name}"
 
-    def _look(self) -> None:
-        """Begin a session with every worker in the folder that there is none with."""
+    def _scan_folder(self) -> None:
+        """Connect to every worker in the folder that there is no connection with."""
         names = [match[1] for match in map(_SOCKET.fullmatch, os.listdir(self.run_dir)) if match]
         if self._visible and self._name not in names:
             self._visible = False
-            log.error("somebody removed this worker's socket from %s: new workers cannot find it", self.run_dir)
+            log.error("this worker's socket was removed from %s: new workers cannot find it", self.run_dir)
         for name in names:
             if name != self._name and name not in self._peers:
-                self._meet(name)
+                self._connect(name)
 
-    def _meet(self, name: str) -> Peer | None:
-        """Begin a session: connect (at once or not at all, between Unix sockets) and greet."""
+    def _connect(self, name: str) -> Peer | None:
+        """Connect (between Unix sockets: at once or not at all) and greet. None: the peer cannot be connected to."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         path = self._path(name)
         try:
@@ -338,7 +338,7 @@ class LocalBus:
             return None
         peer = self._peers[name] = Peer(self, name)
         peer.greet(self._name)
-        self._own_task(self._open(peer, sock))
+        self._tasks.spawn(self._open(peer, sock), f"bus-open-{name}")
         return peer
 
     async def _open(self, peer: Peer, sock: socket.socket) -> None:
@@ -351,22 +351,22 @@ class LocalBus:
                 raise
 
     def _end(self, peer: Peer) -> None:
-        """End a session and both its links. The next look at the folder may begin another one."""
+        """End a connection: both its links. The next scan of the folder may begin another one."""
         if peer.ended:
             return
         peer.ended = True
         if self._peers.get(peer.name) is peer:
             del self._peers[peer.name]
-        self.peer_forgets(peer)
+        self.peer_resets(peer)
         if peer.transport is not None:
-            # What is queued still matters to a peer if this worker is the one that leaves.
+            # If this worker is the one that leaves, its peer still needs what is queued.
             peer.transport.close() if self._closing else peer.transport.abort()
         if peer.inbound is not None:
             peer.inbound.close()
-        self._waits.settle(peer, peer.asked)
+        self._confirmations.release(peer, peer.asked)
         if not self._closing and (peer.up or peer.inbound is not None):
-            self._tell_listener(self._listener.on_peer_gone, peer.name)
-            self.doubt(f"the link to {peer.name} is gone")
+            notify(self._listener.on_peer_gone, peer.name)
+            self.need_resync(f"the link to {peer.name} is gone")
 
     def link_up(self, link: Peer | Inbound) -> None:
         self._links.add(link)
@@ -377,10 +377,11 @@ class LocalBus:
         if peer.ended:
             return
         peer.broken = True
-        self._waits.settle(peer, peer.asked)
+        self._confirmations.release(peer, peer.asked)
         if peer.inbound is None:
             self._end(peer)
-        # Else what it sent before it died is read first: the end of that link ends the session, or the next beat.
+        # Else this worker first reads what the peer sent before it died. The connection ends with that link,
+        # or at the next heartbeat.
 
     def inbound_lost(self, inbound: Inbound) -> None:
         self._links.discard(inbound)
@@ -390,14 +391,14 @@ class LocalBus:
 
     def hello(self, inbound: Inbound, name: str) -> None:
         if name == self._name or self._closing:
-            raise Malformed("hello of this worker itself, or while it closes")
+            raise BusFormatError("hello of this worker itself, or while it closes")
         peer = self._peers.get(name)
         if peer is not None and (peer.inbound is not None or peer.broken):
-            self._end(peer)  # the peer began anew before the end of its old links was seen
+            self._end(peer)  # the peer reconnected before the end of its old links was seen
             peer = None
-        peer = peer or self._meet(name)
+        peer = peer or self._connect(name)
         if peer is None:
-            raise Malformed(f"hello of {name}, which cannot be connected to")
+            raise BusFormatError(f"hello of {name}, which cannot be connected to")
         inbound.peer = peer
         peer.inbound = inbound
         peer.heard = self.loop.time()
@@ -412,27 +413,27 @@ class LocalBus:
             if peer not in route:
                 self._route(channel, (*route, peer))
         for channel in channels:
-            self._tell_listener(self._listener.on_peer_subscribed, peer.name, channel)
+            notify(self._listener.on_peer_subscribed, peer.name, channel)
 
     def peer_unsubscribes(self, peer: Peer, channels: list[str]) -> None:
         for channel in channels:
             self._route(channel, tuple(p for p in self._routes.get(channel, ()) if p is not peer))
 
-    def peer_forgets(self, peer: Peer) -> None:
-        """The peer takes back all its subscriptions (rare: looks through those of everybody)."""
+    def peer_resets(self, peer: Peer) -> None:
+        """Drop all subscriptions of a peer (rare: goes through those of all peers)."""
         self.peer_unsubscribes(peer, [channel for channel, route in self._routes.items() if peer in route])
-        self._let_go_of_groups()
+        self._drop_unused_groups()
 
     def _route(self, channel: str, route: tuple[Peer, ...]) -> None:
         if route:
             self._routes[channel] = self._groups.setdefault(route, route)
             if len(self._groups) > 2 * len(self._routes) + SPARE_GROUPS:
-                self._let_go_of_groups()
+                self._drop_unused_groups()
         else:
             self._routes.pop(channel, None)
 
-    def _let_go_of_groups(self) -> None:
-        """Keep only those that are in use: with many peers nearly every order of them comes up once."""
+    def _drop_unused_groups(self) -> None:
+        """Keep only those that a route uses: with many peers nearly every order of them comes up once."""
         self._groups = {route: route for route in self._routes.values()}
 
     # --- heartbeats --------------------------------------------------------
@@ -440,54 +441,35 @@ class LocalBus:
         while True:
             due = self.loop.time() + self._beat_s
             await asyncio.sleep(self._beat_s)
-            # If this loop was late itself, what the peers sent is still unread: judge nobody.
-            judge = self.loop.time() - due < self._beat_s
+            # If this loop was late itself, what the peers sent is still unread: none of them is called silent.
+            on_time = self.loop.time() - due < self._beat_s
             try:
-                self._beat(judge)
+                self._beat(on_time)
             except OSError as exc:
                 log.error("local bus: %s", exc)
 
-    def _beat(self, judge: bool) -> None:
+    def _beat(self, on_time: bool) -> None:
         now = self.loop.time()
         for peer in list(self._peers.values()):
             if peer.broken:
                 self._end(peer)
                 continue
             peer.beat()
-            if judge and not peer.silent and now - peer.heard > SILENT_AFTER_BEATS * self._beat_s:
+            if on_time and not peer.silent and now - peer.heard > SILENT_AFTER_BEATS * self._beat_s:
                 peer.silent = True
-                peer.late = peer.asked
-                self._waits.settle(peer, peer.asked)
-                self.doubt(f"{peer.name} is silent")
+                peer.late_ask = peer.asked
+                self._confirmations.release(peer, peer.asked)
+                self.need_resync(f"{peer.name} is silent")
         for link in list(self._links):
             if isinstance(link, Inbound) and link.peer is None and now - link.since > self._confirm_s:
-                link.close()  # a stranger
-        self._look()
+                link.close()  # connected without saying hello
+        self._scan_folder()
 
     def heard_again(self, peer: Peer) -> None:
         peer.silent = False
-        self.doubt(f"{peer.name} is heard again")
+        self.need_resync(f"{peer.name} is heard again")
 
-    # --- small things ------------------------------------------------------
-    def doubt(self, why: str) -> None:
+    def need_resync(self, why: str) -> None:
         if not self._closing:
             log.info("local bus: %s", why)
-            self._tell_listener(self._listener.on_doubt, why)
-
-    def _tell_listener(self, method: Callable[..., None], *args: str) -> None:
-        """A bug in the listener must not end a link."""
-        try:
-            method(*args)
-        except Exception:
-            log.exception("%s failed", getattr(method, "__name__", method))
-
-    def _own_task(self, coro: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        task = self.loop.create_task(coro)
-        self._tasks.add(task)
-        task.add_done_callback(self._task_done)
-        return task
-
-    def _task_done(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and task.exception() is not None:
-            log.error("local bus: a task failed", exc_info=task.exception())
+            notify(self._listener.on_resync_needed, why)

@@ -1,8 +1,8 @@
-"""The two ends of a link of the local bus: frames, the queue of a peer, the parser.
+"""The two ends of a link of the local bus: frames, the queue for a peer, the parser, and confirmations.
 
-A link is a Unix stream socket used in one direction. Its writing end is a
-:class:`Peer`, its reading end an :class:`Inbound`; what the frames mean for the
-whole is decided by their :class:`Hub` (``local.py``, where the scheme is told).
+A link is a Unix stream socket used in one direction. Its writing end is a :class:`Peer`, its reading end an
+:class:`Inbound`. The :class:`LinkOwner` (``local.py``, which explains the scheme) decides what the frames mean
+for the bus as a whole; :class:`Confirmations` tracks which peers still have to confirm which subscriptions.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, cast
 
+from .base import MAX_CHANNEL_BYTES, MAX_PAYLOAD_BYTES, BusFormatError
+
 log = logging.getLogger(__name__)
 
-#: Limits of the interface (base.py).
-MAX_CHANNEL_BYTES: Final = 200
-MAX_PAYLOAD_BYTES: Final = 512 * 1024
 #: Keeps ``/proc/self/fd/<n>/.bus-<name>.sock`` within the 107 bytes of a socket's address.
 NAME_PATTERN: Final = re.compile(r"[A-Za-z0-9_.-]{1,72}")
-#: Subscriptions are told in frames of about this size.
+#: Frames of subscriptions have about this size.
 SUBSCRIBE_FRAME_BYTES: Final = 64 * 1024
 
 # A frame: length of the body (u32), type (u8), length of the channel that begins it (u8; MSG only); body.
@@ -36,23 +35,20 @@ HELLO: Final = 1  # body: _MAGIC and the sender's name; first, and once
 RESET: Final = 2  # forget my subscriptions: the complete set follows
 SUBSCRIBE: Final = 3  # body: channels, each behind its length (u8)
 UNSUBSCRIBE: Final = 4  # the same
-ASK: Final = 5  # body: id; confirm what I told you up to here
+ASK: Final = 5  # body: id; confirm every subscription that I sent up to here
 CONFIRM: Final = 6  # body: id; everything up to that ASK is in force
 MSG: Final = 7  # body: channel, payload
 LOST: Final = 8  # my queue for you overflowed
 BEAT: Final = 9
 
 
-class Malformed(Exception):
-    """The bytes on a link are no frames of ours: it is closed."""
-
-
+# --- frames ----------------------------------------------------------------------
 def frame(kind: int, body: bytes = b"") -> bytes:
     return _HEADER.pack(len(body), kind, 0) + body
 
 
 def message_frame(channel: bytes, payload: bytes) -> bytes:
-    """Made once per message, whoever it goes to."""
+    """Made once per message and shared by all its receivers."""
     return _HEADER.pack(len(channel) + len(payload), MSG, len(channel)) + channel + payload
 
 
@@ -78,20 +74,27 @@ def channel_frames(kind: int, channels: Iterable[bytes]) -> list[bytes]:
 def parse_channels(body: bytes) -> list[str]:
     """The reverse of :func:`channel_frames`, for one body.
 
-    :raises Malformed: not a list of channels.
+    :raises BusFormatError: not a list of channels.
     """
     channels: list[str] = []
     at = 0
     while at < len(body):
         end = at + 1 + body[at]
         if end > len(body) or not 0 < body[at] <= MAX_CHANNEL_BYTES:
-            raise Malformed("channel list")
+            raise BusFormatError("channel list")
         try:
             channels.append(body[at + 1 : end].decode())
         except UnicodeDecodeError:
-            raise Malformed("channel name") from None
+            raise BusFormatError("channel name") from None
         at = end
     return channels
+
+
+def _parse_id(body: bytes) -> int:
+    if len(body) != _ID.size:
+        raise BusFormatError("id")
+    id: int = _ID.unpack(body)[0]
+    return id
 
 
 _BEAT_FRAME: Final = frame(BEAT)
@@ -99,9 +102,10 @@ _LOST_FRAME: Final = frame(LOST)
 _RESET_FRAME: Final = frame(RESET)
 
 
+# --- what a link needs -------------------------------------------------------------
 @dataclass(slots=True)
 class LocalBusStats:
-    """Counters since the start, for metrics. ``dropped``: messages that a full queue did not take."""
+    """Counters since the start, for metrics. ``dropped``: messages that did not fit into a full queue."""
 
     published: int = 0
     sent: int = 0
@@ -110,14 +114,14 @@ class LocalBusStats:
     malformed: int = 0
 
 
-class Hub(Protocol):
+class LinkOwner(Protocol):
     """What a link needs of the bus that it belongs to."""
 
     loop: asyncio.AbstractEventLoop
     queue_bytes: int
     stats: LocalBusStats
-    #: Own subscriptions, encoded to decoded.
-    own: dict[bytes, str]
+    #: This worker's subscriptions, encoded to decoded.
+    subscribed: dict[bytes, str]
     #: ``listener.on_bus``.
     on_bus: Callable[[str, bytes], Any]
 
@@ -127,40 +131,42 @@ class Hub(Protocol):
     def malformed(self, peer: Peer | None, why: str) -> None: ...
 
     def hello(self, inbound: Inbound, name: str) -> None:
-        """:raises Malformed: nobody that there can be a session with."""
+        """:raises BusFormatError: there can be no connection with a worker of that name."""
 
     def heard_again(self, peer: Peer) -> None: ...
     def peer_subscribes(self, peer: Peer, channels: list[str]) -> None: ...
     def peer_unsubscribes(self, peer: Peer, channels: list[str]) -> None: ...
-    def peer_forgets(self, peer: Peer) -> None: ...
+    def peer_resets(self, peer: Peer) -> None: ...
 
     def confirmed(self, peer: Peer, id: int) -> None:
-        """:raises Malformed: nobody asked for that."""
+        """:raises BusFormatError: this worker sent no such ASK."""
 
-    def doubt(self, why: str) -> None: ...
+    def need_resync(self, why: str) -> None: ...
     def next_ask(self) -> int: ...
     def flush_later(self, peer: Peer) -> None: ...
 
 
+# --- the writing end ------------------------------------------------------------------
 class Peer(asyncio.Protocol):
-    """One session with one peer; as a protocol, the writing end of the link to it.
+    """One connection with one peer; as a protocol, the writing end of the link to it.
 
-    It begins when the peer is found or says hello, before the link is up: what
-    is sent meanwhile is queued. It ends when either link does, and a later one
-    is a new object, so that a late callback of an old link touches nothing.
+    It begins when the folder shows the peer or the peer says hello, before the link is up: what is sent
+    meanwhile is queued. It ends when either of its two links does. A later connection is a new object, so
+    that a late callback of an old link touches nothing.
     """
 
-    def __init__(self, hub: Hub, name: str) -> None:
-        self.hub = hub
+    def __init__(self, owner: LinkOwner, name: str) -> None:
+        self.owner = owner
         self.name = name
         self.transport: asyncio.WriteTransport | None = None
         self.inbound: Inbound | None = None
-        self.since = self.heard = hub.loop.time()
-        #: The last ASK sent, and the one behind the last complete set (its confirmation is a doubt).
+        self.since = self.heard = owner.loop.time()
+        #: The last ASK that was sent.
         self.asked = 0
-        self.greeted = 0
-        #: An ASK that nobody waits for any longer: its confirmation is a doubt, too.
-        self.late = 0
+        #: The ASK behind the last complete set of subscriptions; its confirmation calls for a resync.
+        self.full_set_ask = 0
+        #: An ASK whose confirmation no subscribe waits for any longer; it calls for a resync, too.
+        self.late_ask = 0
         #: The peer has confirmed a complete set.
         self.up = False
         self.silent = False
@@ -169,28 +175,29 @@ class Peer(asyncio.Protocol):
         self.ended = False
         self._pending: list[bytes] = []
         self._queued = 0  # bytes in `_pending` and, when last looked, in the transport
-        self._limit = hub.queue_bytes  # -1 while overflowed: one comparison on the hot path
+        self._limit = owner.queue_bytes  # -1 while overflowed: one comparison on the hot path
         self._dirty = False
-        self._owed = 0  # the peer's ASK that an overflow kept from being confirmed
+        self._unsent_confirm = 0  # the peer's ASK whose confirmation an overflow dropped
 
     @property
     def overflowed(self) -> bool:
         return self._limit < 0
 
-    # --- called by the transport -------------------------------------------
+    # called by the transport
+
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # A cast: uvloop's transports are no subclasses of asyncio's.
         out = self.transport = cast(asyncio.WriteTransport, transport)
-        self.hub.link_up(self)
+        self.owner.link_up(self)
         if self.ended:
             out.abort()
             return
-        # Both marks at half: whatever is above it after a write is told by `resume_writing` when it is not.
-        out.set_write_buffer_limits(self.hub.queue_bytes // 2, self.hub.queue_bytes // 2)
+        # Both marks at half: `resume_writing` then follows every write that left more than half in the buffer.
+        out.set_write_buffer_limits(self.owner.queue_bytes // 2, self.owner.queue_bytes // 2)
         self.flush()
 
     def data_received(self, data: bytes) -> None:
-        self.hub.malformed(self, "bytes against the direction of the link")
+        self.owner.malformed(self, "bytes against the direction of the link")
         if self.transport is not None:
             self.transport.abort()
 
@@ -201,12 +208,13 @@ class Peer(asyncio.Protocol):
         self.transport = None
         self._limit = -1
         self._pending.clear()
-        self.hub.out_lost(self)
+        self.owner.out_lost(self)
 
-    # --- called by the hub -------------------------------------------------
+    # called by the bus
+
     def greet(self, name: str) -> None:
-        """What a new link begins with."""
-        self._tell_all([hello_frame(name)])
+        """Begin a new link: hello, then the complete set of subscriptions."""
+        self._send_full_set([hello_frame(name)])
 
     def send(self, data: bytes) -> bool:
         """Queue a frame for the end of the tick. False: dropped."""
@@ -219,31 +227,31 @@ class Peer(asyncio.Protocol):
         self._pending.append(data)
         if not self._dirty:
             self._dirty = True
-            self.hub.flush_later(self)
+            self.owner.flush_later(self)
         return True
 
     def ask(self, id: int) -> None:
-        """Ask for a confirmation. If it is dropped, a later ASK stands for it."""
+        """Ask for a confirmation. If the frame is dropped, a later ASK stands for it."""
         self.asked = id
         self.send(frame(ASK, _ID.pack(id)))
 
     def confirm(self, id: int) -> None:
         if not self.send(frame(CONFIRM, _ID.pack(id))):
-            self._owed = id
+            self._unsent_confirm = id
 
     def beat(self) -> None:
-        """A heartbeat, unless there is something else to send."""
+        """Send a heartbeat, unless there is something else to send."""
         if not self._queued:
             self.send(_BEAT_FRAME)
         elif not self._pending:
             self.flush()
 
     def overflow(self) -> None:
-        """Send nothing more until half of the queue is gone; then the peer is told."""
+        """Send nothing more until half of the queue is gone; then send LOST."""
         self._limit = -1
         if not self._dirty:
             self._dirty = True
-            self.hub.flush_later(self)
+            self.owner.flush_later(self)
 
     def flush(self) -> None:
         """One write for everything queued; then recover from an overflow if there is room."""
@@ -255,12 +263,12 @@ class Peer(asyncio.Protocol):
             transport.write(self._pending[0] if len(self._pending) == 1 else b"".join(self._pending))
             self._pending.clear()
         self._queued = transport.get_write_buffer_size()
-        if self._limit < 0 and self._queued <= self.hub.queue_bytes // 2:
-            self._tell_all([_LOST_FRAME])
+        if self._limit < 0 and self._queued <= self.owner.queue_bytes // 2:
+            self._send_full_set([_LOST_FRAME])
             self.flush()
 
     def _has_room(self, size: int) -> bool:
-        """The slow look: the transport may have sent something since the last one."""
+        """The slow check: the transport may have sent something since the last one."""
         if self._limit < 0:
             return False
         buffered = self.transport.get_write_buffer_size() if self.transport is not None else 0
@@ -270,27 +278,33 @@ class Peer(asyncio.Protocol):
             return False
         return True
 
-    def _tell_all(self, first: list[bytes]) -> None:
-        """Queue the complete set of subscriptions and ask for a confirmation. It comes on top of the
-        queue's limit: a link is worth nothing without it."""
-        self.asked = self.greeted = self.hub.next_ask()
-        frames = [*first, _RESET_FRAME, *channel_frames(SUBSCRIBE, self.hub.own), frame(ASK, _ID.pack(self.asked))]
-        if self._owed:
-            frames.append(frame(CONFIRM, _ID.pack(self._owed)))
-            self._owed = 0
+    def _send_full_set(self, first: list[bytes]) -> None:
+        """Queue the complete set of subscriptions and ask for a confirmation. It may exceed the queue's limit:
+        a link without it is useless."""
+        self.asked = self.full_set_ask = self.owner.next_ask()
+        frames = [
+            *first,
+            _RESET_FRAME,
+            *channel_frames(SUBSCRIBE, self.owner.subscribed),
+            frame(ASK, _ID.pack(self.asked)),
+        ]
+        if self._unsent_confirm:
+            frames.append(frame(CONFIRM, _ID.pack(self._unsent_confirm)))
+            self._unsent_confirm = 0
         size = sum(map(len, frames))
         self._pending += frames
         self._queued += size
-        self._limit = self.hub.queue_bytes + size
+        self._limit = self.owner.queue_bytes + size
 
 
+# --- the reading end ------------------------------------------------------------------
 class Inbound(asyncio.Protocol):
-    """The reading end of a peer's link; of nobody's until the hello."""
+    """The reading end of a peer's link. It has no peer until the hello."""
 
-    def __init__(self, hub: Hub) -> None:
-        self.hub = hub
+    def __init__(self, owner: LinkOwner) -> None:
+        self.owner = owner
         self.peer: Peer | None = None
-        self.since = hub.loop.time()
+        self.since = owner.loop.time()
         self.transport: asyncio.Transport | None = None
         self._parts: list[bytes] = []  # an incomplete frame; joined once, when `_need` bytes are there
         self._have = 0
@@ -298,11 +312,11 @@ class Inbound(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.hub.link_up(self)
+        self.owner.link_up(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.transport = None
-        self.hub.inbound_lost(self)
+        self.owner.inbound_lost(self)
 
     def close(self) -> None:
         if self.transport is not None:
@@ -311,9 +325,9 @@ class Inbound(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         peer = self.peer
         if peer is not None:
-            peer.heard = self.hub.loop.time()
+            peer.heard = self.owner.loop.time()
             if peer.silent:
-                self.hub.heard_again(peer)
+                self.owner.heard_again(peer)
         if self._parts:
             self._parts.append(data)
             self._have += len(data)
@@ -323,8 +337,8 @@ class Inbound(asyncio.Protocol):
             self._parts.clear()
         try:
             at = self._parse(data)
-        except Malformed as exc:
-            self.hub.malformed(self.peer, str(exc))
+        except BusFormatError as exc:
+            self.owner.malformed(self.peer, str(exc))
             self.close()
             return
         if at < len(data):
@@ -335,10 +349,10 @@ class Inbound(asyncio.Protocol):
         """Act on every complete frame; return where the incomplete one begins. Hot for MSG."""
         at = 0
         end = len(data)
-        hub = self.hub
-        channel_of = hub.own.get
-        on_bus = hub.on_bus
-        stats = hub.stats
+        owner = self.owner
+        channel_of = owner.subscribed.get
+        on_bus = owner.on_bus
+        stats = owner.stats
         unpack = _HEADER.unpack_from
         known = self.peer is not None
         while end - at >= _HEADER_BYTES:
@@ -347,13 +361,13 @@ class Inbound(asyncio.Protocol):
             stop = body + size
             if stop > end:
                 if size > _MAX_BODY:
-                    raise Malformed(f"a frame of {size} bytes")
+                    raise BusFormatError(f"a frame of {size} bytes")
                 self._need = stop - at
                 return at
             if kind == MSG and known:
                 split = body + channel_bytes
                 if split > stop:
-                    raise Malformed("a channel longer than its frame")
+                    raise BusFormatError("a channel longer than its frame")
                 stats.received += 1
                 channel = channel_of(data[body:split])
                 if channel is not None:  # else unsubscribed meanwhile
@@ -371,30 +385,111 @@ class Inbound(asyncio.Protocol):
         return at
 
     def _control(self, kind: int, body: bytes) -> None:
-        hub, peer = self.hub, self.peer
+        owner, peer = self.owner, self.peer
         if peer is None:
             name = body[len(_MAGIC) :].decode("ascii", "replace")
             if kind != HELLO or not body.startswith(_MAGIC) or not NAME_PATTERN.fullmatch(name):
-                raise Malformed("no hello")
-            hub.hello(self, name)
+                raise BusFormatError("no hello")
+            owner.hello(self, name)
         elif kind == SUBSCRIBE:
-            hub.peer_subscribes(peer, parse_channels(body))
+            owner.peer_subscribes(peer, parse_channels(body))
         elif kind == UNSUBSCRIBE:
-            hub.peer_unsubscribes(peer, parse_channels(body))
+            owner.peer_unsubscribes(peer, parse_channels(body))
         elif kind == ASK:
-            peer.confirm(_id(body))
+            peer.confirm(_parse_id(body))
         elif kind == CONFIRM:
-            hub.confirmed(peer, _id(body))
+            owner.confirmed(peer, _parse_id(body))
         elif kind == RESET:
-            hub.peer_forgets(peer)
+            owner.peer_resets(peer)
         elif kind == LOST:
-            hub.doubt(f"{peer.name} had to drop messages for this worker")
+            owner.need_resync(f"{peer.name} had to drop messages for this worker")
         elif kind != BEAT:
-            raise Malformed(f"frame type {kind}")
+            raise BusFormatError(f"frame type {kind}")
 
 
-def _id(body: bytes) -> int:
-    if len(body) != _ID.size:
-        raise Malformed("id")
-    id: int = _ID.unpack(body)[0]
-    return id
+# --- confirmations ------------------------------------------------------------------
+class PendingSubscribe:
+    """The subscriptions of one tick. ``unconfirmed``: the ASK that each of these peers still has to confirm."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.unconfirmed: dict[Peer, int] = {}
+        self.done: asyncio.Future[None] = loop.create_future()
+        self.timer: asyncio.TimerHandle | None = None
+
+
+class Confirmations:
+    """All pending subscribes of one bus, oldest first.
+
+    Confirmations are numbered: that of one ASK stands for all before it. A confirmation that comes after its
+    subscribe gave up (it was late, or the peer was silent) calls for a resync, since messages may have passed
+    in between. So does that of a complete set of subscriptions, with which a new or overflowed link begins.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeout_s: float, need_resync: Callable[[str], None]) -> None:
+        self._loop = loop
+        self._timeout_s = timeout_s
+        self._need_resync = need_resync
+        self._open: list[PendingSubscribe] = []
+        self._asks = 0
+
+    def next_ask(self) -> int:
+        """The number of the next ASK, to whichever peer."""
+        self._asks += 1
+        return self._asks
+
+    def newest(self) -> PendingSubscribe | None:
+        """The one that ends last, if there is any."""
+        return self._open[-1] if self._open else None
+
+    def begin(self, pending: PendingSubscribe, peers: dict[Peer, int]) -> None:
+        """Wait for these peers, at most for the timeout; without peers it is done at once."""
+        pending.unconfirmed = peers
+        self._open.append(pending)
+        if peers:
+            pending.timer = self._loop.call_later(self._timeout_s, self._time_out, pending)
+        else:
+            self._finish(pending)
+
+    def confirmed(self, peer: Peer, id: int) -> None:
+        """A peer sent CONFIRM.
+
+        :raises BusFormatError: there was no such ASK.
+        """
+        if id > peer.asked:
+            raise BusFormatError("a confirmation without an ASK")
+        if peer.full_set_ask and id >= peer.full_set_ask:
+            peer.full_set_ask = 0
+            peer.late_ask = 0 if peer.late_ask <= id else peer.late_ask
+            peer.up = True
+            self._need_resync(f"the link to {peer.name} is up")
+        elif peer.late_ask and id >= peer.late_ask:
+            peer.late_ask = 0
+            self._need_resync(f"{peer.name} confirmed late")
+        self.release(peer, id)
+
+    def release(self, peer: Peer, upto: int) -> None:
+        """Stop waiting for this peer's confirmation of every ASK up to this one."""
+        for pending in list(self._open):
+            if pending.unconfirmed.get(peer, upto + 1) <= upto:
+                del pending.unconfirmed[peer]
+                if not pending.unconfirmed:
+                    self._finish(pending)
+
+    def finish_all(self) -> None:
+        """The bus closes."""
+        for pending in list(self._open):
+            self._finish(pending)
+
+    def _time_out(self, pending: PendingSubscribe) -> None:
+        for peer, id in pending.unconfirmed.items():
+            peer.late_ask = max(peer.late_ask, id)
+        names = ", ".join(peer.name for peer in pending.unconfirmed)
+        self._finish(pending)
+        self._need_resync(f"not confirmed in time by {names}")
+
+    def _finish(self, pending: PendingSubscribe) -> None:
+        self._open.remove(pending)
+        if pending.timer is not None:
+            pending.timer.cancel()
+        if not pending.done.done():
+            pending.done.set_result(None)

@@ -1,39 +1,133 @@
-"""What a worker is subscribed to on the Redis bus, and who waits for it to be confirmed.
+"""Who hears what on the Redis bus: the other workers, this worker's subscriptions, and who has confirmed them.
 
-Counted; changed in Redis at the end of a tick, by what is wanted then. Subscriptions of
-announced channels (presence) are told to the peers once Redis has confirmed them, and are
-complete when every peer has answered: whoever subscribed then knows what they know.
+:class:`PeerTable` knows which other workers there are, by their heartbeats, and which of them still have to
+answer. :class:`Subscriptions` counts what this worker is subscribed to, and tells Redis at the end of a tick what
+changed. When Redis has confirmed subscriptions of announced channels (presence), they are announced to the
+peers; `subscribe` returns when every peer has answered, so its caller then knows what the peers know.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
-from .redis_frames import MAX_CHANNEL_BYTES
-from .redis_peers import Peers
-from .redis_session import Session
+from .base import encode_channels
+from .redis_connection import RedisSession
+from .redis_packets import Control
+
+#: What a peer's heartbeat can reveal.
+NEW: Final = "is there"
+LOST: Final = "lost messages"
 
 
-class _Asking:
-    """The subscriptions of one tick, and whoever waits for them."""
+@dataclass(slots=True)
+class PeerState:
+    """What is known of another worker. Times are the loop's."""
+
+    name: str
+    losses: int
+    interval_s: float
+    heard: float
+
+
+class PeerTable:
+    """The other workers, as one worker sees them. It does no I/O.
+
+    :param silent_after: a peer counts as gone after so many of its own heartbeat intervals.
+    """
+
+    def __init__(self, silent_after: int) -> None:
+        self._silent_after = silent_after
+        self._peers: dict[str, PeerState] = {}
+        self._awaited: dict[int, tuple[set[str], Callable[[], None]]] = {}
+        self._number = 0
+
+    def __len__(self) -> int:
+        return len(self._peers)
+
+    @property
+    def names(self) -> list[str]:
+        """Those that are up."""
+        return list(self._peers)
+
+    def hear(self, control: Control, now: float) -> str:
+        """A control message came. What it reveals: :data:`NEW`, :data:`LOST`, or ""."""
+        peer = self._peers.get(control.name)
+        if peer is None:
+            self._peers[control.name] = PeerState(control.name, control.losses, control.interval_ms / 1000, now)
+            return NEW
+        peer.heard = now
+        if peer.losses == control.losses:
+            return ""
+        peer.losses = control.losses
+        # An answer may be among what it lost.
+        self._release_all(control.name)
+        return LOST
+
+    def silent(self, now: float) -> list[str]:
+        """Peers that were silent for too long."""
+        return [p.name for p in self._peers.values() if now - p.heard > self._silent_after * p.interval_s]
+
+    def forget(self, name: str) -> bool:
+        """A peer is gone; whether it was known."""
+        known = self._peers.pop(name, None) is not None
+        if known:
+            self._release_all(name)
+        return known
+
+    # --- answers of the peers ---------------------------------------------------------
+    def next_number(self) -> int:
+        """A number for the next ASK."""
+        self._number = (self._number + 1) & 0xFFFFFFFF
+        return self._number
+
+    def await_answers(self, number: int, names: Iterable[str], on_done: Callable[[], None]) -> None:
+        """Call ``on_done`` when each of these peers has answered or is gone (at once if there are none)."""
+        missing = set(names)
+        if missing:
+            self._awaited[number] = (missing, on_done)
+        else:
+            on_done()
+
+    def answered(self, name: str, number: int) -> None:
+        """A peer has answered."""
+        if (awaited := self._awaited.get(number)) is not None:
+            awaited[0].discard(name)
+            if not awaited[0]:
+                del self._awaited[number]
+                awaited[1]()
+
+    def stop_awaiting(self, number: int) -> list[str]:
+        """Give up waiting for this ASK; the peers that did not answer."""
+        awaited = self._awaited.pop(number, None)
+        return sorted(awaited[0]) if awaited is not None else []
+
+    def _release_all(self, name: str) -> None:
+        for number in list(self._awaited):
+            self.answered(name, number)
+
+
+class _SubscribeBatch:
+    """The subscriptions of one tick; the callers of `subscribe` wait for ``done``."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.done: asyncio.Future[None] = loop.create_future()
         self.announced: list[str] = []
-        self.number = 0  # of the question to the peers; 0: not asked
+        self.number = 0  # of the ASK to the peers; 0: none
         self.timer: asyncio.TimerHandle | None = None
-        self.late = ""  # nobody waits any longer: its confirmation is a doubt, and this says why
+        self.late = ""  # no caller waits any longer: its confirmation calls for a resync, and this says why
 
 
 class Subscriptions:
     """Of one worker.
 
-    :param confirm_s: how long anybody waits.
-    :param announce: begin of the channels that peers are told of.
-    :param ask_peers: tells all peers of subscriptions; the number that their answers will have.
-    :param doubt: something may have been missed, and why.
+    :param confirm_s: how long a caller waits at most.
+    :param announce: prefix of the channels whose subscriptions are announced to the peers.
+    :param ask_peers: announces subscriptions to all peers; returns the number that their answers will have.
+    :param need_resync: messages may have been missed; takes the reason.
     :param flush_soon: asks for one call of :meth:`flush` at the end of the tick.
     """
 
@@ -42,50 +136,48 @@ class Subscriptions:
         prefix: bytes,
         confirm_s: float,
         announce: str,
-        peers: Peers,
+        peers: PeerTable,
         *,
         ask_peers: Callable[[list[str]], int],
-        doubt: Callable[[str], None],
+        need_resync: Callable[[str], None],
         flush_soon: Callable[[], None],
     ) -> None:
-        #: What is wanted, as Redis calls it, and its name.
+        #: What is wanted: Redis' name of each channel, and ours.
         self.channels: dict[bytes, str] = {}
         self._prefix = prefix
         self._confirm_s = confirm_s
         self._announce = announce
         self._peers = peers
         self._ask_peers = ask_peers
-        self._doubt = doubt
+        self._need_resync = need_resync
         self._flush_soon = flush_soon
-        self._session: Session | None = None
+        self._session: RedisSession | None = None
         self._counts: dict[str, int] = {}
-        self._touched: dict[bytes, None] = {}  # to be looked at by the next flush
-        self._asking: _Asking | None = None  # of this tick
-        self._unconfirmed: dict[_Asking, None] = {}
+        self._touched: dict[bytes, None] = {}  # for the next flush to compare with what is subscribed
+        self._batch: _SubscribeBatch | None = None  # of this tick
+        self._unconfirmed: dict[_SubscribeBatch, None] = {}
 
     def announced(self) -> list[str]:
-        """Every subscription that peers are to know."""
+        """Every subscription that peers have to know."""
         return [channel for channel in self._counts if channel.startswith(self._announce)]
 
     # --- what is wanted -----------------------------------------------------------
     async def add(self, channels: list[str]) -> None:
-        """Subscribe once more to each, and wait; without a session for nothing. If cancelled: not subscribed.
+        """Subscribe once more to each, and wait for the confirmation; without a session it does not wait.
+        A cancelled call subscribed to nothing.
 
         :raises ValueError: a channel of no or of more than 200 bytes.
         """
-        encoded = [channel.encode() for channel in channels]
-        for raw in encoded:
-            if not 0 < len(raw) <= MAX_CHANNEL_BYTES:
-                raise ValueError(f"channel of {len(raw)} bytes: 1 to {MAX_CHANNEL_BYTES} are allowed")
+        encoded = encode_channels(channels)
         for channel, raw in zip(channels, encoded, strict=True):
             count = self._counts.get(channel, 0)
             self._counts[channel] = count + 1
             if not count:
                 self._want(channel, b"%b:%b" % (self._prefix, raw))
         try:
-            # What is known already may still be unconfirmed: so all that is.
-            for asking in list(self._unconfirmed):
-                await asyncio.shield(asking.done)
+            # A channel that was subscribed before may still be unconfirmed: wait for all batches.
+            for batch in list(self._unconfirmed):
+                await asyncio.shield(batch.done)
         except asyncio.CancelledError:
             self.remove(channels)
             raise
@@ -94,10 +186,10 @@ class Subscriptions:
         self.channels[redis_channel] = channel
         if self._session is not None:
             self._touched[redis_channel] = None
-            if self._asking is None:
-                self._asking = self._ask_later(self._session.loop)
+            if self._batch is None:
+                self._batch = self._new_batch(self._session.loop)
             if channel.startswith(self._announce):
-                self._asking.announced.append(channel)
+                self._batch.announced.append(channel)
 
     def remove(self, channels: list[str]) -> None:
         """Take back one subscription of each; unknown ones are ignored."""
@@ -114,67 +206,68 @@ class Subscriptions:
                     self._flush_soon()
 
     # --- the connection -------------------------------------------------------------
-    def connected(self, session: Session, besides: set[bytes]) -> None:
-        """A session in which what was wanted when it was made is confirmed; and some channels ``besides``."""
+    def connected(self, session: RedisSession, besides: set[bytes]) -> None:
+        """A session in which all that was wanted when it began is confirmed, and the channels ``besides``."""
         self._session = session
         changed = self.channels.keys() ^ (session.subscribed - besides)
         if changed:
             self._touched.update(dict.fromkeys(changed))
-            self._asking = self._ask_later(session.loop)
-            self._asking.late = "subscriptions made while connecting are confirmed"
+            self._batch = self._new_batch(session.loop)
+            self._batch.late = "subscriptions made while connecting are confirmed"
 
     def disconnected(self) -> None:
-        """Nobody waits any longer: the doubt comes with the next session."""
-        self._session = self._asking = None
+        """End every wait: the next session begins with a resync."""
+        self._session = self._batch = None
         self._touched.clear()
-        for asking in list(self._unconfirmed):
-            self._peers.excuse(asking.number)
-            self._release(asking)
+        for batch in list(self._unconfirmed):
+            self._peers.stop_awaiting(batch.number)
+            self._release(batch)
 
-    def flush(self, session: Session) -> None:
+    def flush(self, session: RedisSession) -> None:
         """Tell Redis what changed in this tick."""
-        asking, self._asking = self._asking, None
+        batch, self._batch = self._batch, None
         if self._touched:
             touched = list(self._touched)
             self._touched.clear()
             session.unsubscribe(channel for channel in touched if channel not in self.channels)
             wanted = (channel for channel in touched if channel in self.channels)
-            session.subscribe(wanted, partial(self._confirmed, session, asking))
-        elif asking is not None:
-            self._confirmed(session, asking)
+            session.subscribe(wanted, partial(self._confirmed, session, batch))
+        elif batch is not None:
+            self._confirmed(session, batch)
 
-    # --- who waits -------------------------------------------------------------------
-    def _ask_later(self, loop: asyncio.AbstractEventLoop) -> _Asking:
-        asking = _Asking(loop)
-        asking.timer = loop.call_later(self._confirm_s, self._too_late, asking)
-        self._unconfirmed[asking] = None
+    # --- confirmations -----------------------------------------------------------------
+    def _new_batch(self, loop: asyncio.AbstractEventLoop) -> _SubscribeBatch:
+        batch = _SubscribeBatch(loop)
+        batch.timer = loop.call_later(self._confirm_s, self._time_out, batch)
+        self._unconfirmed[batch] = None
         self._flush_soon()
-        return asking
+        return batch
 
-    def _confirmed(self, session: Session, asking: _Asking | None) -> None:
+    def _confirmed(self, session: RedisSession, batch: _SubscribeBatch | None) -> None:
         """Redis confirmed the subscriptions of a tick."""
-        if session is not self._session or asking is None:
+        if session is not self._session or batch is None:
             return
-        if asking.late:
-            self._doubt(asking.late)
-        announced = [channel for channel in asking.announced if channel in self._counts]
+        if batch.late:
+            self._need_resync(batch.late)
+        announced = [channel for channel in batch.announced if channel in self._counts]
         if announced and len(self._peers):
-            asking.number = self._ask_peers(announced)
-            self._peers.owe(asking.number, self._peers.names, partial(self._release, asking))
+            batch.number = self._ask_peers(announced)
+            self._peers.await_answers(batch.number, self._peers.names, partial(self._release, batch))
         else:
-            self._release(asking)
+            self._release(batch)
 
-    def _too_late(self, asking: _Asking) -> None:
-        if asking.number:
-            self._doubt(f"no answer to subscriptions from {', '.join(self._peers.excuse(asking.number))}")
+    def _time_out(self, batch: _SubscribeBatch) -> None:
+        if batch.number:
+            names = ", ".join(self._peers.stop_awaiting(batch.number))
+            self._need_resync(f"no answer to subscriptions from {names}")
         else:
-            asking.late = "subscriptions are confirmed late"
-            self._doubt("subscriptions are not confirmed in time")
-        self._release(asking)
+            batch.late = "subscriptions are confirmed late"
+            self._need_resync("subscriptions are not confirmed in time")
+        self._release(batch)
 
-    def _release(self, asking: _Asking) -> None:
-        self._unconfirmed.pop(asking, None)
-        if asking.timer is not None:
-            asking.timer.cancel()
-        if not asking.done.done():
-            asking.done.set_result(None)
+    def _release(self, batch: _SubscribeBatch) -> None:
+        self._unconfirmed.pop(batch, None)
+        if batch.timer is not None:
+            batch.timer.cancel()
+        if not batch.done.done():
+            batch.done.set_result(None)

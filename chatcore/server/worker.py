@@ -212,7 +212,7 @@ class Worker:
             stats.loop_lag_max_ns = max(stats.loop_lag_max_ns, int(late * 1e9))
         if late > STALL_S:
             log.warning("the loop was blocked for %.1f s", late)
-            self.on_doubt("the loop was blocked")
+            self.on_resync_needed("the loop was blocked")
         stats.connections = reactor.connections()
         stats.websockets = reactor.websockets()
         stats.sessions = self.directory.sessions
@@ -257,7 +257,7 @@ class Worker:
         elif kind == events.YIELD and self._contention is not None:
             self._contention.on_yield(conv)
 
-    def on_doubt(self, why: str) -> None:
+    def on_resync_needed(self, why: str) -> None:
         """Messages may have been lost: compare with the store."""
         log.debug("resync: %s", why)
         if self.cache is not None:

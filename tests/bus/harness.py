@@ -133,7 +133,7 @@ class Host:
             w.rewind()
             for other in names:
                 if other != w.name:
-                    w.wait("doubt", why=f"the link to {other} is up")
+                    w.wait("resync", why=f"the link to {other} is up")
                     w.rewind()
         return new
 

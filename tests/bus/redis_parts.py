@@ -23,7 +23,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.messages: list[tuple[str, bytes]] = []
-        self.doubts: list[str] = []
+        self.resyncs: list[str] = []
         self.gone: list[str] = []
         self.subscribers: list[tuple[str, str]] = []
         self.fail = False
@@ -38,8 +38,8 @@ class Recorder:
         self.messages.append((channel, payload))
         self._note()
 
-    def on_doubt(self, why: str) -> None:
-        self.doubts.append(why)
+    def on_resync_needed(self, why: str) -> None:
+        self.resyncs.append(why)
         self._note()
 
     def on_peer_gone(self, peer: str) -> None:
@@ -62,13 +62,13 @@ class Recorder:
                             await self._changed.wait()
         except TimeoutError:
             raise AssertionError(
-                f"never came to hold: {what}; doubts {self.doubts}, gone {self.gone}, last {self.messages[-5:]}"
+                f"never came to hold: {what}; resyncs {self.resyncs}, gone {self.gone}, last {self.messages[-5:]}"
             ) from None
 
-    async def doubted(self, why: str) -> None:
-        """Wait for a doubt, and forget it and those before it."""
-        await self.until(lambda: why in self.doubts, f"a doubt that says {why!r}")
-        del self.doubts[: self.doubts.index(why) + 1]
+    async def resynced(self, why: str) -> None:
+        """Wait for a call for a resync, and forget it and those before it."""
+        await self.until(lambda: why in self.resyncs, f"a resync because of {why!r}")
+        del self.resyncs[: self.resyncs.index(why) + 1]
 
 
 @contextlib.asynccontextmanager

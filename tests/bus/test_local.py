@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import uvloop
 
+from chatcore.bus.base import MAX_PAYLOAD_BYTES
 from chatcore.bus.local import SPARE_GROUPS, LocalBus
 from chatcore.bus.local_link import (
     ASK,
     CONFIRM,
     HELLO,
-    MAX_PAYLOAD_BYTES,
     MSG,
     RESET,
     SUBSCRIBE,
@@ -36,7 +36,7 @@ class Recorder:
 
     def __init__(self) -> None:
         self.messages: list[tuple[str, bytes]] = []
-        self.doubts: list[str] = []
+        self.resyncs: list[str] = []
         self.gone: list[str] = []
         self.subscribers: list[tuple[str, str]] = []
         self.fail = False
@@ -51,8 +51,8 @@ class Recorder:
         self.messages.append((channel, payload))
         self._note()
 
-    def on_doubt(self, why: str) -> None:
-        self.doubts.append(why)
+    def on_resync_needed(self, why: str) -> None:
+        self.resyncs.append(why)
         self._note()
 
     def on_peer_gone(self, peer: str) -> None:
@@ -179,7 +179,7 @@ def test_many_channels_at_once_and_a_late_peer(tmp_path: Path, run: Run) -> None
         async with buses(tmp_path, "a") as [(a, ra)]:
             await a.subscribe(channels)
             async with buses(tmp_path, "b") as [(b, rb)]:
-                await ra.until(lambda: "the link to b is up" in ra.doubts)
+                await ra.until(lambda: "the link to b is up" in ra.resyncs)
                 for channel in (channels[0], channels[-1]):
                     b.publish(channel, b"1")
                 await ra.until(lambda: len(ra.messages) == 2)
@@ -195,15 +195,15 @@ def test_limits(tmp_path: Path, run: Run) -> None:
             for wrong in ("", "x" * 201, "é" * 101):
                 with pytest.raises(ValueError, match="channel of"):
                     await b.subscribe(["fine", wrong])
-            assert not b.own
+            assert not b.subscribed
             await b.subscribe(["x" * 200])
             a.publish("x" * 200, b"p" * MAX_PAYLOAD_BYTES)
             await rb.until(lambda: len(rb.messages) == 1)
             assert len(rb.messages[0][1]) == MAX_PAYLOAD_BYTES
-            # Over the limit: dropped, counted, and the one who misses it is in doubt.
+            # Over the limit: it is dropped and counted, and the receiver is asked to resync.
             a.publish("x" * 200, b"p" * (MAX_PAYLOAD_BYTES + 1))
             assert a.stats.dropped == 1
-            await rb.until(lambda: "a had to drop messages for this worker" in rb.doubts)
+            await rb.until(lambda: "a had to drop messages for this worker" in rb.resyncs)
             await ra.until(lambda: a.healthy)
             a.publish("x" * 200, b"after")
             await rb.until(lambda: len(rb.messages) == 2)
@@ -219,7 +219,7 @@ def test_a_run_folder_longer_than_a_socket_address(tmp_path: Path, run: Run) -> 
             await b.subscribe(["x"])
             a.publish("x", b"1")
             await rb.until(lambda: bool(rb.messages))
-            assert ra.doubts
+            assert ra.resyncs
 
     run(main())
     for wrong in ("", "a/b", "x" * 73, "a b"):

@@ -31,7 +31,7 @@ def test_workers_that_start_together_all_find_each_other(host: Host, loop: str) 
         w.rewind()
         for other in names:
             if other != w.name:
-                w.wait("doubt", why=f"the link to {other} is up")
+                w.wait("resync", why=f"the link to {other} is up")
                 w.rewind()
         assert set(w.do("subscribe", channels=["c"])["peers"]) == set(names) - {w.name}
     for w in workers:
@@ -81,7 +81,7 @@ def test_a_killed_peer_is_gone_and_its_socket_too(host: Host) -> None:
     for w in (a, c):
         w.rewind()
         w.wait("gone", peer="b")
-        w.wait("doubt", why="the link to b is gone")
+        w.wait("resync", why="the link to b is gone")
     deadline = time.monotonic() + PATIENCE_S
     while "bus-b.sock" in sockets(host):
         assert time.monotonic() < deadline, "nobody removed the socket of a dead worker"
@@ -101,12 +101,12 @@ def test_a_stopped_peer_costs_one_timeout_and_bounded_memory(host: Host) -> None
         w.do("subscribe", channels=["c"])
     b.process.send_signal(signal.SIGSTOP)
 
-    # It does not confirm: `subscribe` returns all the same, in doubt.
+    # It does not confirm: `subscribe` returns all the same, and calls for a resync.
     a.do("subscribe", channels=["d"])
     a.rewind()
-    a.wait("doubt", why=lambda why: why in ("not confirmed in time by b", "b is silent"))
+    a.wait("resync", why=lambda why: why in ("not confirmed in time by b", "b is silent"))
     a.rewind()
-    a.wait("doubt", why="b is silent")
+    a.wait("resync", why="b is silent")
     assert a.until(lambda s: not s["healthy"])
     assert c.process.poll() is None
 
@@ -116,15 +116,15 @@ def test_a_stopped_peer_costs_one_timeout_and_bounded_memory(host: Host) -> None
         c.wait("message", payload=lambda p, i=i: p.startswith(f"!{i}:000000499"))
     assert state["dropped"] > 2_000
 
-    # When it goes on it gets what had fitted, in order, then the doubt, and nothing in between.
+    # When it goes on it gets what had fitted, in order, then the call for a resync, and nothing in between.
     b.process.send_signal(signal.SIGCONT)
-    b.wait("doubt", why="a had to drop messages for this worker")
+    b.wait("resync", why="a had to drop messages for this worker")
     kept = b.do("look")["seen"]
     assert kept == 5_000 - state["dropped"]
-    a.wait("doubt", why="b is heard again")
+    a.wait("resync", why="b is heard again")
     # What `a` asked of it while it stood is confirmed late, and told; then all is as before.
     a.rewind()
-    a.wait("doubt", why=lambda why: why in ("b confirmed late", "the link to b is up"))
+    a.wait("resync", why=lambda why: why in ("b confirmed late", "the link to b is up"))
     a.until(lambda s: s["healthy"])
     b.do("publish", channel="d", n=1, size=10, mark="!")
     a.wait("message", channel="d")
@@ -178,14 +178,14 @@ def test_all_leave_at_once_and_nothing_of_the_last_messages_is_lost(host: Host) 
 def test_a_peer_that_dies_while_stopped_is_gone(host: Host) -> None:
     a, b = host.up("a", "b")
     b.process.send_signal(signal.SIGSTOP)
-    a.wait("doubt", why="b is silent")
+    a.wait("resync", why="b is silent")
     b.process.kill()
     a.wait("gone", peer="b")
     a.until(lambda s: s["healthy"] and not s["peers"])
 
 
 def test_killed_again_and_again_in_traffic(host: Host) -> None:
-    """Whatever a survivor receives of one publisher is in order; what is missing is in doubt."""
+    """Whatever a survivor receives of one publisher is in order and has no holes."""
     (a,) = host.up("a")
     a.do("subscribe", channels=["c"])
     for i in range(5):

@@ -8,8 +8,8 @@ import uuid
 import pytest
 import redis.asyncio
 
+from chatcore.bus.base import MAX_PAYLOAD_BYTES
 from chatcore.bus.redis import RedisBus
-from chatcore.bus.redis_frames import MAX_PAYLOAD_BYTES
 
 from ..services.redis import RedisServer, redis_server, redis_url  # noqa: F401
 from .redis_parts import PATIENCE_S, buses, connected, run
@@ -61,17 +61,17 @@ def test_nothing_follows_the_goodbye(redis_url: str, monkeypatch: pytest.MonkeyP
         async with buses(redis_url, "a", "b", heartbeat_ms=50) as [(a, ra), (b, _)]:
             session = b._session
             assert session is not None
-            settled = session.settled
+            wait_replies = session.wait_replies
 
             async def late() -> None:
                 await asyncio.sleep(0.3)  # some heartbeats
-                await settled()
+                await wait_replies()
 
-            monkeypatch.setattr(session, "settled", late)
+            monkeypatch.setattr(session, "wait_replies", late)
             await b.close()
             own = a.stats.own
             await ra.until(lambda: a.stats.own > own + 1, "what Redis got from b is here, too")
-            assert ra.doubts[-1] == "b leaves"
+            assert ra.resyncs[-1] == "b leaves"
             assert a.peers == []
 
     run(main())
@@ -214,7 +214,7 @@ def test_a_worker_that_comes_later_is_told_of_every_watch(redis_url: str, prefix
                 assert b.peers == ["a"]
                 await rb.until(lambda: rb.subscribers == [("a", "p:1"), ("a", "p:2")])
                 await ra.until(lambda: ra.messages == [("p:1", b"state at b"), ("p:2", b"state at b")])
-            await ra.doubted("b leaves")
+            await ra.resynced("b leaves")
             assert ra.gone == ["b"]
             assert a.peers == []
 

@@ -51,7 +51,7 @@ def test_each_channel_lives_on_its_own_node(cluster: RedisCluster) -> None:
     run(main())
 
 
-def test_a_slot_that_moves_is_a_doubt_and_then_goes_on(cluster: RedisCluster) -> None:
+def test_a_slot_that_moves_calls_for_a_resync_and_then_goes_on(cluster: RedisCluster) -> None:
     channel = "moving"
     slot = str(key_slot(f"p2:{channel}".encode()))
 
@@ -65,12 +65,12 @@ def test_a_slot_that_moves_is_a_doubt_and_then_goes_on(cluster: RedisCluster) ->
             # It holds no keys, so telling everybody is all there is to moving it.
             for node in [other, owner, *(n for n in cluster.nodes if n not in (owner, other))]:
                 node.command("CLUSTER", "SETSLOT", slot, "NODE", id)
-            await y[1].doubted("the connection to redis is lost")
-            await y[1].doubted("connected to redis")
+            await y[1].resynced("the connection to redis is lost")
+            await y[1].resynced("connected to redis")
             await y[1].until(lambda: f"p2:{channel}" in shard_channels(other))
             # Who publishes finds out by being refused, or by looking; it says that it lost something.
             x[0].publish(channel, b"1")
-            await x[1].doubted("the connection to redis is lost")
+            await x[1].resynced("the connection to redis is lost")
             await connected(x, y)
             x[0].publish(channel, b"2")
             await y[1].until(lambda: (channel, b"2") in y[1].messages)
@@ -85,11 +85,11 @@ def test_a_node_that_stands_still_is_noticed_even_if_the_heartbeats_do_not_pass_
             (other, *_) = [n for n in cluster.nodes if n is not beats]
             other.freeze()
             try:
-                await r.doubted("the connection to redis is lost")
+                await r.resynced("the connection to redis is lost")
                 assert not a.healthy
             finally:
                 other.thaw()
-            await r.doubted("connected to redis")
+            await r.resynced("connected to redis")
             await r.until(lambda: a.healthy)
 
     run(main())

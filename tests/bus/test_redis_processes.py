@@ -19,7 +19,7 @@ def workers(redis_server: RedisServer) -> Iterator[list[RedisWorker]]:  # noqa: 
         for w, other in zip(made, "ba", strict=True):
             w.wait("started")
             w.rewind()
-            w.wait("doubt", why=f"{other} is there")
+            w.wait("resync", why=f"{other} is there")
         made[1].do("subscribe", channels=["c0", "c1"])
         yield made
     finally:
@@ -42,7 +42,7 @@ def test_two_processes_hear_each_other_and_part_in_order(workers: list[RedisWork
     a.rewind()
     a.wait("gone", peer="b")
     a.rewind()
-    a.wait("doubt", why="b leaves")
+    a.wait("resync", why="b leaves")
     assert a.do("look")["peers"] == []
     assert a.close()["tasks"] == 0
 
@@ -51,7 +51,7 @@ def test_a_killed_worker_is_gone(workers: list[RedisWorker]) -> None:
     a, b = workers
     b.process.kill()
     a.wait("gone", peer="b")
-    a.wait("doubt", why="b is silent")
+    a.wait("resync", why="b is silent")
     assert a.do("look")["healthy"]
 
 
@@ -59,10 +59,10 @@ def test_a_stopped_worker_is_gone_until_it_goes_on(workers: list[RedisWorker]) -
     a, b = workers
     b.process.send_signal(signal.SIGSTOP)
     a.wait("gone", peer="b")
-    a.wait("doubt", why="b is silent")
+    a.wait("resync", why="b is silent")
     publish(a, 10, "meanwhile")
     b.process.send_signal(signal.SIGCONT)
-    a.wait("doubt", why="b is there")
+    a.wait("resync", why="b is there")
     # Redis kept for it what was published meanwhile. It judges nobody by the time that it slept.
     b.wait("message", payload="!meanwhile")
     assert b.do("look")["sessions"] == 1
@@ -82,12 +82,12 @@ def test_a_subscriber_that_is_too_slow_is_cut_off_by_redis_and_looks(
             break
     assert not still_there(redis_server), "100 MB behind, and redis has not cut it off"
     b.process.send_signal(signal.SIGCONT)
-    b.wait("doubt", why="the connection to redis is lost")
-    b.wait("doubt", why="connected to redis")
+    b.wait("resync", why="the connection to redis is lost")
+    b.wait("resync", why="connected to redis")
     a.rewind()
     a.wait("started")
     # Whether a had given it up meanwhile or not.
-    a.wait("doubt", why=lambda why: why in ("b lost messages", "b is there"))
+    a.wait("resync", why=lambda why: why in ("b lost messages", "b is there"))
     publish(a, 10, "again")
     b.rewind()
     b.wait("message", payload="!again")

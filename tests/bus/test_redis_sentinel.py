@@ -34,8 +34,8 @@ def test_failover(tmp_path: Path) -> None:
             service.primary.freeze()
             try:
                 for _, r in (x, y):
-                    await r.doubted("the connection to redis is lost")
-                    await r.doubted("connected to redis")
+                    await r.resynced("the connection to redis is lost")
+                    await r.resynced("connected to redis")
                 await connected(x, y)
                 assert workers_at(service.replica) == 2
                 x[0].publish("x", b"moved")

@@ -1,5 +1,5 @@
 """The Redis bus when Redis, or the way to it, is not well. What was promised: nothing blocks, every
-loss is a doubt on the side that needs it, all is well again without a restart."""
+loss calls for a resync on the side that needs it, all is well again without a restart."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_redis_killed_and_back(
             caplog.clear()
             redis_server.kill(lose_data=lose_data)
             for bus, r in (x, y):
-                await r.doubted("the connection to redis is lost")
+                await r.resynced("the connection to redis is lost")
                 assert not bus.healthy
             # Nothing blocks, nothing raises, whatever is asked.
             began = time.monotonic()
@@ -66,7 +66,7 @@ def test_redis_killed_and_back(
             ra.subscribers.clear()
             redis_server.start()
             for _, r in (x, y):
-                await r.doubted("connected to redis")
+                await r.resynced("connected to redis")
             await connected(x, y)
             assert ra.gone == ["b"], "what b announced has to be learnt anew"
             await ra.until(lambda: sorted(ra.subscribers) == [("b", "p:1"), ("b", "p:2")])
@@ -88,12 +88,12 @@ def test_a_frozen_redis_is_noticed_by_the_own_heartbeat(redis_server: RedisServe
             try:
                 # The kernel still accepts everything: only silence tells.
                 for _, r in (x, y):
-                    await r.doubted("the connection to redis is lost")
+                    await r.resynced("the connection to redis is lost")
                 assert not x[0].healthy
                 await x[1].until(lambda: x[0].stats.sessions == 1)
             finally:
                 redis_server.thaw()
-            await x[1].doubted("connected to redis")
+            await x[1].resynced("connected to redis")
             await connected(x, y)
             await hears(x, y, b"back")
 
@@ -111,12 +111,12 @@ def test_a_way_that_is_blocked_in_one_direction(redis_server: RedisServer, direc
             await connected(x, y)
             await x[0].subscribe(["x"])
             setattr(wire, direction, False)
-            await x[1].doubted("the connection to redis is lost")
-            await y[1].doubted("a is silent")
+            await x[1].resynced("the connection to redis is lost")
+            await y[1].resynced("a is silent")
             assert not x[0].healthy and y[0].healthy
             wire.mend()
-            await x[1].doubted("connected to redis")
-            await y[1].doubted("a is there")
+            await x[1].resynced("connected to redis")
+            await y[1].resynced("a is there")
             await connected(x, y)
             await hears(y, x, b"back")
 
@@ -124,16 +124,16 @@ def test_a_way_that_is_blocked_in_one_direction(redis_server: RedisServer, direc
 
 
 @pytest.mark.parametrize("kind", ["pubsub", "normal"])
-def test_a_killed_connection_is_a_doubt_on_both_sides(redis_server: RedisServer, kind: str) -> None:  # noqa: F811
+def test_a_killed_connection_calls_for_a_resync_on_both_sides(redis_server: RedisServer, kind: str) -> None:  # noqa: F811
     async def main() -> None:
         async with buses(redis_server.url, "a", "b", heartbeat_ms=60_000) as [x, y]:
             await y[0].subscribe(["x", "p:1"])
             (victim,) = clients(redis_server, kind, "chatcore-a")
             redis_server.command("CLIENT", "KILL", "ID", victim)
-            await x[1].doubted("the connection to redis is lost")
-            await x[1].doubted("connected to redis")
+            await x[1].resynced("the connection to redis is lost")
+            await x[1].resynced("connected to redis")
             # Without a heartbeat in between: the greeting of the new connection tells it.
-            await y[1].doubted("a lost messages")
+            await y[1].resynced("a lost messages")
             assert y[1].gone == ["a"]
             await connected(x, y)
             await hears(x, y, b"back")
@@ -141,7 +141,7 @@ def test_a_killed_connection_is_a_doubt_on_both_sides(redis_server: RedisServer,
     run(main())
 
 
-def test_what_nobody_asked_for_is_a_doubt(redis_server: RedisServer) -> None:  # noqa: F811
+def test_an_unexpected_reply_calls_for_a_resync(redis_server: RedisServer) -> None:  # noqa: F811
     async def main() -> None:
         async with Wire(redis_server.port) as wire, buses(wire.url, "a") as [(a, r)]:
             for strange in (
@@ -155,8 +155,8 @@ def test_what_nobody_asked_for_is_a_doubt(redis_server: RedisServer) -> None:  #
                 await a.subscribe(["again"])
                 for client in wire.clients[-2:]:
                     client.write(strange)
-                await r.doubted("the connection to redis is lost")
-                await r.doubted("connected to redis")
+                await r.resynced("the connection to redis is lost")
+                await r.resynced("connected to redis")
 
     run(main())
 
@@ -191,9 +191,9 @@ def test_overflow_drops_and_the_receivers_are_told(redis_server: RedisServer) ->
             assert time.monotonic() - began < 10
             assert not a.healthy
             redis_server.thaw()
-            await rb.doubted("a lost messages")
+            await rb.resynced("a lost messages")
             numbers = [int(payload[:9]) for _, payload in rb.messages]
-            assert numbers == list(range(sent - 100)), "what had fitted, in order, then the doubt"
+            assert numbers == list(range(sent - 100)), "what had fitted, in order, then the call for a resync"
             await rb.until(lambda: a.healthy)
             assert a.stats.sessions == 1
             await hears(x, y, b"again")
@@ -232,7 +232,7 @@ def test_a_user_and_a_password(redis_server: RedisServer, caplog: pytest.LogCapt
         async with buses(f"redis://half:{secret}@{place}", "a", prefix="p") as [x]:
             assert x[0].healthy
             await x[0].subscribe(["x"])
-            await x[1].doubted("the connection to redis is lost")
+            await x[1].resynced("the connection to redis is lost")
 
     run(main())
 

@@ -34,8 +34,8 @@ class Listener:
         if not self.quiet or payload.startswith(b"!"):
             tell("message", channel=channel, payload=payload[:64].decode(), size=len(payload), seen=self.seen)
 
-    def on_doubt(self, why: str) -> None:
-        tell("doubt", why=why)
+    def on_resync_needed(self, why: str) -> None:
+        tell("resync", why=why)
 
     def on_peer_gone(self, peer: str) -> None:
         tell("gone", peer=peer)

@@ -17,8 +17,8 @@ class ModelBus:
         self.ends: list[BusEnd] = []
         self.cut = False  # nothing gets through, and nobody is told
 
-    def end(self, on_bus: Callable[[str, bytes], None], on_doubt: Callable[[str], None]) -> BusEnd:
-        end = BusEnd(self, on_bus, on_doubt)
+    def end(self, on_bus: Callable[[str, bytes], None], on_resync_needed: Callable[[str], None]) -> BusEnd:
+        end = BusEnd(self, on_bus, on_resync_needed)
         self.ends.append(end)
         return end
 
@@ -28,10 +28,12 @@ class BusEnd:
 
     healthy = True  # as far as it knows
 
-    def __init__(self, bus: ModelBus, on_bus: Callable[[str, bytes], None], on_doubt: Callable[[str], None]) -> None:
+    def __init__(
+        self, bus: ModelBus, on_bus: Callable[[str, bytes], None], on_resync_needed: Callable[[str], None]
+    ) -> None:
         self.bus = bus
         self.on_bus = on_bus
-        self.on_doubt = on_doubt
+        self.on_resync_needed = on_resync_needed
         self.own: dict[str, int] = {}  # counted
         self.known: set[str] = set()  # what the others know of it
 
@@ -60,7 +62,7 @@ class BusEnd:
                 continue
             if weather.happens(climate.bus_lost):
                 if weather.happens(0.5):
-                    loop.call_later(weather.latency(), other.on_doubt, "lost")
+                    loop.call_later(weather.latency(), other.on_resync_needed, "lost")
                 continue
             for _ in range(2 if weather.happens(climate.bus_repeated) else 1):
                 late = weather.random.choice((0.005, 0.05, 2.0)) if weather.happens(climate.bus_late) else 0.0

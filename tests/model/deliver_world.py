@@ -123,7 +123,7 @@ class Open:
 @dataclass(frozen=True)
 class BusCut:
     seconds: float
-    doubt: bool
+    resync: bool
 
 
 @dataclass(frozen=True)
@@ -284,19 +284,19 @@ class DeliverWorld:
                     self._cids += 1
                     others = [user for user in USERS if user != d.user]
                     self._send(d, d.request("open", kind="group", members=others, cid=f"o{self._cids}"))
-            case BusCut(seconds, doubt):
+            case BusCut(seconds, resync):
                 self.bus.cut = True
-                self.loop.call_later(seconds, self._mend_bus, doubt)
+                self.loop.call_later(seconds, self._mend_bus, resync)
             case StoreDown(worker, seconds):
                 store = self.workers[worker].store
                 store.down = True
                 self.loop.call_later(seconds, setattr, store, "down", False)
 
-    def _mend_bus(self, doubt: bool) -> None:
+    def _mend_bus(self, resync: bool) -> None:
         self.bus.cut = False
         for end in self.bus.ends:
-            if doubt:
-                end.on_doubt("the bus is back")
+            if resync:
+                end.on_resync_needed("the bus is back")
 
     async def _may_be_refused(self, work: Coroutine[Any, Any, Any]) -> None:
         with contextlib.suppress(ChatError):
