@@ -1,4 +1,4 @@
-"""The queue from the command line: straight to where it is kept, whether a server runs or not."""
+"""The queue for the command line: it opens the storage itself, so it works whether a server runs or not."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ REDIS_TIMEOUT_S: Final = 10.0
 
 
 def with_queue(settings: Settings, work: Callable[[Queue], Awaitable[T]], prefix: str | None = None) -> T:
-    """Do something with the queue of a server; returns what it returns.
+    """Call ``work`` with the queue of a server; returns its result.
 
-    :param prefix: of the queue in Redis, if several servers use it.
-    :raises BadRequest: there is no queue, or there are several and none was named.
-    :raises Unavailable: what it is kept in does not answer.
+    :param prefix: of the queue in Redis, if several servers use that Redis.
+    :raises BadRequest: there is no queue, or there are several and ``prefix`` is None.
+    :raises Unavailable: the storage does not answer.
     """
 
     async def main() -> T:
@@ -55,7 +55,7 @@ async def _redis(settings: Settings, prefix: str | None) -> AsyncIterator[Queue]
             raise BadRequest(f"several servers keep a queue in this Redis; name one with --of: {', '.join(known)}")
         if prefix is not None and prefix not in known:
             raise BadRequest(f"there is no queue {prefix} in this Redis; there are: {', '.join(known) or 'none'}")
-        # Nothing was ever put: an empty queue looks the same under any name.
+        # Without a known name nothing was ever put: an empty queue looks the same under any name.
         yield RedisQueue(client, prefix or (known or ["chatcore"])[0], settings.queue)
     finally:
         await client.close()
@@ -73,8 +73,8 @@ async def _sqlite(settings: Settings) -> AsyncIterator[Queue]:
         db = connect(database_path(data), write=True)
         try:
             yield SQLiteQueue(
-                lambda op: _answered(lambda: _commit(db, lock, op)),
-                lambda query: _answered(lambda: query(db)),
+                lambda op: _run_now(lambda: _commit(db, lock, op)),
+                lambda query: _run_now(lambda: query(db)),
                 settings.queue,
             )
         finally:
@@ -85,8 +85,8 @@ async def _sqlite(settings: Settings) -> AsyncIterator[Queue]:
         lock.close()
 
 
-def _answered(work: Callable[[], Any]) -> asyncio.Future[Any]:
-    """What the threads of a store do, done at once."""
+def _run_now(work: Callable[[], Any]) -> asyncio.Future[Any]:
+    """Run in this thread what a store runs in its own."""
     future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     try:
         future.set_result(work())

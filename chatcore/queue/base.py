@@ -1,19 +1,21 @@
-"""The background queue: what every implementation offers, and the values that go in and out.
+"""The background queue: the interface of every implementation, its values, and how a handler is run.
 
-A message has a topic (which handler), a key (what must stay in order) and a payload. What is promised:
+A message has a topic (which handler), a key (what must stay in order) and a payload. The promises:
 
-- *At least once.* A message that was put is handled until a handler returns, or is a dead letter after its
-  last delivery. A handler is told the message's ``id``, which is the same in every delivery.
-- *In order by key.* The messages of one key are handled one after the other, in the order in which they
-  came into line, over all workers and hosts. One that fails is tried again before the next of its key is
-  begun; other keys go on. A delayed message comes into line when its delay is over, a retried dead letter
-  when it is retried.
-- *Fenced.* Who was stopped and wakes up later begins nothing, and what it finishes does not count
-  (:attr:`Job.fence`).
+- *At least once.* Every message is delivered to a handler until the handler returns, or is a dead letter after
+  its last delivery. The message's ``id`` is the same in every delivery.
+- *In order by key.* The messages of one key are handled one after the other, in the order in which they became
+  ready, over all workers and hosts. A message that fails is tried again before the next of its key begins; other
+  keys go on. A delayed message becomes ready when its delay is over, a retried dead letter when it is retried.
+- *Fenced.* A worker that was stopped and resumes later begins nothing, and the outcomes of what it finishes are
+  refused (:attr:`Job.fence`).
 """
 
 from __future__ import annotations
 
+import asyncio
+import enum
+import logging
 import random
 import re
 import secrets
@@ -22,25 +24,33 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from ..common.clock import now_ms
 from ..errors import BadRequest, TooLarge, Unavailable
-from ..settings import Queue as Options
+from ..settings import Queue as QueueSettings
 
 __all__ = [
     "DIED",
+    "RENEWALS",
     "Clock",
     "Consumer",
     "DeadLetter",
-    "Handler",
+    "Execution",
+    "HandlerRegistry",
     "Job",
-    "Options",
+    "JobHandler",
+    "Outcome",
     "Queue",
     "QueueFull",
+    "QueueSettings",
     "TopicStats",
     "backoff_ms",
     "check_message",
     "check_topic",
     "new_id",
+    "safe_until",
 ]
+
+log = logging.getLogger("chatcore.queue")
 
 # Topics are parts of key names and of commands; braces would change a Cluster's hash tag.
 _TOPIC: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
@@ -51,8 +61,15 @@ ERROR_CHARS_MAX: Final = 500
 DELAY_MS_MAX: Final = 31_536_000_000
 #: The error of a dead letter whose last delivery ended with its worker.
 DIED: Final = "the worker died, or lost its lease, while it handled it"
+#: Renewals in the time of a lease: one may fail and the next still comes in time.
+RENEWALS: Final = 3
+#: The last sixth of a lease is left for cancelled handlers to end before another worker begins.
+_LAST_PART: Final = 6
+#: A handler that goes on after its cancellation is cancelled again after so long; its key waits until it ends.
+CANCEL_AGAIN_S: Final = 30.0
 
 
+# --- values --------------------------------------------------------------------------
 class QueueFull(Unavailable):
     """The topic holds as many messages as it may; nothing was put."""
 
@@ -64,8 +81,8 @@ class QueueFull(Unavailable):
 class Job:
     """A message in one of its deliveries (``delivery`` counts from 1).
 
-    ``fence`` is higher the later the right to handle the key was given. A handler that writes where
-    others may have written meanwhile can keep it there and refuse a lower one.
+    ``fence`` grows with every lease on the key. A handler that writes where other workers may have written
+    meanwhile can store it there and refuse a lower one.
     """
 
     id: str
@@ -77,14 +94,14 @@ class Job:
     fence: int
 
 
-#: Returns when the message is done with; whatever it raises means "again later". It may be cancelled (it takes too
-#: long, the right to its key was lost, the server stops) and is then called again: what it does must bear that.
-Handler = Callable[[Job], Awaitable[None]]
+#: A message is done when its handler returns; any exception means "try again later". The handler may be cancelled (it
+#: takes too long, the lease was lost, the server stops) and is then called again: what it does must allow for that.
+JobHandler = Callable[[Job], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """A message that is not tried any more, as it was put, and why. Times in Unix ms."""
+    """A message that is not tried any more, as it was put, with the last error. Times in Unix ms."""
 
     id: str
     topic: str
@@ -98,10 +115,10 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class TopicStats:
-    """How a topic is.
+    """The state of a topic.
 
-    ``depth``: messages not done with, ``delayed`` ones included; ``oldest_ms``: how long the first of those in
-    line has been there (0: none); ``retries``: deliveries after the first of a message, ever; ``dead``: dead
+    ``depth``: messages that are not done, ``delayed`` ones included; ``oldest_ms``: how long the oldest ready
+    message has been ready (0: none); ``retries``: deliveries after the first of a message, ever; ``dead``: dead
     letters kept; ``dead_lost``: dead letters dropped, ever, because there were too many.
     """
 
@@ -114,11 +131,21 @@ class TopicStats:
     dead_lost: int
 
 
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Both clocks, in ms. Tests have their own."""
+
+    wall_ms: Callable[[], int] = now_ms
+    mono_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000
+
+
+# --- the interface ---------------------------------------------------------------------
 class Consumer(Protocol):
-    """A handler at work."""
+    """A handler at work on a topic."""
 
     async def stop(self, grace_s: float = 5.0) -> None:
-        """Begin nothing more; cancel what still runs after ``grace_s`` and give it back, as if not begun."""
+        """Begin nothing more. After ``grace_s`` cancel the handlers that still run, and give their messages back
+        as if not begun."""
 
 
 class Queue(Protocol):
@@ -129,14 +156,14 @@ class Queue(Protocol):
 
     @property
     def healthy(self) -> bool:
-        """Whether what it stands on answered last time."""
+        """Whether the storage below answered last time."""
 
     async def start(self) -> None: ...
 
     async def probe(self) -> None:
-        """Find out whether what it stands on is there, though nobody uses it.
+        """Ask the storage below, for the health of a queue without traffic.
 
-        :raises Unavailable: it is not.
+        :raises Unavailable: it does not answer.
         """
 
     async def close(self, grace_s: float = 5.0) -> None:
@@ -156,7 +183,7 @@ class Queue(Protocol):
         :raises Unavailable: unknown whether it was put; repeat it with the same ``dedupe_id``.
         """
 
-    def consume(self, topic: str, handler: Handler, *, concurrency: int | None = None) -> Consumer:
+    def consume(self, topic: str, handler: JobHandler, *, concurrency: int | None = None) -> Consumer:
         """Handle a topic in this worker, up to ``concurrency`` keys at once (default: ``queue.concurrency``)."""
 
     async def stats(self) -> list[TopicStats]:
@@ -166,20 +193,43 @@ class Queue(Protocol):
         """Dead letters (of one topic), oldest first within a topic."""
 
     async def retry(self, id: str | None) -> int:
-        """Put a dead letter (None: all) back into line, as new; returns how many. ``max_length`` does not count."""
+        """Make a dead letter (None: all) ready again, as new; returns how many. ``max_length`` does not count."""
 
     async def drop(self, id: str | None) -> int:
-        """Forget a dead letter (None: all); returns how many."""
+        """Delete a dead letter (None: all); returns how many."""
 
 
-@dataclass(frozen=True, slots=True)
-class Clock:
-    """Both clocks, in ms. Tests have their own."""
+class HandlerRegistry:
+    """Which handler takes which topic, one per worker. Services register their handlers when the worker is made;
+    ``start`` sets them to work when it is ready."""
 
-    wall_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
-    mono_ms: Callable[[], int] = lambda: time.monotonic_ns() // 1_000_000
+    def __init__(self) -> None:
+        self._handlers: dict[str, tuple[JobHandler, int | None]] = {}
+
+    def register(self, topic: str, handler: JobHandler, *, concurrency: int | None = None) -> None:
+        """Let a handler take a topic.
+
+        :raises BadRequest: it is no name of a topic.
+        :raises ValueError: the topic has a handler.
+        """
+        check_topic(topic)
+        if topic in self._handlers:
+            raise ValueError(f"topic {topic} has a handler")
+        self._handlers[topic] = (handler, concurrency)
+
+    def topics(self) -> list[str]:
+        """All topics that have a handler."""
+        return sorted(self._handlers)
+
+    def start(self, queue: Queue) -> list[Consumer]:
+        """Let every handler work on the queue; ``Queue.close`` ends them."""
+        return [
+            queue.consume(topic, handler, concurrency=concurrency)
+            for topic, (handler, concurrency) in self._handlers.items()
+        ]
 
 
+# --- what the implementations share ------------------------------------------------------
 def new_id() -> str:
     """An id for a message."""
     return secrets.token_hex(8)
@@ -194,7 +244,7 @@ def check_topic(topic: str) -> None:
 def check_message(
     topic: str, key: str, payload: bytes, delay_ms: int, dedupe_id: str | None, payload_bytes_max: int
 ) -> None:
-    """Refuse what no implementation takes.
+    """Check the arguments of a put.
 
     :raises BadRequest: topic, key, delay or dedupe_id.
     :raises TooLarge: the payload.
@@ -213,8 +263,89 @@ def check_message(
         raise TooLarge(f"payload: at most {payload_bytes_max} bytes")
 
 
-def backoff_ms(options: Options, delivery: int) -> int:
-    """How long to wait after the failure of a delivery (counted from 1): doubled each time up to the
-    maximum, of which a random half is taken off, so that what failed together does not come back together."""
-    full = min(options.retry_ms << min(delivery - 1, 30), options.retry_max_ms)
+def backoff_ms(settings: QueueSettings, delivery: int) -> int:
+    """The pause after the failure of a delivery (counted from 1): doubled each time up to the maximum, less a
+    random part of up to a half, so that messages that failed together do not come back together.
+
+    Not :class:`~chatcore.common.backoff.Backoff`: the count is kept with the message, over workers and restarts.
+    """
+    full = min(settings.retry_ms << min(delivery - 1, 30), settings.retry_max_ms)
     return full - random.randint(0, full // 2)
+
+
+def safe_until(since_ms: int, lease_ms: int) -> int:
+    """Up to when a holder may rely on a lease that it asked for at ``since_ms`` (both of the monotonic clock): less
+    than the lease, so that its handlers end before another worker begins theirs."""
+    return since_ms + lease_ms - lease_ms // _LAST_PART
+
+
+class Outcome(enum.Enum):
+    """How a delivery ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    #: Cancelled by the consumer, not by the handler's fault.
+    ABANDONED = "abandoned"
+
+
+class Execution:
+    """Runs a handler for one job, with a time limit. ``error`` says in one line why it failed."""
+
+    def __init__(self, handler: JobHandler, job: Job, timeout_s: float) -> None:
+        self.job = job
+        self.error = ""
+        self._handler = handler
+        self._timeout_s = timeout_s
+        self._abandoned = False
+        self._task: asyncio.Task[None] | None = None
+
+    def abandon(self) -> None:
+        """Cancel it, once: the lease on its key is lost, or the server stops."""
+        if self._abandoned:
+            return  # it may be cleaning up
+        self._abandoned = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def abandoned(self) -> bool:
+        """Whether :meth:`abandon` was called."""
+        return self._abandoned
+
+    async def run(self) -> Outcome:
+        """Run it to its end; never raises, and returns only when the handler no longer runs."""
+        if self.abandoned():
+            return Outcome.ABANDONED
+        job = self.job
+        self._task = task = asyncio.create_task(self._call(), name=f"queue-{job.topic}-{job.id}")
+        _, running = await asyncio.wait({task}, timeout=self._timeout_s)
+        late = bool(running)
+        while running:
+            # Not only once: a handler may swallow a cancellation.
+            task.cancel()
+            _, running = await asyncio.wait({task}, timeout=CANCEL_AGAIN_S)
+            if running:
+                log.error("%s %s: the handler was cancelled and goes on; its key waits", job.topic, job.id)
+        exc = None if task.cancelled() else task.exception()
+        if not task.cancelled() and exc is None:
+            return Outcome.DONE
+        if self.abandoned():
+            return Outcome.ABANDONED
+        if late:
+            self.error = f"took longer than {self._timeout_s:g} s"
+        elif exc is None:
+            self.error = "cancelled itself"
+        else:
+            self.error = f"{type(exc).__name__}: {exc}"[:ERROR_CHARS_MAX]
+        log.warning(
+            "%s %s of key %s failed in delivery %d: %s",
+            job.topic,
+            job.id,
+            job.key,
+            job.delivery,
+            self.error,
+            exc_info=exc,
+        )
+        return Outcome.FAILED
+
+    async def _call(self) -> None:
+        await self._handler(self.job)

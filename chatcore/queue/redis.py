@@ -1,21 +1,19 @@
 """The queue on Redis Streams, for all hosts that share one Redis (7.0 or later; alone, by Sentinel, or Cluster).
 
-A topic is a fixed number of streams, its partitions; a key always goes to the same. A partition belongs to one
-consumer at a time, by a lease with a fencing number (see :mod:`.redis_scripts`, and :mod:`.redis_consumer` for
-what the holder does), and the consumers of a topic share its partitions evenly.
+A topic is a fixed number of streams, its partitions; a key always goes to the same one. A partition belongs to one
+consumer at a time, by a lease with a fencing number (see :mod:`.redis_scripts` for the data and
+:mod:`.redis_consumer` for the work of the holder), and the consumers of a topic share its partitions evenly.
 
 A put is as durable as Redis is: with ``appendonly yes`` and ``appendfsync always`` when it returns, with
-``everysec`` up to a second later. Redis must not evict what has no expiry: ``maxmemory-policy noeviction``, or
-one of ``volatile-*``. What it lost is lost; nothing else breaks by it.
+``everysec`` up to a second later. Redis must not evict keys without expiry: ``maxmemory-policy noeviction``, or
+one of ``volatile-*``. Messages that Redis lost stay lost; the queue goes on without them.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import time
-import zlib
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -24,20 +22,30 @@ from redis.exceptions import NoScriptError, ResponseError
 from ..common.redis_client import RedisClient
 from ..errors import Unavailable
 from . import redis_scripts as scripts
-from .base import Clock, DeadLetter, Handler, Options, QueueFull, TopicStats, check_message, check_topic, new_id
+from .base import (
+    Clock,
+    DeadLetter,
+    JobHandler,
+    QueueFull,
+    QueueSettings,
+    TopicStats,
+    check_message,
+    check_topic,
+    new_id,
+)
 from .redis_consumer import RedisConsumer
-from .redis_scripts import Script
+from .redis_scripts import Script, TopicKeys
 
 log = logging.getLogger("chatcore.queue")
 
-# So many workers can share a topic; not a setting, since all hosts must agree on it, always: a key that changed its
-# partition would lose its order. To change it the queue has to be empty.
+# So many workers can share a topic. Not a setting, since all hosts must always agree on it: a key that changed its
+# partition would lose its order. It can change only while the queue is empty.
 PARTITIONS: Final = 16
-# Longest wait for something new in one command; whoever stops waits for its end.
+# Longest wait for a message in one command; a consumer that stops waits for its end.
 BLOCK_S: Final = 1.0
-# Beyond the time that a blocking command blocks.
+# Added to the time that a command blocks, for the time-out of its client.
 BLOCKING_SPARE_S: Final = 2.0
-# A topic is announced this often by those who use it: a Redis that has lost its data learns it again.
+# The users of a topic announce it this often, so that a Redis that has lost its data learns it again.
 ANNOUNCE_S: Final = 30.0
 #: The prefixes of all queues in a Redis, for the command line. Not below a prefix itself.
 PREFIXES: Final = "chatcore:queues"
@@ -45,34 +53,10 @@ PREFIXES: Final = "chatcore:queues"
 PAGE: Final = 100
 
 
-class Keys:
-    """The names of a topic's keys (see :mod:`.redis_scripts`)."""
-
-    def __init__(self, prefix: str, topic: str, partitions: int) -> None:
-        self.base = base = f"{{{prefix}:q:{topic}}}:"
-        self.partitions = partitions
-        self.streams = [f"{base}s:{n}" for n in range(partitions)]
-        self.leases = [f"{base}lease:{n}" for n in range(partitions)]
-        self.wakes = [f"{base}wake:{n}" for n in range(partitions)]
-        self.consumers, self.fence, self.delayed, self.later, self.dead, self.counts = (
-            base + name for name in ("consumers", "fence", "delayed", "later", "dead", "counts")
-        )
-
-    def partition(self, key: str) -> int:
-        """Where a key goes."""
-        return zlib.crc32(key.encode()) % self.partitions
-
-    def once(self, key: str, dedupe_id: str) -> str:
-        """What remembers a dedupe id. Hashed, since both may be long; the length keeps them apart."""
-        text = f"{len(key)}:{key}{dedupe_id}".encode()
-        return f"{self.base}once:{hashlib.blake2b(text, digest_size=16).hexdigest()}"
-
-
 class RedisQueue:
     """Implements :class:`~.base.Queue`.
 
     :param client: for commands; its owner closes it after the queue.
-    :param blocking: makes a client of one connection whose time-out is at least the given seconds.
     :param prefix: of all keys; holds the id of the store, and no braces.
     """
 
@@ -82,23 +66,17 @@ class RedisQueue:
         self,
         client: RedisClient,
         prefix: str,
-        options: Options,
+        settings: QueueSettings,
         *,
-        blocking: Callable[[float], RedisClient] | None = None,
-        partitions: int = PARTITIONS,
         block_s: float = BLOCK_S,
         clock: Clock | None = None,
     ) -> None:
         self.client = client
         self.prefix = prefix
-        self.options = options
+        self.settings = settings
         self.clock = clock or Clock()
-        self._blocking = blocking or (
-            lambda timeout_s: RedisClient(client.address, timeout_s=timeout_s, max_connections=1)
-        )
         self.block_s = block_s
-        self._partitions = partitions
-        self._keys: dict[str, Keys] = {}
+        self._keys: dict[str, TopicKeys] = {}
         self._consumers: dict[str, RedisConsumer] = {}
         self._announced: dict[str, float] = {}
         self._healthy = True
@@ -109,21 +87,21 @@ class RedisQueue:
         return self._healthy
 
     async def start(self) -> None:
-        """Warn of a Redis that is not set up to keep a queue. One that is away is waited for by the consumers."""
+        """Warn of a Redis that is not configured to keep a queue. If it is away, the consumers wait for it."""
         try:
             found = await self.client.run(_config)
-            settings = {_text(name): _text(value) for name, value in found.items()}
+            config = {_text(name): _text(value) for name, value in found.items()}
         except Unavailable as exc:
             log.warning("the queue's redis does not answer: %s", exc.message)
             return
         except ResponseError:
-            return  # hosted ones hide their configuration
-        if settings.get("appendonly") == "no":
+            return  # hosted servers hide their configuration
+        if config.get("appendonly") == "no":
             log.warning("redis keeps no append-only file (appendonly no): a restart may lose what is in the queue")
-        if settings.get("maxmemory-policy", "").startswith("allkeys"):
+        if config.get("maxmemory-policy", "").startswith("allkeys"):
             log.warning(
                 "redis may evict the queue (maxmemory-policy %s): use noeviction or volatile-lru",
-                settings["maxmemory-policy"],
+                config["maxmemory-policy"],
             )
 
     async def probe(self) -> None:
@@ -140,10 +118,10 @@ class RedisQueue:
         await asyncio.gather(*(c.stop(grace_s) for c in list(self._consumers.values())))
 
     async def run(self, script: Script, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
-        """Run a script.
+        """Run a script; its reply.
 
-        :raises Unavailable: Redis does not answer, or cannot do it now; it may have been carried out.
-        :raises ResponseError: it was refused.
+        :raises Unavailable: Redis does not answer, or cannot run it now; it may have run.
+        :raises ResponseError: Redis refused it.
         """
         try:
             try:
@@ -156,10 +134,10 @@ class RedisQueue:
         self._healthy = True
         return reply
 
-    def keys(self, topic: str) -> Keys:
+    def keys(self, topic: str) -> TopicKeys:
         """The names of a topic's keys."""
         if topic not in self._keys:
-            self._keys[topic] = Keys(self.prefix, topic, self._partitions)
+            self._keys[topic] = TopicKeys(self.prefix, topic, PARTITIONS)
         return self._keys[topic]
 
     # -- putting
@@ -167,17 +145,17 @@ class RedisQueue:
     async def put(
         self, topic: str, key: str, payload: bytes, *, delay_ms: int = 0, dedupe_id: str | None = None
     ) -> str:
-        options = self.options
-        check_message(topic, key, payload, delay_ms, dedupe_id, options.payload_bytes)
+        settings = self.settings
+        check_message(topic, key, payload, delay_ms, dedupe_id, settings.payload_bytes)
         await self.announce(topic)
         k = self.keys(topic)
         partition = k.partition(key)
-        once = k.once(key, dedupe_id) if dedupe_id is not None else k.fence  # not looked at
+        once = k.once(key, dedupe_id) if dedupe_id is not None else k.fence  # ignored
         keys = [once, k.delayed, k.later, k.counts, k.wakes[partition], k.streams[partition], *k.streams]
-        dedupe_ms = options.dedupe_ms if dedupe_id is not None else 0
+        dedupe_ms = settings.dedupe_ms if dedupe_id is not None else 0
         try:
             outcome, answer = await self.run(
-                scripts.PUT, keys, [new_id(), key, payload, delay_ms, dedupe_ms, options.max_length, partition]
+                scripts.PUT, keys, [new_id(), key, payload, delay_ms, dedupe_ms, settings.max_length, partition]
             )
         except ResponseError as exc:
             log.error("putting into %s was refused: %s", topic, exc)
@@ -187,7 +165,7 @@ class RedisQueue:
         return _text(answer)
 
     async def announce(self, topic: str) -> None:
-        """Let the command line find the topic, if that was not done just now.
+        """Let the command line find the topic, at most once in :data:`ANNOUNCE_S`.
 
         :raises Unavailable: Redis does not answer.
         """
@@ -199,7 +177,7 @@ class RedisQueue:
 
     # -- handling
 
-    def consume(self, topic: str, handler: Handler, *, concurrency: int | None = None) -> RedisConsumer:
+    def consume(self, topic: str, handler: JobHandler, *, concurrency: int | None = None) -> RedisConsumer:
         """See :meth:`.base.Queue.consume`.
 
         :raises ValueError: this queue has a consumer of the topic.
@@ -207,16 +185,17 @@ class RedisQueue:
         check_topic(topic)
         if topic in self._consumers:
             raise ValueError(f"topic {topic} has a consumer")
-        blocking = self._blocking(self.block_s + BLOCKING_SPARE_S)
-        consumer = RedisConsumer(self, topic, handler, concurrency or self.options.concurrency, blocking)
+        # A connection of its own: a command that blocks would hold up the others.
+        blocking = RedisClient(self.client.address, timeout_s=self.block_s + BLOCKING_SPARE_S, max_connections=1)
+        consumer = RedisConsumer(self, topic, handler, concurrency or self.settings.concurrency, blocking)
         self._consumers[topic] = consumer
         return consumer
 
-    def forget(self, consumer: RedisConsumer) -> None:
-        """A consumer has stopped."""
-        self._consumers.pop(consumer.topic, None)
+    def consumer_stopped(self, topic: str) -> None:
+        """The consumer of a topic has stopped: the topic may have another one."""
+        self._consumers.pop(topic, None)
 
-    # -- looking, and dead letters
+    # -- statistics, and dead letters
 
     async def topics(self) -> list[str]:
         """All topics that were announced, by name."""
@@ -242,19 +221,19 @@ class RedisQueue:
         return letters
 
     async def retry(self, id: str | None) -> int:
-        async def again(k: Keys, entry: bytes, letter: DeadLetter) -> int:
+        async def again(k: TopicKeys, entry: bytes, letter: DeadLetter) -> int:
             n = k.partition(letter.key)
             return int(await self.run(scripts.RETRY, [k.dead, k.streams[n], k.wakes[n]], [entry]))
 
         return await self._letters(id, again)
 
     async def drop(self, id: str | None) -> int:
-        async def forget(k: Keys, entry: bytes, letter: DeadLetter) -> int:
+        async def forget(k: TopicKeys, entry: bytes, letter: DeadLetter) -> int:
             return int(await self.client.call("XDEL", k.dead, entry))
 
         return await self._letters(id, forget)
 
-    async def _letters(self, id: str | None, do: Callable[[Keys, bytes, DeadLetter], Any]) -> int:
+    async def _letters(self, id: str | None, do: Callable[[TopicKeys, bytes, DeadLetter], Any]) -> int:
         count = 0
         for topic in await self.topics():
             k = self.keys(topic)
@@ -262,7 +241,7 @@ class RedisQueue:
             if not newest:
                 continue
             last = b"-"
-            # Up to the newest there is now: what is retried may be dead again at once.
+            # Up to the newest there is now: a retried message may be dead again at once.
             while page := await self._page(topic, last, PAGE, newest[0][0]):
                 for entry, letter in page:
                     if id is None or letter.id == id:
@@ -276,7 +255,7 @@ class RedisQueue:
 
 
 async def _config(raw: Any) -> dict[bytes, bytes]:
-    """What is looked at in the configuration, of any node of a Cluster."""
+    """The settings that `start` checks; in a Cluster, of any node."""
     found: dict[bytes, bytes] = await raw.config_get("appendonly", "maxmemory-policy")
     return found
 

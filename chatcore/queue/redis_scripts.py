@@ -1,37 +1,62 @@
-"""The Lua scripts of the queue on Redis: every change is one of them, so each is whole or not done.
+"""The data of the queue on Redis: the names of its keys, and the Lua scripts. Every change is one script, so it
+happens as a whole or not at all.
 
 All keys of a topic share one hash tag, so in a Cluster they are in one slot and one script reaches them:
 
     {P:q:T}:s:<n>       stream of partition n: i id, k key, p payload, c created (Unix ms)
-    {P:q:T}:lease:<n>   who holds partition n: "<consumer>:<fence>", expires
-    {P:q:T}:wake:<n>    a list that holds one element when there is something new for the holder
-    {P:q:T}:consumers   sorted set of consumers by when they count as gone (Unix ms)
+    {P:q:T}:lease:<n>   the holder of partition n: "<consumer>:<fence>", expires
+    {P:q:T}:wake:<n>    a list with one element while there are new messages for the holder
+    {P:q:T}:consumers   sorted set of consumers by the time at which they count as gone (Unix ms)
     {P:q:T}:fence       the last fencing number
     {P:q:T}:delayed     sorted set of delayed messages by due time, member "<n-th>:<id>"; :later their contents
     {P:q:T}:dead        stream of dead letters: as above, n deliveries, e error, t when (Unix ms)
     {P:q:T}:counts      hash: retries, dead_lost, delayed (the n-th)
     {P:q:T}:once:<h>    id of the message that was put with a dedupe id, expires
 
-How often a message was delivered is the delivery count of the group's pending entries: 0 when it was read,
-set by BEGIN when a handler begins. The group has one consumer, whoever holds the partition: the lease says who
-may touch it, and every script that does asks for it first. So there is nobody to claim entries from, and a
-consumer that died leaves no name behind.
+The count of a message's deliveries is the delivery count of the group's pending entries: 0 after the read, set
+by BEGIN when a handler begins. The group has a single consumer name, which the holder of the partition uses: the
+lease decides who may touch the partition, and every script that does so checks the lease first. So entries need
+not be claimed from other consumers, and a consumer that died leaves no name behind.
 
-A script that is sent twice does what it does once: FETCH goes by the last entry that the holder knows of,
-BEGIN sets a number, FINISH looks whether the entry is still pending. Only PUT without a dedupe id is not.
+Every script is idempotent: FETCH continues after the last entry that the holder knows, BEGIN sets a number,
+DONE and DEAD_LETTER change only an entry that is still there. The exception is PUT without a dedupe id.
 """
 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from dataclasses import dataclass, field
 from typing import Final
 
 GROUP: Final = "workers"
-#: Answer to who no longer holds the partition.
+#: Reply to a consumer that no longer holds the partition.
 LOST: Final = b"lost"
-#: Delayed messages brought into line in one go: Redis has one thread.
+#: Delayed messages made ready in one call: Redis has one thread.
 DUE_BATCH: Final = 100
+
+
+class TopicKeys:
+    """The names of a topic's keys."""
+
+    def __init__(self, prefix: str, topic: str, partitions: int) -> None:
+        self.base = base = f"{{{prefix}:q:{topic}}}:"
+        self.partitions = partitions
+        self.streams = [f"{base}s:{n}" for n in range(partitions)]
+        self.leases = [f"{base}lease:{n}" for n in range(partitions)]
+        self.wakes = [f"{base}wake:{n}" for n in range(partitions)]
+        self.consumers, self.fence, self.delayed, self.later, self.dead, self.counts = (
+            base + name for name in ("consumers", "fence", "delayed", "later", "dead", "counts")
+        )
+
+    def partition(self, key: str) -> int:
+        """The partition of a message's key."""
+        return zlib.crc32(key.encode()) % self.partitions
+
+    def once(self, key: str, dedupe_id: str) -> str:
+        """The key that remembers a dedupe id. Hashed, since both may be long; the length keeps them apart."""
+        text = f"{len(key)}:{key}{dedupe_id}".encode()
+        return f"{self.base}once:{hashlib.blake2b(text, digest_size=16).hexdigest()}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +111,7 @@ return {0, ARGV[1]}
 
 # KEYS consumers, fence, leases, streams
 # ARGV consumer, lease ms, partitions, group, first partition to try, 1: it stops, and takes no more
-# -> {share, {partition, lease, fence}, ...}: all that this consumer holds now
+# -> {share, {partition, lease, fence}, ...}: all partitions that this consumer holds now
 HOLD: Final = Script(
     _NOW
     + """
@@ -140,7 +165,7 @@ return 'ok'
 
 # KEYS lease, stream   ARGV lease, group, last entry known, most
 # -> {1 if there may be more, {entry, key, deliveries}, ...}, or 'lost'
-# First what a holder before had read: all of it is older than what nobody has read.
+# First the entries that an earlier holder had read: they are older than those that are unread.
 FETCH: Final = Script(
     _FENCED
     + """
@@ -168,7 +193,7 @@ return found
 )
 
 # KEYS lease, stream, counts   ARGV lease, group, then entry, delivery for each
-# -> for each {id, payload, created} or {} (somebody removed it), or 'lost'
+# -> for each {id, payload, created} or {} (it was deleted by hand), or 'lost'
 BEGIN: Final = Script(
     _FENCED
     + """
@@ -198,7 +223,7 @@ return 'ok'
 """
 )
 
-# KEYS lease, stream   ARGV lease, group, entry, deliveries to note   -> 'ok' or 'lost'
+# KEYS lease, stream   ARGV lease, group, entry, deliveries to set   -> 'ok' or 'lost'
 GIVE_BACK: Final = Script(
     _FENCED
     + """
@@ -208,8 +233,9 @@ return 'ok'
 )
 
 # KEYS lease, stream, dead, counts   ARGV lease, group, entry, deliveries, error, most dead letters
-# -> 'ok' or 'lost'.  The dead letter is written before the entry is acknowledged (facts.md, Redis).
-BURY: Final = Script(
+# -> 'ok' or 'lost'.  The dead letter is written before the entry is acknowledged: a script that fails in the middle
+# is not rolled back, and may then leave the message twice but never nowhere.
+DEAD_LETTER: Final = Script(
     _FENCED
     + _NOW
     + """
@@ -263,7 +289,7 @@ return 1
 """
 )
 
-# KEYS delayed, dead, counts, streams   -> depth, delayed, age in ms of the first in line, retries, dead, dead_lost
+# KEYS delayed, dead, counts, streams   -> depth, delayed, age in ms of the oldest ready, retries, dead, dead_lost
 STATS: Final = Script(
     _NOW
     + """

@@ -1,8 +1,8 @@
 """The embedded queue: tables in the store's database, written by the store's writer thread.
 
-The workers of one host share the work: each takes lines (see :mod:`.sqlite_ops`) under a lease, renews it while
-handlers run, and loses it when it is silent for ``queue.lease_ms``. What another worker puts is found by looking
-every ``queue.poll_ms``; what this one puts, at once.
+The workers of one host share the work: each takes keys (see :mod:`.sqlite_ops`) under a lease, renews it while
+handlers run, and loses it when it is silent for ``queue.lease_ms``. A worker finds its own messages at once, and
+those of other workers by a query every ``queue.poll_ms``.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from typing import Any, Final
 
 import apsw
 
+from ..common.tasks import Tasks
 from ..errors import ChatError
 from ..store.sqlite.ops import Op
 from . import sqlite_ops as ops
 from .base import (
     DIED,
+    RENEWALS,
     Clock,
     DeadLetter,
-    Handler,
+    Execution,
     Job,
-    Options,
+    JobHandler,
+    Outcome,
+    QueueSettings,
     TopicStats,
     backoff_ms,
     check_message,
     check_topic,
     new_id,
+    safe_until,
 )
-from .execution import Execution, Outcome
 
 log = logging.getLogger("chatcore.queue")
 
 # The kernel's name for this boot: leases of another one are void.
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-# Leases are renewed when a third has passed. When five sixths have passed without, handlers are cancelled: the last
-# sixth is for them to end before somebody else begins.
-RENEWALS: Final = 3
-LAST_PART: Final = 6
-# How often in the time of a lease it is looked whether it is over.
-LOOKS: Final = 24
-# Wait after the store did not answer.
+# Checks, in the time of a lease, whether it has run out.
+CHECKS: Final = 24
+# Pause after the store did not answer.
 PAUSE_S: Final = 0.5
 
-Write = Callable[[Op], "asyncio.Future[Any]"]
-Read = Callable[[Callable[[apsw.Connection], Any]], "asyncio.Future[Any]"]
+StoreWrite = Callable[[Op], "asyncio.Future[Any]"]
+StoreRead = Callable[[Callable[[apsw.Connection], Any]], "asyncio.Future[Any]"]
 
 
 class SQLiteQueue:
@@ -62,10 +62,10 @@ class SQLiteQueue:
 
     name = "sqlite"
 
-    def __init__(self, write: Write, read: Read, options: Options, clock: Clock | None = None) -> None:
+    def __init__(self, write: StoreWrite, read: StoreRead, settings: QueueSettings, clock: Clock | None = None) -> None:
         self._write = write
         self._read = read
-        self.options = options
+        self.settings = settings
         self.clock = clock or Clock()
         self.lease = ops.Lease(f"{os.getpid()}-{secrets.token_hex(8)}", BOOT_ID.read_text().strip())
         self._consumers: dict[str, SQLiteConsumer] = {}
@@ -84,7 +84,7 @@ class SQLiteQueue:
         await self.write(ops.make_tables)
 
     async def probe(self) -> None:
-        """See :meth:`.base.Queue.probe`. The store looks after itself: it is asked only if it failed."""
+        """See :meth:`.base.Queue.probe`. Other users of the store notice its failures, so this asks only after one."""
         if not self._healthy:
             await self.read(lambda connection: None)
 
@@ -93,14 +93,14 @@ class SQLiteQueue:
         await asyncio.gather(*(c.stop(grace_s) for c in list(self._consumers.values())))
 
     async def write(self, op: Op) -> Any:
-        """One operation of the writer.
+        """Run one operation in the writer; its result.
 
         :raises Unavailable: its outcome is unknown.
         """
         return await self._watched(self._write(op))
 
     async def read(self, query: Callable[[apsw.Connection], Any]) -> Any:
-        """One query of the reader.
+        """Run one query in the reader; its result.
 
         :raises Unavailable: the store does not answer.
         """
@@ -127,23 +127,23 @@ class SQLiteQueue:
     def put_op(
         self, topic: str, key: str, payload: bytes, *, delay_ms: int = 0, dedupe_id: str | None = None
     ) -> Callable[[Any], str]:
-        """A put as an operation of the store's writer, to be done in the transaction of something else. Call
-        :meth:`wake` when it is committed, or a consumer finds it when it looks.
+        """A put as an operation of the store's writer, to be part of another transaction. Call :meth:`wake` when
+        that is committed; else a consumer finds the message at its next query.
 
         :raises BadRequest, TooLarge: as :meth:`put`, at once; QueueFull comes from the operation.
         """
-        check_message(topic, key, payload, delay_ms, dedupe_id, self.options.payload_bytes)
-        message = ops.New(new_id(), topic, key, payload, delay_ms, dedupe_id)
-        return lambda tx: ops.put(tx, message, self.options, self.clock.wall_ms())
+        check_message(topic, key, payload, delay_ms, dedupe_id, self.settings.payload_bytes)
+        message = ops.NewMessage(new_id(), topic, key, payload, delay_ms, dedupe_id)
+        return lambda tx: ops.put(tx, message, self.settings, self.clock.wall_ms())
 
     def wake(self, topic: str) -> None:
-        """There is something new in a topic."""
+        """A topic has new messages."""
         if (consumer := self._consumers.get(topic)) is not None:
             consumer.wake()
 
     # -- handling
 
-    def consume(self, topic: str, handler: Handler, *, concurrency: int | None = None) -> SQLiteConsumer:
+    def consume(self, topic: str, handler: JobHandler, *, concurrency: int | None = None) -> SQLiteConsumer:
         """See :meth:`.base.Queue.consume`.
 
         :raises ValueError: this queue has a consumer of the topic.
@@ -151,15 +151,15 @@ class SQLiteQueue:
         check_topic(topic)
         if topic in self._consumers:
             raise ValueError(f"topic {topic} has a consumer")
-        consumer = SQLiteConsumer(self, topic, handler, concurrency or self.options.concurrency)
+        consumer = SQLiteConsumer(self, topic, handler, concurrency or self.settings.concurrency)
         self._consumers[topic] = consumer
         return consumer
 
-    def forget(self, consumer: SQLiteConsumer) -> None:
-        """A consumer has stopped."""
-        self._consumers.pop(consumer.topic, None)
+    def consumer_stopped(self, topic: str) -> None:
+        """The consumer of a topic has stopped: the topic may have another one."""
+        self._consumers.pop(topic, None)
 
-    # -- looking, and dead letters
+    # -- statistics, and dead letters
 
     async def stats(self) -> list[TopicStats]:
         found: list[TopicStats] = await self.read(lambda db: ops.stats(db, self.clock.wall_ms()))
@@ -179,7 +179,7 @@ class SQLiteQueue:
         return await self._letters(lambda tx: ops.drop(tx, id))
 
     async def _letters(self, op: Op) -> int:
-        # Not more than there are now: what is retried may be dead again at once.
+        # Not more than there are now: a retried message may be dead again at once.
         left = sum(topic.dead for topic in await self.stats())
         total = 0
         while total < left and (count := int(await self.write(op))):
@@ -188,25 +188,24 @@ class SQLiteQueue:
 
 
 class SQLiteConsumer:
-    """Implements :class:`~.base.Consumer`: takes lines while there are free places, and runs their handlers."""
+    """Implements :class:`~.base.Consumer`: takes keys while fewer handlers run than may, and runs theirs."""
 
-    def __init__(self, queue: SQLiteQueue, topic: str, handler: Handler, concurrency: int) -> None:
+    def __init__(self, queue: SQLiteQueue, topic: str, handler: JobHandler, concurrency: int) -> None:
         self.topic = topic
         self._queue = queue
         self._handler = handler
         self._concurrency = concurrency
         self._wake = asyncio.Event()
         self._stopping = False
-        #: What runs, and until when (ms of the monotonic clock) its line is held.
+        #: What runs, and until when (ms of the monotonic clock) the lease on its key holds.
         self._running: dict[Execution, int] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._loops = [
-            asyncio.create_task(self._take(), name=f"queue-take-{topic}"),
-            asyncio.create_task(self._hold(), name=f"queue-hold-{topic}"),
-        ]
+        self._deliveries = Tasks()
+        self._loops = Tasks()
+        self._taking = self._loops.spawn(self._take(), f"queue-take-{topic}")
+        self._holding = self._loops.spawn(self._hold(), f"queue-hold-{topic}")
 
     def wake(self) -> None:
-        """There may be something to take."""
+        """There may be a key to take."""
         self._wake.set()
 
     async def stop(self, grace_s: float = 5.0) -> None:
@@ -215,34 +214,34 @@ class SQLiteConsumer:
             return
         self._stopping = True
         self.wake()
-        # It may be in the middle of taking, and what was taken has to be given back.
-        await self._loops[0]
-        if self._tasks:
-            await asyncio.wait(set(self._tasks), timeout=grace_s)
+        # It may be in the middle of taking, and then its jobs have to be given back.
+        await self._taking
+        if self._deliveries:
+            await asyncio.wait(set(self._deliveries), timeout=grace_s)
         for execution in list(self._running):
             execution.abandon()
-        while self._tasks:
-            await asyncio.wait(set(self._tasks))
-        self._loops[1].cancel()
-        await asyncio.gather(*self._loops, return_exceptions=True)
-        self._queue.forget(self)
+        while self._deliveries:
+            await asyncio.wait(set(self._deliveries))
+        self._holding.cancel()
+        await asyncio.gather(self._holding, return_exceptions=True)
+        self._queue.consumer_stopped(self.topic)
 
     async def _take(self) -> None:
-        queue, options, clock = self._queue, self._queue.options, self._queue.clock
+        queue, settings, clock = self._queue, self._queue.settings, self._queue.clock
         while not self._stopping:
             self._wake.clear()
-            free = self._concurrency - len(self._tasks)
-            wait_s = options.poll_ms / 1000
+            free = self._concurrency - len(self._deliveries)
+            wait_s = settings.poll_ms / 1000
             try:
                 if free > 0:
                     in_ms = await queue.read(
                         lambda db: ops.wait_ms(
-                            db, self.topic, queue.lease, clock.wall_ms(), clock.mono_ms(), options.retry_max_ms
+                            db, self.topic, queue.lease, clock.wall_ms(), clock.mono_ms(), settings.retry_max_ms
                         )
                     )
                     if in_ms == 0 and await self._begin(free):
                         continue
-                    wait_s = min(wait_s, (in_ms or options.poll_ms) / 1000)
+                    wait_s = min(wait_s, (in_ms or settings.poll_ms) / 1000)
             except ChatError as exc:
                 log.warning("%s: nothing can be taken: %s", self.topic, exc.message)
                 wait_s = PAUSE_S
@@ -253,90 +252,84 @@ class SQLiteConsumer:
                 await asyncio.wait_for(self._wake.wait(), wait_s)
 
     async def _begin(self, most: int) -> bool:
-        """Take up to ``most`` lines and start their handlers; whether there were any."""
-        queue, options, clock = self._queue, self._queue.options, self._queue.clock
-        # Who stood still finds its own leases over: what they were for has to end first.
+        """Take up to ``most`` keys and start their handlers; whether there were any."""
+        queue, settings, clock = self._queue, self._queue.settings, self._queue.clock
+        # A worker that stood still may find its own leases run out, whose handlers have to end first.
         busy = frozenset(execution.job.key for execution in self._running)
-        # Before it is done: the lease counts from then at the earliest.
-        until = self._safe_until(clock.mono_ms())
+        # Before the transaction: the lease counts from then at the earliest.
+        until = safe_until(clock.mono_ms(), settings.lease_ms)
         jobs: list[Job] = await queue.write(
-            lambda tx: ops.take(tx, self.topic, queue.lease, most, busy, options, clock.wall_ms(), clock.mono_ms())
+            lambda tx: ops.take(tx, self.topic, queue.lease, most, busy, settings, clock.wall_ms(), clock.mono_ms())
         )
         for job in jobs:
-            execution = Execution(self._handler, job, options.handler_timeout_ms / 1000)
+            execution = Execution(self._handler, job, settings.handler_timeout_ms / 1000)
             self._running[execution] = until
             if self._stopping or clock.mono_ms() >= until:
                 execution.abandon()
-            task = asyncio.create_task(self._deliver(execution), name=f"queue-deliver-{self.topic}")
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._deliveries.spawn(self._deliver(execution), f"queue-deliver-{self.topic}")
         return bool(jobs)
-
-    def _safe_until(self, since_ms: int) -> int:
-        lease_ms = self._queue.options.lease_ms
-        return since_ms + lease_ms - lease_ms // LAST_PART
 
     async def _deliver(self, execution: Execution) -> None:
         outcome = await execution.run()
         try:
-            # Until it is known: while it is not, the line is held, and then nobody may be ahead of us.
-            while not await self._settle(execution, outcome):
+            # Until the outcome is known to be written: meanwhile the lease is held, so no other worker begins.
+            while not await self._write_outcome(execution, outcome):
                 await asyncio.sleep(PAUSE_S)
         finally:
             self._running.pop(execution, None)
             self.wake()
 
-    async def _settle(self, execution: Execution, outcome: Outcome) -> bool:
-        """Write what came of a delivery. False: unknown, once more."""
-        queue, options, clock, job = self._queue, self._queue.options, self._queue.clock, execution.job
+    async def _write_outcome(self, execution: Execution, outcome: Outcome) -> bool:
+        """Write the outcome of a delivery. False: unknown whether it is written, try again."""
+        queue, settings, clock, job = self._queue, self._queue.settings, self._queue.clock, execution.job
         op: Op
         if outcome is Outcome.DONE:
             op = lambda tx: ops.done(tx, job, queue.lease)  # noqa: E731
         elif outcome is Outcome.ABANDONED and self._stopping:
             op = lambda tx: ops.give_back(tx, job, queue.lease)  # noqa: E731
         else:
-            # A lease that ran out counts, too: the handler may be why nothing was renewed.
+            # A lease that ran out counts as a failure: the handler may be why it was not renewed.
             error = execution.error or DIED
-            wait = backoff_ms(options, job.delivery)
-            op = lambda tx: ops.failed(tx, job, queue.lease, error, wait, options, clock.wall_ms())  # noqa: E731
+            wait = backoff_ms(settings, job.delivery)
+            op = lambda tx: ops.failed(tx, job, queue.lease, error, wait, settings, clock.wall_ms())  # noqa: E731
         try:
             if not await queue.write(op):
-                log.info("%s %s: its line was lost, delivery %d does not count", job.topic, job.id, job.delivery)
+                log.info("%s %s: its lease was lost, delivery %d does not count", job.topic, job.id, job.delivery)
         except ChatError as exc:
             log.warning("%s %s: its outcome cannot be written: %s", job.topic, job.id, exc.message)
-            # When the lease is over, whoever takes the line next begins it again.
+            # When the lease has run out, the next worker that takes the key begins the job again.
             return clock.mono_ms() >= self._running[execution]
         return True
 
     async def _hold(self) -> None:
-        """Renew the leases of what runs; cancel what lost its own."""
-        lease_ms, clock = self._queue.options.lease_ms, self._queue.clock
+        """Renew the leases of what runs; cancel handlers whose lease ran out."""
+        lease_ms, clock = self._queue.settings.lease_ms, self._queue.clock
         renewing: asyncio.Task[None] | None = None
         last = clock.mono_ms()
         try:
             while True:
-                await asyncio.sleep(lease_ms / 1000 / LOOKS)
-                # First, without asking: a store that hangs must not keep us from seeing that a lease is over.
+                await asyncio.sleep(lease_ms / 1000 / CHECKS)
+                # First, without the store: one that hangs must not hide that a lease ran out.
                 now = clock.mono_ms()
                 for execution, until in list(self._running.items()):
                     if now >= until:
                         execution.abandon()
                 if now - last >= lease_ms // RENEWALS and (renewing is None or renewing.done()):
                     last = now
-                    renewing = asyncio.create_task(self._renew(), name=f"queue-renew-{self.topic}")
+                    renewing = self._loops.spawn(self._renew(), f"queue-renew-{self.topic}")
         finally:
             if renewing is not None:
                 await asyncio.wait({renewing})
 
     async def _renew(self) -> None:
-        queue, options, clock = self._queue, self._queue.options, self._queue.clock
+        queue, settings, clock = self._queue, self._queue.settings, self._queue.clock
         running = [e for e in self._running if not e.abandoned()]
         if not running:
             return
-        until = self._safe_until(clock.mono_ms())
+        until = safe_until(clock.mono_ms(), settings.lease_ms)
         try:
             held: list[bool] = await queue.write(
-                lambda tx: ops.renew(tx, [e.job for e in running], queue.lease, options.lease_ms, clock.mono_ms())
+                lambda tx: ops.renew(tx, [e.job for e in running], queue.lease, settings.lease_ms, clock.mono_ms())
             )
         except ChatError as exc:
             log.warning("%s: leases cannot be renewed: %s", self.topic, exc.message)

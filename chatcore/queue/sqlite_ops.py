@@ -1,12 +1,12 @@
 """The embedded queue's tables, and what a transaction does to them.
 
-A *line* is one key of a topic that has messages (``queue_keys``). Its first message is the one that may be
-handled. ``at`` says when: 0 now, otherwise the wall clock's ms of its next try, NULL while a worker has it.
-Who has it is a lease: until a moment of the monotonic clock, which all processes of a host share, in this
-boot of the machine (another boot has no workers of this one).
+``queue_keys`` has a row for each key of a topic that has messages. The first message of a key is the one that may
+be handled. ``at`` says when: 0 now, otherwise the wall clock's ms of its next try, NULL while a worker has taken
+the key. That worker holds a lease: until a moment of the monotonic clock, which all processes of a host share, in
+this boot of the machine (after another boot no worker of this one runs).
 
-All functions run inside a write transaction, so what they read is the newest state; none raises anything but
-ChatError. :func:`put` can be part of any transaction, such as one that appends an entry.
+All functions but the queries run inside a write transaction, so they read the newest state; they raise ChatError
+only. :func:`put` can be part of any transaction, such as one that appends an entry.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, Final
 import apsw
 
 from ..store.sqlite.ops import Transaction
-from .base import DIED, DeadLetter, Job, Options, QueueFull, TopicStats
+from .base import DIED, DeadLetter, Job, QueueFull, QueueSettings, TopicStats
 
-# Delayed messages brought into line, and dedupe ids forgotten, in one go: the writer has others to serve.
+# Delayed messages made ready, and dedupe ids deleted, in one transaction: the writer has others to serve.
 DUE_BATCH: Final = 100
 FORGET_BATCH: Final = 10
 # Dead letters retried or dropped in one transaction.
@@ -63,7 +63,7 @@ CREATE INDEX IF NOT EXISTS queue_dedupe_expires ON queue_dedupe(expires);
 
 
 @dataclass(frozen=True, slots=True)
-class New:
+class NewMessage:
     """A message to put; ``id`` is the one it gets if it is new."""
 
     id: str
@@ -76,15 +76,15 @@ class New:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """In whose name lines are taken: ``owner`` is one queue of one process in one ``boot`` of the machine."""
+    """The holder of a lease: ``owner`` is one queue of one process in one ``boot`` of the machine."""
 
     owner: str
     boot: str
 
 
 def make_tables(tx: Transaction) -> None:
-    """Make them where they are missing. They are no part of the store's schema version: an older program
-    leaves them alone."""
+    """Create the tables that are missing. They are no part of the store's schema version: an older program
+    ignores them."""
     tx.db.execute(_DDL)
 
 
@@ -96,10 +96,10 @@ def has_tables(db: apsw.Connection) -> bool:
 # -- putting
 
 
-def put(tx: Transaction, m: New, options: Options, now_ms: int) -> str:
+def put(tx: Transaction, m: NewMessage, settings: QueueSettings, now_ms: int) -> str:
     """Put a message that was checked (:func:`~.base.check_message`); returns its id, or that of its first put.
 
-    :raises QueueFull: nothing was changed. Left to fall through, it undoes what the transaction's operation did.
+    :raises QueueFull: nothing was changed. If it is not caught, the rest of the operation is rolled back, too.
     """
     if m.dedupe_id is not None:
         tx.db.execute(
@@ -114,12 +114,12 @@ def put(tx: Transaction, m: New, options: Options, now_ms: int) -> str:
         if row is not None:
             return str(row[0])
     row = tx.one("SELECT depth FROM queue_topics WHERE topic = ?", (m.topic,))
-    if row is not None and row[0] >= options.max_length:
+    if row is not None and row[0] >= settings.max_length:
         raise QueueFull(m.topic, row[0])
     if m.dedupe_id is not None:
         tx.db.execute(
             "INSERT OR REPLACE INTO queue_dedupe VALUES (?, ?, ?, ?, ?)",
-            (m.topic, m.key, m.dedupe_id, m.id, now_ms + options.dedupe_ms),
+            (m.topic, m.key, m.dedupe_id, m.id, now_ms + settings.dedupe_ms),
         )
     _count(tx, m.topic, depth=1, delayed=1 if m.delay_ms else 0)
     if m.delay_ms:
@@ -128,11 +128,11 @@ def put(tx: Transaction, m: New, options: Options, now_ms: int) -> str:
             (m.id, m.topic, m.key, m.payload, now_ms, now_ms + m.delay_ms),
         )
     else:
-        _into_line(tx, m.id, m.topic, m.key, m.payload, now_ms, now_ms)
+        _make_ready(tx, m.id, m.topic, m.key, m.payload, now_ms, now_ms)
     return m.id
 
 
-def _into_line(tx: Transaction, id: str, topic: str, key: str, payload: bytes, created: int, now_ms: int) -> None:
+def _make_ready(tx: Transaction, id: str, topic: str, key: str, payload: bytes, created: int, now_ms: int) -> None:
     tx.db.execute(
         "INSERT INTO queue_messages(id, topic, key, payload, created, since) VALUES (?, ?, ?, ?, ?, ?)",
         (id, topic, key, payload, created, now_ms),
@@ -153,7 +153,7 @@ def _count(tx: Transaction, topic: str, **changes: int) -> None:
 
 
 def wait_ms(db: apsw.Connection, topic: str, lease: Lease, wall_ms: int, mono_ms: int, retry_max_ms: int) -> int | None:
-    """A query: how long until there is something to take (0: now; None: nothing in sight)."""
+    """A query: ms until there is a key to take (0: now; None: not known)."""
     if not has_tables(db):
         return None
     rows: list[Any] = db.execute(
@@ -165,7 +165,7 @@ def wait_ms(db: apsw.Connection, topic: str, lease: Lease, wall_ms: int, mono_ms
     waits = [max(0, at - wall_ms) for (at,) in rows if at is not None]
     if not waits:
         return None
-    # As `_ready` sees it: a clock that was set back keeps nobody waiting.
+    # As in `_update_ready`: a wall clock that was set back delays no message.
     return 0 if rows[0][0] is not None and rows[0][0] > wall_ms + retry_max_ms else min(waits)
 
 
@@ -175,19 +175,19 @@ def take(
     lease: Lease,
     most: int,
     busy: frozenset[str],
-    options: Options,
+    settings: QueueSettings,
     wall_ms: int,
     mono_ms: int,
 ) -> list[Job]:
-    """Take up to ``most`` lines, but those of the ``busy`` keys, and begin a delivery of the first message of each."""
-    _ready(tx, topic, lease, options, wall_ms, mono_ms)
+    """Take up to ``most`` keys, except the ``busy`` ones, and begin a delivery of the first message of each."""
+    _update_ready(tx, topic, lease, settings, wall_ms, mono_ms)
     jobs: list[Job] = []
-    lines: list[Any] = tx.db.execute(
+    ready: list[Any] = tx.db.execute(
         "SELECT key FROM queue_keys WHERE topic = ? AND at = 0 ORDER BY place LIMIT ?", (topic, most + len(busy))
     ).fetchall()
-    for key in [key for (key,) in lines if key not in busy][:most]:
-        while (first := _first(tx, topic, key)) is not None and first[4] >= options.deliveries:
-            _bury(tx, topic, key, first[0], DIED, options, wall_ms)
+    for key in [key for (key,) in ready if key not in busy][:most]:
+        while (first := _first(tx, topic, key)) is not None and first[4] >= settings.deliveries:
+            _move_to_dead(tx, topic, key, first[0], DIED, settings, wall_ms)
         if first is None:
             _next(tx, topic, key)
             continue
@@ -199,17 +199,19 @@ def take(
         tx.db.execute(
             "UPDATE queue_keys SET at = NULL, place = ?, owner = ?, boot = ?, until = ?, fence = ?"
             " WHERE topic = ? AND key = ?",
-            (place, lease.owner, lease.boot, mono_ms + options.lease_ms, row[0], topic, key),
+            (place, lease.owner, lease.boot, mono_ms + settings.lease_ms, row[0], topic, key),
         )
         jobs.append(Job(id, topic, key, payload, deliveries + 1, created, row[0]))
     return jobs
 
 
-def _ready(tx: Transaction, topic: str, lease: Lease, options: Options, wall_ms: int, mono_ms: int) -> None:
-    """Find what has become ready: tries that are due, lines of the dead, delays that are over."""
+def _update_ready(
+    tx: Transaction, topic: str, lease: Lease, settings: QueueSettings, wall_ms: int, mono_ms: int
+) -> None:
+    """Mark what has become ready: tries that are due, keys whose lease ran out, delays that are over."""
     tx.db.execute(
         "UPDATE queue_keys SET at = 0 WHERE topic = ? AND ((at > 0 AND at <= ?) OR at > ?)",
-        (topic, wall_ms, wall_ms + options.retry_max_ms),
+        (topic, wall_ms, wall_ms + settings.retry_max_ms),
     )
     tx.db.execute(
         "UPDATE queue_keys SET at = 0, owner = NULL"
@@ -222,7 +224,7 @@ def _ready(tx: Transaction, topic: str, lease: Lease, options: Options, wall_ms:
     ).fetchall()
     for n, id, key, payload, created in due:
         tx.db.execute("DELETE FROM queue_delayed WHERE n = ?", (n,))
-        _into_line(tx, id, topic, key, payload, created, wall_ms)
+        _make_ready(tx, id, topic, key, payload, created, wall_ms)
     if due:
         _count(tx, topic, delayed=-len(due))
 
@@ -236,7 +238,7 @@ def _first(tx: Transaction, topic: str, key: str) -> tuple[Any, ...] | None:
 
 
 def _next(tx: Transaction, topic: str, key: str) -> None:
-    """The line goes on with its next message, at once; without one it ends."""
+    """Release a key: its next message is ready at once; without one the key is deleted."""
     first = _first(tx, topic, key)
     if first is None:
         tx.db.execute("DELETE FROM queue_keys WHERE topic = ? AND key = ?", (topic, key))
@@ -246,11 +248,11 @@ def _next(tx: Transaction, topic: str, key: str) -> None:
         )
 
 
-# -- holding and giving back. Each says whether the line was still held: a stale fence changes nothing.
+# -- leases and outcomes. Each returns whether the lease was still held: a stale fence changes nothing.
 
 
 def _held(tx: Transaction, job: Job, lease: Lease) -> int | None:
-    """The place of the job's message, while its line is held by this very taking."""
+    """The place of the job's message, if the lease under which it was taken still holds."""
     row = tx.one(
         "SELECT place FROM queue_keys WHERE topic = ? AND key = ? AND owner = ? AND fence = ?",
         (job.topic, job.key, lease.owner, job.fence),
@@ -259,7 +261,7 @@ def _held(tx: Transaction, job: Job, lease: Lease) -> int | None:
 
 
 def renew(tx: Transaction, jobs: list[Job], lease: Lease, lease_ms: int, mono_ms: int) -> list[bool]:
-    """Hold the lines for another ``lease_ms``."""
+    """Hold the keys for another ``lease_ms``."""
     held = []
     for job in jobs:
         held.append(_held(tx, job, lease) is not None)
@@ -271,7 +273,7 @@ def renew(tx: Transaction, jobs: list[Job], lease: Lease, lease_ms: int, mono_ms
 
 
 def done(tx: Transaction, job: Job, lease: Lease) -> bool:
-    """The message is done with."""
+    """The message is done: delete it."""
     if (place := _held(tx, job, lease)) is None:
         return False
     tx.db.execute("DELETE FROM queue_messages WHERE place = ?", (place,))
@@ -280,12 +282,14 @@ def done(tx: Transaction, job: Job, lease: Lease) -> bool:
     return True
 
 
-def failed(tx: Transaction, job: Job, lease: Lease, error: str, wait_ms: int, options: Options, wall_ms: int) -> bool:
-    """The delivery failed: again after ``wait_ms``, or a dead letter if it was the last."""
+def failed(
+    tx: Transaction, job: Job, lease: Lease, error: str, wait_ms: int, settings: QueueSettings, wall_ms: int
+) -> bool:
+    """The delivery failed: try again after ``wait_ms``, or make a dead letter if it was the last."""
     if (place := _held(tx, job, lease)) is None:
         return False
-    if job.delivery >= options.deliveries:
-        _bury(tx, job.topic, job.key, place, error, options, wall_ms)
+    if job.delivery >= settings.deliveries:
+        _move_to_dead(tx, job.topic, job.key, place, error, settings, wall_ms)
         _next(tx, job.topic, job.key)
     else:
         tx.db.execute(
@@ -296,7 +300,7 @@ def failed(tx: Transaction, job: Job, lease: Lease, error: str, wait_ms: int, op
 
 
 def give_back(tx: Transaction, job: Job, lease: Lease) -> bool:
-    """The delivery does not count: somebody else may begin it at once."""
+    """The delivery does not count: another worker may begin it at once."""
     if (place := _held(tx, job, lease)) is None:
         return False
     tx.db.execute("UPDATE queue_messages SET deliveries = deliveries - 1 WHERE place = ?", (place,))
@@ -304,7 +308,9 @@ def give_back(tx: Transaction, job: Job, lease: Lease) -> bool:
     return True
 
 
-def _bury(tx: Transaction, topic: str, key: str, place: int, error: str, options: Options, wall_ms: int) -> None:
+def _move_to_dead(
+    tx: Transaction, topic: str, key: str, place: int, error: str, settings: QueueSettings, wall_ms: int
+) -> None:
     tx.db.execute(
         "INSERT INTO queue_dead(id, topic, key, payload, created, failed, deliveries, error)"
         " SELECT id, topic, key, payload, created, ?, deliveries, ? FROM queue_messages WHERE place = ?",
@@ -314,7 +320,7 @@ def _bury(tx: Transaction, topic: str, key: str, place: int, error: str, options
     _count(tx, topic, depth=-1, dead=1)
     row = tx.one("SELECT dead FROM queue_topics WHERE topic = ?", (topic,))
     assert row is not None
-    if (excess := row[0] - options.dead_max) > 0:
+    if (excess := row[0] - settings.dead_max) > 0:
         tx.db.execute(
             "DELETE FROM queue_dead WHERE n IN (SELECT n FROM queue_dead WHERE topic = ? ORDER BY n LIMIT ?)",
             (topic, excess),
@@ -322,7 +328,7 @@ def _bury(tx: Transaction, topic: str, key: str, place: int, error: str, options
         _count(tx, topic, dead=-excess, dead_lost=excess)
 
 
-# -- looking, and dead letters
+# -- statistics, and dead letters
 
 
 def stats(db: apsw.Connection, wall_ms: int) -> list[TopicStats]:
@@ -354,17 +360,17 @@ def dead(db: apsw.Connection, topic: str | None, limit: int) -> list[DeadLetter]
 
 
 def retry(tx: Transaction, id: str | None, now_ms: int) -> int:
-    """Dead letters (None: up to :data:`LETTERS_BATCH` of all) back into line, as new."""
+    """Make dead letters (None: up to :data:`LETTERS_BATCH` of all) ready again, as new; how many."""
     letters = _letters(tx, id)
     for n, mid, topic, key, payload, created in letters:
         tx.db.execute("DELETE FROM queue_dead WHERE n = ?", (n,))
-        _into_line(tx, mid, topic, key, payload, created, now_ms)
+        _make_ready(tx, mid, topic, key, payload, created, now_ms)
         _count(tx, topic, depth=1, dead=-1)
     return len(letters)
 
 
 def drop(tx: Transaction, id: str | None) -> int:
-    """Forget dead letters (None: up to :data:`LETTERS_BATCH` of all)."""
+    """Delete dead letters (None: up to :data:`LETTERS_BATCH` of all); how many."""
     letters = _letters(tx, id)
     for n, _, topic, *_ in letters:
         tx.db.execute("DELETE FROM queue_dead WHERE n = ?", (n,))

@@ -26,7 +26,7 @@ from ..chat.presence import PRESENCE_CHANNEL, Presence
 from ..chat.service import Chat
 from ..chat.user_events import UserEvents
 from ..common.tasks import Tasks
-from ..queue.handlers import Handlers
+from ..queue.base import HandlerRegistry
 from ..store.base import CommitHooks, Store
 from ..supervisor.stats import State
 from ..supervisor.worker_process import WorkerContext
@@ -144,7 +144,7 @@ class Worker:
         contention, cache = self._contention, self.cache
         store, bus, reactor = self.store, self.bus, self.connections.reactor
         self.queue = self._backends.queue()
-        self.handlers = Handlers()
+        self.handlers = HandlerRegistry()
         self.directory = Directory(
             store, bus, lambda user: self.presence.changed(user), one_channel=self._one_user_channel
         )

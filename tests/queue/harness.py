@@ -15,7 +15,7 @@ import uvloop
 
 from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.errors import Unavailable
-from chatcore.queue.base import Clock, Job, Options, Queue
+from chatcore.queue.base import Clock, Job, Queue, QueueSettings
 from chatcore.queue.redis import RedisQueue
 from chatcore.queue.sqlite import SQLiteQueue
 from chatcore.settings import Settings
@@ -26,7 +26,7 @@ from chatcore.store.sqlite.threads import Reader, Writer
 PATIENCE_S = 30.0
 
 #: Quick tries; a lease that a busy machine does not lose by accident.
-OPTIONS = replace(Settings.default().queue, retry_ms=4, retry_max_ms=20, lease_ms=10_000, poll_ms=20)
+SETTINGS = replace(Settings.default().queue, retry_ms=4, retry_max_ms=20, lease_ms=10_000, poll_ms=20)
 
 
 class Backend(Protocol):
@@ -35,7 +35,7 @@ class Backend(Protocol):
     #: "sqlite" or "redis".
     name: str
 
-    def worker(self, options: Options = OPTIONS, clock: Clock | None = None) -> Any:
+    def worker(self, settings: QueueSettings = SETTINGS, clock: Clock | None = None) -> Any:
         """A queue as a worker has it: an async context manager."""
 
     def where(self) -> list[str]:
@@ -50,7 +50,9 @@ class SQLiteBackend:
         prepare(data)
 
     @asynccontextmanager
-    async def worker(self, options: Options = OPTIONS, clock: Clock | None = None) -> AsyncIterator[SQLiteQueue]:
+    async def worker(
+        self, settings: QueueSettings = SETTINGS, clock: Clock | None = None
+    ) -> AsyncIterator[SQLiteQueue]:
         loop = asyncio.get_running_loop()
         reader = Reader(self.data, loop)
         writer = Writer(
@@ -59,7 +61,7 @@ class SQLiteBackend:
         )  # fmt: skip
         reader.start()
         writer.start()
-        queue = SQLiteQueue(writer.put, reader.put, options, clock)
+        queue = SQLiteQueue(writer.put, reader.put, settings, clock)
         try:
             await queue.start()
             yield queue
@@ -80,10 +82,10 @@ class RedisBackend:
         self.prefix = prefix or f"test-{secrets.token_hex(4)}"
 
     @asynccontextmanager
-    async def worker(self, options: Options = OPTIONS, clock: Clock | None = None) -> AsyncIterator[RedisQueue]:
+    async def worker(self, settings: QueueSettings = SETTINGS, clock: Clock | None = None) -> AsyncIterator[RedisQueue]:
         client = RedisClient(parse_url(self.url), timeout_s=2.0)
         # Whoever stops waits for the end of a blocking command.
-        queue = RedisQueue(client, self.prefix, options, block_s=0.1, clock=clock)
+        queue = RedisQueue(client, self.prefix, settings, block_s=0.1, clock=clock)
         try:
             await queue.start()
             yield queue

@@ -20,7 +20,7 @@ from types import TracebackType
 
 from chatcore.queue.base import Job
 
-from .harness import OPTIONS, Backend, backend, run
+from .harness import SETTINGS, Backend, backend, run
 
 
 class Process:
@@ -87,8 +87,8 @@ def main(mode: str, lease_ms: str, deliveries: str, *where: str) -> None:
             print("woken", flush=True)
 
     async def work() -> None:
-        options = replace(OPTIONS, lease_ms=int(lease_ms), deliveries=int(deliveries))
-        async with backend(list(where)).worker(options) as queue:
+        settings = replace(SETTINGS, lease_ms=int(lease_ms), deliveries=int(deliveries))
+        async with backend(list(where)).worker(settings) as queue:
             queue.consume("t", handler)
             print("ready", flush=True)
             await asyncio.sleep(3600)

@@ -14,7 +14,7 @@ from chatcore import cli
 from chatcore.queue.redis import PREFIXES
 from tests.services.redis import RedisServer
 
-from .harness import OPTIONS, Backend, Log, RedisBackend, SQLiteBackend, empty, run, until
+from .harness import SETTINGS, Backend, Log, RedisBackend, SQLiteBackend, empty, run, until
 
 #: As `queue list --json` names them.
 TOPIC = {"topic", "depth", "delayed", "oldest_ms", "retries", "dead", "dead_lost"}
@@ -41,7 +41,7 @@ def _fail_three(backend: Backend) -> list[str]:
     """Three dead letters, and one message of another topic that waits; the ids of the dead."""
 
     async def work() -> list[str]:
-        async with backend.worker(replace(OPTIONS, deliveries=2)) as queue:
+        async with backend.worker(replace(SETTINGS, deliveries=2)) as queue:
             ids = [await queue.put("mail", f"k{n}", b"letter %d" % n) for n in range(2)]
             ids.append(await queue.put("mail", "k2", b"\xff"))
             await queue.put("push", "k", b"waits", delay_ms=3_600_000)

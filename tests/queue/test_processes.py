@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from chatcore.queue.base import DIED, Job
 
-from .harness import OPTIONS, Backend, Log, empty, run, until
+from .harness import SETTINGS, Backend, Log, empty, run, until
 from .process import Process
 
 #: Of the process that dies. Long enough that it does not lose it on a busy machine while it should have it.
@@ -17,7 +17,7 @@ LEASE_MS = 1_500
 def test_what_a_killed_worker_handled_is_handled_by_another(backend: Backend) -> None:
     async def work() -> None:
         log = Log()
-        async with backend.worker(replace(OPTIONS, lease_ms=1_500)) as queue:
+        async with backend.worker(replace(SETTINGS, lease_ms=1_500)) as queue:
             for key in ("a", "b"):
                 for n in range(3):
                     await queue.put("t", key, b"%s%d" % (key.encode(), n))
@@ -45,7 +45,7 @@ def test_a_stopped_worker_that_wakes_up_later_does_no_harm(backend: Backend) -> 
             if job.payload == b"1":
                 await go_on.wait()
 
-        async with backend.worker(replace(OPTIONS, lease_ms=1_500)) as queue:
+        async with backend.worker(replace(SETTINGS, lease_ms=1_500)) as queue:
             await queue.put("t", "k", b"1")
             await queue.put("t", "k", b"2")
             with Process("stop", backend, lease_ms=LEASE_MS) as process:
@@ -75,7 +75,7 @@ def test_a_stopped_worker_that_wakes_up_later_does_no_harm(backend: Backend) -> 
 def test_a_message_that_kills_its_workers_is_a_dead_letter(backend: Backend) -> None:
     async def work() -> None:
         log = Log()
-        async with backend.worker(replace(OPTIONS, lease_ms=1_500, deliveries=2)) as queue:
+        async with backend.worker(replace(SETTINGS, lease_ms=1_500, deliveries=2)) as queue:
             await queue.put("t", "k", b"poison")
             await queue.put("t", "k", b"good")
             for delivery in (1, 2):

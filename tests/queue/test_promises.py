@@ -8,10 +8,9 @@ from dataclasses import replace
 import pytest
 
 from chatcore.errors import BadRequest, TooLarge, Unavailable
-from chatcore.queue.base import Clock, Job, QueueFull
-from chatcore.queue.handlers import Handlers
+from chatcore.queue.base import Clock, HandlerRegistry, Job, QueueFull
 
-from .harness import OPTIONS, Backend, Log, depth, empty, run, until
+from .harness import SETTINGS, Backend, Log, depth, empty, run, until
 
 
 def test_the_messages_of_a_key_are_handled_in_order_by_any_number_of_workers(backend: Backend) -> None:
@@ -54,7 +53,7 @@ def test_a_message_that_fails_holds_up_its_own_key_only(backend: Backend) -> Non
         # "bad" fails until everything else is done: it could not, if bad held it up.
         others = 30
         log = Log(fails=lambda job: job.payload == b"bad" and sum(j.key != "a" for j in log.done) < others)
-        async with backend.worker(replace(OPTIONS, deliveries=100_000)) as queue:
+        async with backend.worker(replace(SETTINGS, deliveries=100_000)) as queue:
             for payload in (b"bad", b"second", b"third"):
                 await queue.put("t", "a", payload)
             for n in range(others):
@@ -110,7 +109,7 @@ def test_dead_letters_are_retried_and_dropped(backend: Backend) -> None:
     async def work() -> None:
         mood = {"fails": True}
         log = Log(fails=lambda job: mood["fails"])
-        async with backend.worker(replace(OPTIONS, deliveries=1)) as queue:
+        async with backend.worker(replace(SETTINGS, deliveries=1)) as queue:
             ids = [await queue.put("t", f"k{n}", b"%d" % n) for n in range(4)]
             ids.append(await queue.put("u", "k", b"u"))
             queue.consume("t", log)
@@ -140,7 +139,7 @@ def test_dead_letters_are_retried_and_dropped(backend: Backend) -> None:
 
 def test_of_too_many_dead_letters_the_oldest_go_and_are_counted(backend: Backend) -> None:
     async def work() -> None:
-        async with backend.worker(replace(OPTIONS, deliveries=1, dead_max=3)) as queue:
+        async with backend.worker(replace(SETTINGS, deliveries=1, dead_max=3)) as queue:
             for n in range(5):
                 await queue.put("t", "one key", b"%d" % n)
             queue.consume("t", Log(fails=lambda job: True))
@@ -154,7 +153,7 @@ def test_of_too_many_dead_letters_the_oldest_go_and_are_counted(backend: Backend
 
 def test_a_full_queue_says_so_and_takes_more_when_there_is_room(backend: Backend) -> None:
     async def work() -> None:
-        async with backend.worker(replace(OPTIONS, max_length=3)) as queue:
+        async with backend.worker(replace(SETTINGS, max_length=3)) as queue:
             await queue.put("t", "a", b"1")
             await queue.put("t", "b", b"2", delay_ms=3_600_000)
             await queue.put("t", "c", b"3")
@@ -205,7 +204,7 @@ def test_a_delayed_message_comes_into_line_when_it_is_due(backend: Backend) -> N
 def test_a_put_with_a_known_dedupe_id_stores_nothing(backend: Backend) -> None:
     async def work() -> None:
         log = Log()
-        async with backend.worker(replace(OPTIONS, dedupe_ms=60_000)) as a, backend.worker() as b:
+        async with backend.worker(replace(SETTINGS, dedupe_ms=60_000)) as a, backend.worker() as b:
             first = await a.put("t", "k", b"1", dedupe_id="x")
             assert await b.put("t", "k", b"2", dedupe_id="x") == first
             other = await a.put("t", "k2", b"3", dedupe_id="x")
@@ -221,7 +220,7 @@ def test_a_put_with_a_known_dedupe_id_stores_nothing(backend: Backend) -> None:
 
 def test_a_dedupe_id_is_forgotten_after_its_time(backend: Backend) -> None:
     async def work() -> None:
-        async with backend.worker(replace(OPTIONS, dedupe_ms=30)) as queue:
+        async with backend.worker(replace(SETTINGS, dedupe_ms=30)) as queue:
             first = await queue.put("t", "k", b"1", dedupe_id="x")
 
             async def forgotten() -> bool:
@@ -243,7 +242,7 @@ def test_a_handler_that_takes_too_long_is_cancelled_and_called_again(backend: Ba
                 cancelled.append(job.delivery)
                 raise
 
-        async with backend.worker(replace(OPTIONS, handler_timeout_ms=20, deliveries=2)) as queue:
+        async with backend.worker(replace(SETTINGS, handler_timeout_ms=20, deliveries=2)) as queue:
             await queue.put("t", "k", b"")
             queue.consume("t", handler)
             await empty(queue)
@@ -258,8 +257,8 @@ def test_a_long_handler_keeps_its_lease(backend: Backend) -> None:
     async def work() -> None:
         # Two leases long; the other worker would take it if one were missed.
         log = Log(slow_s=4.0)
-        options = replace(OPTIONS, lease_ms=2_000)
-        async with backend.worker(options) as a, backend.worker(options) as b:
+        settings = replace(SETTINGS, lease_ms=2_000)
+        async with backend.worker(settings) as a, backend.worker(settings) as b:
             await a.put("t", "k", b"1")
             a.consume("t", log)
             await until(lambda: log.begun, "it is begun")
@@ -324,7 +323,7 @@ def test_a_worker_that_stands_still_gives_up_before_others_begin(backend: Backen
                 raise
 
         clock = Clock(mono_ms=lambda: real.mono_ms() + shift["ms"])
-        async with backend.worker(replace(OPTIONS, lease_ms=2_000), clock) as queue:
+        async with backend.worker(replace(SETTINGS, lease_ms=2_000), clock) as queue:
             await queue.put("t", "k", b"1")
             queue.consume("t", handler)
             await until(lambda: begun, "it is begun")
@@ -348,14 +347,14 @@ def test_what_cannot_be_used_is_refused(backend: Backend) -> None:
                 with pytest.raises(BadRequest):
                     await queue.put(topic, key, b"", delay_ms=delay_ms, dedupe_id=dedupe_id)
             with pytest.raises(TooLarge):
-                await queue.put("t", "k", b"x" * (OPTIONS.payload_bytes + 1))
-            await queue.put("t", "{k} 🙂", b"x" * OPTIONS.payload_bytes)
+                await queue.put("t", "k", b"x" * (SETTINGS.payload_bytes + 1))
+            await queue.put("t", "{k} 🙂", b"x" * SETTINGS.payload_bytes)
             log = Log()
             queue.consume("t", log)
             with pytest.raises(ValueError, match="has a consumer"):
                 queue.consume("t", log)
             await empty(queue)
-            assert [(j.key, len(j.payload)) for j in log.done] == [("{k} 🙂", OPTIONS.payload_bytes)]
+            assert [(j.key, len(j.payload)) for j in log.done] == [("{k} 🙂", SETTINGS.payload_bytes)]
 
     run(work)
 
@@ -384,7 +383,7 @@ def test_metrics_tell_depth_and_age(backend: Backend) -> None:
 
 def test_handlers_are_registered_once_and_started_together(backend: Backend) -> None:
     async def work() -> None:
-        handlers = Handlers()
+        handlers = HandlerRegistry()
         logs = {"mail": Log(), "push": Log()}
         for topic, log in logs.items():
             handlers.register(topic, log, concurrency=2)

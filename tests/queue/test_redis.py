@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from chatcore.errors import Unavailable
-from chatcore.queue.base import Handler, Job
-from chatcore.queue.redis import PARTITIONS, Keys, RedisQueue
+from chatcore.queue.base import Job, JobHandler
+from chatcore.queue.redis import PARTITIONS, RedisQueue
+from chatcore.queue.redis_scripts import TopicKeys
 from tests.services.redis import RedisCluster, RedisServer
 
-from .harness import OPTIONS, Log, RedisBackend, depth, empty, run, until
+from .harness import SETTINGS, Log, RedisBackend, depth, empty, run, until
 
 
 async def put_when_possible(queue: RedisQueue, key: str, payload: bytes) -> None:
@@ -87,7 +88,7 @@ def test_who_cannot_renew_its_leases_ends_what_it_handles(redis_server: RedisSer
                 finally:
                     cancelled.append(job)
 
-        async with RedisBackend(redis_server.url).worker(replace(OPTIONS, lease_ms=1_000)) as queue:
+        async with RedisBackend(redis_server.url).worker(replace(SETTINGS, lease_ms=1_000)) as queue:
             await queue.put("t", "k", b"1")
             queue.consume("t", handler)
             await until(lambda: begun, "it is begun")
@@ -105,7 +106,7 @@ def test_a_redis_that_comes_back_empty_is_used_on(redis_server: RedisServer) -> 
     async def work() -> None:
         log = Log()
         started_us = time.time_ns() // 1000
-        async with RedisBackend(redis_server.url).worker(replace(OPTIONS, lease_ms=1_500)) as queue:
+        async with RedisBackend(redis_server.url).worker(replace(SETTINGS, lease_ms=1_500)) as queue:
             queue.consume("t", log)
             await queue.put("t", "k", b"before")
             await until(lambda: log.done, "it works")
@@ -127,7 +128,7 @@ def test_who_lost_its_lease_without_noticing_changes_nothing_more(redis_server: 
         begun: dict[str, list[Job]] = {"a": [], "b": []}
         go_on = {"a": asyncio.Event(), "b": asyncio.Event()}
 
-        def handler(name: str) -> Handler:
+        def handler(name: str) -> JobHandler:
             async def handle(job: Job) -> None:
                 begun[name].append(job)
                 await go_on[name].wait()
@@ -135,7 +136,7 @@ def test_who_lost_its_lease_without_noticing_changes_nothing_more(redis_server: 
             return handle
 
         # The first looks for its leases every 200 s.
-        async with backend.worker(replace(OPTIONS, lease_ms=600_000)) as a, backend.worker(OPTIONS) as b:
+        async with backend.worker(replace(SETTINGS, lease_ms=600_000)) as a, backend.worker(SETTINGS) as b:
             for n in (b"1", b"2"):
                 await a.put("t", "k", n)
             first = a.consume("t", handler("a"))
@@ -145,7 +146,9 @@ def test_who_lost_its_lease_without_noticing_changes_nothing_more(redis_server: 
             b.consume("t", handler("b"))
             await until(lambda: begun["b"], "the other begins it, too")
             go_on["a"].set()
-            await until(lambda: keys.partition("k") not in first.parts, "the first is told when it wants to end it")
+            await until(
+                lambda: keys.partition("k") not in first.partitions, "the first is told when it wants to end it"
+            )
             assert await depth(b) == 2, "it is not ended"
             assert [j.payload for j in begun["a"]] == [b"1"], "and the next is not begun"
             go_on["b"].set()
@@ -162,7 +165,7 @@ def test_who_has_nothing_to_do_asks_little(redis_server: RedisServer) -> None:
             consumer = queue.consume("t", Log())
             await queue.put("t", "k", b"1")
             await empty(queue)
-            await until(lambda: len(consumer.parts) == PARTITIONS, "it has everything")
+            await until(lambda: len(consumer.partitions) == PARTITIONS, "it has everything")
 
             async def calls(command: str) -> int:
                 stats = await asyncio.to_thread(redis_server.command, "INFO", "commandstats")
@@ -185,7 +188,7 @@ def test_who_has_nothing_to_do_asks_little(redis_server: RedisServer) -> None:
 def test_a_stream_that_somebody_deleted_is_made_again(redis_server: RedisServer) -> None:
     async def work() -> None:
         log = Log()
-        async with RedisBackend(redis_server.url).worker(replace(OPTIONS, lease_ms=1_500)) as queue:
+        async with RedisBackend(redis_server.url).worker(replace(SETTINGS, lease_ms=1_500)) as queue:
             queue.consume("t", log)
             await queue.put("t", "k", b"1")
             await empty(queue)
@@ -200,16 +203,16 @@ def test_a_stream_that_somebody_deleted_is_made_again(redis_server: RedisServer)
 def test_the_workers_of_a_topic_share_its_partitions(redis_server: RedisServer) -> None:
     async def work() -> None:
         backend = RedisBackend(redis_server.url)
-        options = replace(OPTIONS, lease_ms=1_500)
-        async with backend.worker(options) as a, backend.worker(options) as b:
+        settings = replace(SETTINGS, lease_ms=1_500)
+        async with backend.worker(settings) as a, backend.worker(settings) as b:
             first = a.consume("t", Log())
-            await until(lambda: len(first.parts) == PARTITIONS, "one alone has all")
+            await until(lambda: len(first.partitions) == PARTITIONS, "one alone has all")
             second = b.consume("t", Log())
             half = PARTITIONS // 2
-            await until(lambda: (len(first.parts), len(second.parts)) == (half, half), "two have half each")
-            assert not first.parts.keys() & second.parts.keys()
+            await until(lambda: (len(first.partitions), len(second.partitions)) == (half, half), "two have half each")
+            assert not first.partitions.keys() & second.partitions.keys()
             await first.stop()
-            await until(lambda: len(second.parts) == PARTITIONS, "who stops gives up its own")
+            await until(lambda: len(second.partitions) == PARTITIONS, "who stops gives up its own")
 
     run(work)
 
@@ -217,15 +220,15 @@ def test_the_workers_of_a_topic_share_its_partitions(redis_server: RedisServer) 
 def test_who_is_busy_gives_up_partitions_where_nothing_runs(redis_server: RedisServer) -> None:
     async def work() -> None:
         backend = RedisBackend(redis_server.url)
-        options = replace(OPTIONS, lease_ms=4_500)
+        settings = replace(SETTINGS, lease_ms=4_500)
         stuck, log = Log(slow_s=3600), Log()
-        async with backend.worker(options) as a, backend.worker(options) as b:
+        async with backend.worker(settings) as a, backend.worker(settings) as b:
             for n in range(64):
                 await a.put("t", f"k{n}", b"x")
             first = a.consume("t", stuck, concurrency=1)
             await until(lambda: stuck.begun, "its only place is taken")
             b.consume("t", log)
-            await until(lambda: len(first.parts) == PARTITIONS // 2, "the other gets its share")
+            await until(lambda: len(first.partitions) == PARTITIONS // 2, "the other gets its share")
             await until(lambda: log.done, "and handles it")
             assert len(stuck.begun) == 1
 
@@ -235,7 +238,7 @@ def test_who_is_busy_gives_up_partitions_where_nothing_runs(redis_server: RedisS
 def test_it_works_on_a_cluster(tmp_path: Path) -> None:
     async def work(url: str) -> None:
         log = Log(fails=lambda job: job.payload == b"bad")
-        async with RedisBackend(url).worker(replace(OPTIONS, deliveries=2)) as queue:
+        async with RedisBackend(url).worker(replace(SETTINGS, deliveries=2)) as queue:
             await queue.probe()
             queue.consume("t", log)
             queue.consume("u", log)
@@ -258,7 +261,7 @@ def test_it_works_on_a_cluster(tmp_path: Path) -> None:
 
 
 def test_all_keys_of_a_topic_share_a_slot_and_a_dedupe_id_is_of_its_key() -> None:
-    k = Keys("chatcore:abc", "t", 2)
+    k = TopicKeys("chatcore:abc", "t", 2)
     names = [
         *k.streams,
         *k.leases,

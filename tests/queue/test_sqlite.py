@@ -15,7 +15,7 @@ from chatcore.queue.sqlite import SQLiteQueue
 from chatcore.queue.sqlite_ops import Lease
 from chatcore.store.sqlite.ops import Op, Transaction
 
-from .harness import OPTIONS, Log, SQLiteBackend, depth, empty, run, until
+from .harness import SETTINGS, Log, SQLiteBackend, depth, empty, run, until
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_a_delay_is_kept_by_the_wall_clock(backend: SQLiteBackend) -> None:
         now = {"ms": 1_000_000}
         log = Log()
         clock = Clock(wall_ms=lambda: now["ms"])
-        async with backend.worker(OPTIONS, clock) as queue:
+        async with backend.worker(SETTINGS, clock) as queue:
             queue.consume("t", log)
             await queue.put("t", "k", b"in a day", delay_ms=86_400_000)
             await queue.put("t", "k", b"now")
@@ -74,7 +74,7 @@ def test_a_wall_clock_that_is_set_back_keeps_nothing_waiting(backend: SQLiteBack
     async def work() -> None:
         now = {"ms": 10**12}
         log = Log(fails=lambda job: job.delivery == 1 and job.key == "k")
-        async with backend.worker(OPTIONS, Clock(wall_ms=lambda: now["ms"])) as queue:
+        async with backend.worker(SETTINGS, Clock(wall_ms=lambda: now["ms"])) as queue:
             await queue.put("t", "k", b"1")
             consumer = queue.consume("t", log)
             await until(lambda: log.begun, "it has failed once")
@@ -91,7 +91,7 @@ def test_a_wall_clock_that_is_set_back_keeps_nothing_waiting(backend: SQLiteBack
 def test_leases_of_another_boot_are_void(backend: SQLiteBackend) -> None:
     async def work() -> None:
         stuck, log = Log(slow_s=3600), Log()
-        async with backend.worker(replace(OPTIONS, lease_ms=600_000)) as before, backend.worker() as after:
+        async with backend.worker(replace(SETTINGS, lease_ms=600_000)) as before, backend.worker() as after:
             await before.put("t", "k", b"1")
             before.consume("t", stuck)
             await until(lambda: stuck.begun, "it is begun")
@@ -119,7 +119,7 @@ def test_a_store_that_does_not_answer_for_a_while_stops_nothing_for_good(backend
 
                 return call
 
-            queue = SQLiteQueue(answered(inner._write), answered(inner._read), OPTIONS)  # type: ignore[arg-type]
+            queue = SQLiteQueue(answered(inner._write), answered(inner._read), SETTINGS)  # type: ignore[arg-type]
             queue.consume("t", log)
             await queue.put("t", "k", b"1")
             await until(lambda: log.done, "it works")
@@ -157,7 +157,7 @@ def test_who_cannot_renew_its_leases_ends_what_it_handles(backend: SQLiteBackend
                 # As a store that hangs: its answer never comes.
                 return asyncio.get_running_loop().create_future()
 
-            queue = SQLiteQueue(write, inner._read, replace(OPTIONS, lease_ms=900))
+            queue = SQLiteQueue(write, inner._read, replace(SETTINGS, lease_ms=900))
             await queue.put("t", "k", b"1")
             queue.consume("t", handler)
             await until(lambda: len(renewed) >= 3, "it was put, taken and held once more")
@@ -172,8 +172,8 @@ def test_who_cannot_renew_its_leases_ends_what_it_handles(backend: SQLiteBackend
 
 def test_all_workers_put_into_one_bound(backend: SQLiteBackend) -> None:
     async def work() -> None:
-        options = replace(OPTIONS, max_length=10)
-        async with backend.worker(options) as a, backend.worker(options) as b:
+        settings = replace(SETTINGS, max_length=10)
+        async with backend.worker(settings) as a, backend.worker(settings) as b:
             puts = [queue.put("t", f"k{n}", b"") for n in range(10) for queue in (a, b)]
             outcomes = await asyncio.gather(*puts, return_exceptions=True)
             assert sum(isinstance(outcome, str) for outcome in outcomes) == 10
