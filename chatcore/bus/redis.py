@@ -16,8 +16,7 @@ calls for a resync:
 * A worker comes, leaves, or is silent for three heartbeats: the others resync.
 
 In all three cases the worker learns the presence of its peers anew: ``on_peer_gone``, then it announces to that
-peer every subscription that is announced (``announce``, those of presence). The peer answers as if the
-subscription were new.
+peer every subscription of an :data:`ANNOUNCED` channel. The peer answers as if the subscription were new.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from functools import partial
 from typing import Final
 
 from ..common.backoff import Backoff
-from ..common.redis_client import RedisAddress, parse_url
+from ..common.redis_client import parse_url
 from ..common.tasks import Tasks
 from .base import SILENT_AFTER_BEATS, BusFormatError, BusListener, notify
 from .redis_connection import Discovery, LinkError, RedisBusStats, RedisSession, ReplyError
@@ -58,6 +57,9 @@ TOPOLOGY_BEATS: Final = 5
 #: Pauses between attempts to connect; the longest bounds how late a worker is back.
 RECONNECT_FIRST_S: Final = 0.05
 RECONNECT_MOST_S: Final = 1.0
+#: Prefix of the channels whose subscriptions are announced to the peers (``on_peer_subscribed``): presence. The other
+#: channels have no state that a new subscriber would need.
+ANNOUNCED: Final = "p:"
 #: Subscriptions in one message to the peers.
 ANNOUNCE_CHANNELS: Final = 500
 #: Different reasons of one outage that are logged: they may alternate for hours.
@@ -72,24 +74,22 @@ class RedisBus:
     :param prefix: of every channel; holds the id of the store.
     :param queue_bytes: bound of what waits for a slow Redis; a message above it is dropped, and the peers resync.
     :param confirm_timeout_ms: for one attempt to connect, for a subscription, and for `close`.
-    :param announce: prefix of the channels whose subscriptions are announced to the peers (``on_peer_subscribed``).
     :raises ValueError: the URL or the name is malformed.
     """
 
     def __init__(
         self,
-        url: str | RedisAddress,
+        url: str,
         name: str,
         *,
         prefix: str,
         queue_bytes: int,
         confirm_timeout_ms: int,
         heartbeat_ms: int,
-        announce: str = "p:",
     ) -> None:
         if not 0 < len(name.encode()) <= 200 or not name.isprintable() or " " in name:
             raise ValueError(f"bus name {name!r}: 1 to 200 printable bytes without spaces are allowed")
-        self.address = parse_url(url) if isinstance(url, str) else url
+        self.address = parse_url(url)
         self.stats = RedisBusStats()
         self._name = name
         self._prefix = prefix.encode()
@@ -104,7 +104,7 @@ class RedisBus:
         self._peers = PeerTable(SILENT_AFTER_BEATS)
         self._buffer = PublishBuffer(self._prefix, self._sender, queue_bytes, self.stats, self._flush_soon)
         self._subscriptions = Subscriptions(
-            self._prefix, self._confirm_s, announce, self._peers,
+            self._prefix, self._confirm_s, ANNOUNCED, self._peers,
             ask_peers=partial(self._ask_peers, self._to_all), need_resync=self._need_resync,
             flush_soon=self._flush_soon,
         )  # fmt: skip

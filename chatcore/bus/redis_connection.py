@@ -138,7 +138,7 @@ class RedisLink(asyncio.Protocol):
 
     # --- bytes -------------------------------------------------------------------
     def write(self, data: bytes) -> None:
-        """Send; without a connection, nothing (``on_lost`` has told its owner)."""
+        """Send; without a connection, nothing (``on_lost`` was called)."""
         if self.transport is not None:
             self.transport.write(data)
 

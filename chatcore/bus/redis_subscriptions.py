@@ -1,4 +1,4 @@
-"""Who hears what on the Redis bus: the other workers, this worker's subscriptions, and who has confirmed them.
+"""Peers and subscriptions of the Redis bus: the other workers, this worker's channels, and their confirmations.
 
 :class:`PeerTable` knows which other workers there are, by their heartbeats, and which of them still have to
 answer. :class:`Subscriptions` counts what this worker is subscribed to, and tells Redis at the end of a tick what

@@ -1,9 +1,8 @@
-"""When to stop asking a part that does not answer, and when to ask it again.
+"""A circuit breaker: when to stop calling a service that does not answer, and when to try again.
 
-A part that is down costs every caller its whole timeout. A :class:`Breaker` notices after some
-failures in a row, refuses at once from then on (open), and after a pause lets a single call try
-(half open): if that succeeds everybody may call again, else the pause doubles, up to a bound.
-The cache and the queue use it for Redis.
+A service that is down costs every caller its whole timeout. A :class:`Breaker` opens after some failures in a
+row: it refuses calls at once. After a pause it lets a single call try (half open). If that succeeds, all calls
+may pass again; else the pause doubles, up to a bound. The cache and the queue use it for Redis.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ FAILURES: Final = 5
 
 
 class BreakerState(enum.Enum):
-    """What a breaker does with a call: let it pass, refuse it, or let one try."""
+    """A closed breaker lets calls pass, an open one refuses them, a half-open one lets a single call try."""
 
     CLOSED = "closed"
     OPEN = "open"
@@ -28,16 +27,16 @@ class BreakerState(enum.Enum):
 
 
 class Breaker:
-    """Of one part, in one worker. Whoever is allowed to call reports the end of that call, exactly once::
+    """For one service, in one worker. A caller that was allowed reports the end of its call, exactly once::
 
         if not breaker.allow():
             raise Unavailable(..., retry_after_ms=breaker.retry_after_ms)
         ... breaker.succeeded() / breaker.failed() / breaker.abandoned()
 
-    :param name: of the part, for health and metrics.
-    :param failures: in a row, until it opens.
+    :param name: of the service, for health and metrics.
+    :param failures: failures in a row that open it.
     :param clock: monotonic, in seconds.
-    :param on_change: told the new state, once per change.
+    :param on_change: called with the new state, once per change.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class Breaker:
         self._probing = False
 
     def allow(self) -> bool:
-        """Whether to call now. True makes the caller owe a report."""
+        """Whether to call now. If True, the caller has to report the end of the call."""
         if self.state is BreakerState.CLOSED:
             return True
         if self.state is BreakerState.OPEN and self._clock() >= self._until:
@@ -76,7 +75,7 @@ class Breaker:
         return False
 
     def succeeded(self) -> None:
-        """A call got its answer. One that began before the breaker opened closes it, too: the part answers."""
+        """A call got its reply. That closes the breaker even if the call began before it opened."""
         self._in_a_row = 0
         if self.state is not BreakerState.CLOSED:
             self._probing = False
@@ -84,7 +83,7 @@ class Breaker:
             self._change(BreakerState.CLOSED)
 
     def failed(self) -> None:
-        """A call got no answer. While it is open that is old news, and opens it no longer."""
+        """A call got no reply. While the breaker is open, the call began before; it does not prolong the pause."""
         self.failures += 1
         self._in_a_row += 1
         if self.state is BreakerState.HALF_OPEN or (
@@ -96,16 +95,16 @@ class Breaker:
             self._change(BreakerState.OPEN)
 
     def abandoned(self) -> None:
-        """A call ended without telling anything about the part (it never reached it)."""
+        """A call ended without a result that says anything about the service (it never reached it)."""
         self._probing = False
 
     @property
     def retry_after_ms(self) -> int:
-        """Until the next try, at least 1; for ``Unavailable``."""
+        """Milliseconds until the next try, at least 1; for ``Unavailable``."""
         return max(1, int((self._until - self._clock()) * 1000)) if self.state is BreakerState.OPEN else 1
 
     def shown(self) -> dict[str, Any]:
-        """For JSON."""
+        """State and counters, for JSON."""
         return {"state": self.state.value, "failures": self.failures, "refused": self.refused, "opened": self.opened}
 
     def _change(self, state: BreakerState) -> None:

@@ -1,21 +1,21 @@
-"""Redis: what a URL means, and clients that never repeat, never wait long, never cancel.
+"""Redis: the meaning of a URL, and clients that never repeat, never wait long and never cancel.
 
 | URL | is |
 |---|---|
 | ``redis://[user[:password]@]host[:port][/db]`` | one server; ``rediss://``: with TLS |
-| ``unix://[user[:password]@]/path[?db=n]`` | one server, by its socket |
+| ``unix://[user[:password]@]/path[?db=n]`` | one server, at its socket |
 | ``redis+sentinel://host:port,host:port/service[/db]`` | the primary that the sentinels name; ``rediss+sentinel`` |
-| ``redis+cluster://host:port,host:port`` | a Redis Cluster, found by way of any of these; ``rediss+cluster`` |
+| ``redis+cluster://host:port,host:port`` | a Redis Cluster, found through any of these; ``rediss+cluster`` |
 
 Options behind ``?``: ``db``; ``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile`` (paths),
 ``ssl_cert_reqs`` (``required`` or ``none``), ``ssl_check_hostname`` (``true`` or ``false``);
 ``sentinel_username``, ``sentinel_password``.
 
-Rules for the hot path, each learnt from a failure of somebody (facts.md, Redis):
+Rules for the hot path, each because of a known failure:
 
 * A command is sent once. redis-py repeats by default, ``INCR`` and ``PUBLISH`` included.
-* A command in flight is never cancelled: its connection once gave the reply to the next one.
-  Who gives up leaves it to end by itself, holding its connection until then.
+* A command in flight is never cancelled: a connection of redis-py whose command was cancelled once gave the reply
+  to the next caller. A caller that gives up leaves the command to end by itself, holding its connection until then.
 * A full pool makes callers wait, within their timeout.
 """
 
@@ -55,12 +55,12 @@ Args = Sequence[str | bytes | int | float]
 
 PORT: Final = 6379
 SENTINEL_PORT: Final = 26379
-#: On the hot path somebody waits; Redis answers within a millisecond or is not well.
+#: A user waits for the hot path; Redis answers within a millisecond or is not well.
 TIMEOUT_S: Final = 0.5
 #: Commands in flight of one worker and client; more only queue in Redis, which has one thread.
 MAX_CONNECTIONS: Final = 32
-#: Refusals that say "not now" rather than "never so".
-_NOT_NOW: Final = (
+#: Error replies that mean "not now" rather than "never": retrying may help.
+_RETRYABLE: Final = (
     "LOADING", "MISCONF", "NOREPLICAS", "MASTERDOWN", "CLUSTERDOWN", "TRYAGAIN", "BUSY ", "OOM", "READONLY",
     "UNBLOCKED", "MOVED", "ASK ",
 )  # fmt: skip
@@ -68,7 +68,7 @@ _NOT_NOW: Final = (
 
 @dataclass(frozen=True, slots=True)
 class RedisAddress:
-    """What a URL says. Secrets are left out of its ``repr``."""
+    """A parsed URL. Its ``repr`` omits secrets."""
 
     kind: Literal["single", "sentinel", "cluster"]
     hosts: tuple[tuple[str, int], ...] = ()
@@ -92,12 +92,12 @@ class RedisAddress:
         return self.kind == "cluster"
 
     def __str__(self) -> str:
-        """For people and logs: where, without who."""
+        """For people and logs: the address without credentials."""
         where = self.path or ",".join(f"{host}:{port}" for host, port in self.hosts)
         return f"{where} ({self.service})" if self.service else where
 
     def ssl_context(self) -> ssl.SSLContext | None:
-        """For connections of one's own; None without TLS.
+        """For connections that are not redis-py's; None without TLS.
 
         :raises OSError: a file cannot be read, or holds no certificate or key.
         """
@@ -113,9 +113,9 @@ class RedisAddress:
 
 
 def parse_url(url: str) -> RedisAddress:
-    """Read a URL (see the table above).
+    """Parse a URL (see the table above).
 
-    :raises ValueError: with one line that says what is wrong, and repeats no password.
+    :raises ValueError: with one line for the operator, without the password.
     """
     scheme, found, rest = url.partition("://")
     kinds: dict[str, Literal["single", "sentinel", "cluster"]] = {"redis": "single", "rediss": "single"}
@@ -126,28 +126,28 @@ def parse_url(url: str) -> RedisAddress:
     kind = kinds[scheme]
     rest, _, query = rest.partition("?")
     options = {name: values[-1] for name, values in parse_qs(query, keep_blank_values=True).items()}
-    place, slash, path = rest.partition("/")
-    credentials, at, place = place.rpartition("@")
+    servers, slash, path = rest.partition("/")
+    credentials, at, servers = servers.rpartition("@")
     username, colon, password = credentials.partition(":")
     db = options.pop("db", "")
     service = ""
     hosts: tuple[tuple[str, int], ...] = ()
     if scheme == "unix":
-        if not path or place:
-            raise ValueError("unix:// wants an absolute path: unix:///run/redis/redis.sock")
+        if not path or servers:
+            raise ValueError("unix:// needs an absolute path: unix:///run/redis/redis.sock")
         path = unquote(slash + path)
     else:
-        hosts = tuple(_host(part, SENTINEL_PORT if kind == "sentinel" else PORT) for part in place.split(","))
+        hosts = tuple(_host(part, SENTINEL_PORT if kind == "sentinel" else PORT) for part in servers.split(","))
         if kind == "single" and len(hosts) > 1:
             raise ValueError("redis:// names one server; for several use redis+sentinel:// or redis+cluster://")
         if kind == "sentinel":
             service, _, path = path.partition("/")
             service = unquote(service)
             if not service:
-                raise ValueError("redis+sentinel:// names the service: redis+sentinel://host:26379/service/0")
+                raise ValueError("redis+sentinel:// must name the service: redis+sentinel://host:26379/service/0")
         db, path = path or db, ""
     if db and not (db.isascii() and db.isdigit()):
-        raise ValueError(f"database {db!r} is no number")
+        raise ValueError(f"database {db!r} is not a number")
     if kind == "cluster" and int(db or 0):
         raise ValueError("a Redis Cluster has only database 0")
     address = RedisAddress(
@@ -178,24 +178,23 @@ def _host(text: str, port: int) -> tuple[str, int]:
         host, number = text, str(port)
     host = host.removeprefix("[").removesuffix("]")
     if not host or not (number.isascii() and number.isdigit() and 0 < int(number) < 65536):
-        raise ValueError(f"{text!r} is no host:port")
+        raise ValueError(f"{text!r} is not host:port")
     return host, int(number)
 
 
 def _choice(options: dict[str, str], name: str, yes: str, no: str) -> bool:
     value = options.pop(name, yes)
     if value not in (yes, no):
-        raise ValueError(f"{name} is {yes} or {no}")
+        raise ValueError(f"{name} must be {yes} or {no}")
     return value == yes
 
 
 class RedisClient:
-    """Commands for one Redis, whatever its kind. Made inside the running loop; connects when first used.
+    """Commands for one Redis of any kind. Made inside the running loop; connects when first used.
 
-    :param timeout_s: bounds what a caller waits, and each step of a connection. Blocking commands
+    :param timeout_s: bounds the wait of a caller, and each step of a connection. Blocking commands
         need a client of their own with a longer one.
-    :param max_connections: commands in flight; in a cluster, too, all nodes together.
-    :param breaker: of this part; shared if several clients are.
+    :param max_connections: commands in flight; in a cluster of all nodes together.
     """
 
     def __init__(
@@ -204,14 +203,14 @@ class RedisClient:
         *,
         timeout_s: float = TIMEOUT_S,
         max_connections: int = MAX_CONNECTIONS,
-        breaker: Breaker | None = None,
     ) -> None:
         self.address = address
-        self.breaker = breaker or Breaker("redis", on_change=self._told)
+        self.breaker = Breaker("redis", on_change=self._log_availability)
         self._away = False
         self._timeout_s = timeout_s
-        self._room = asyncio.Semaphore(max_connections)
-        self._flying: set[asyncio.Task[Any]] = set()
+        self._permits = asyncio.Semaphore(max_connections)
+        # Not Tasks: the caller of a command gets its failure, which need not be logged, too.
+        self._in_flight: set[asyncio.Task[Any]] = set()
         self._sentinel: Sentinel | None = None
         #: The client of redis-py. Use it inside :meth:`run` only, which keeps the rules.
         self.raw: Any = self._make(max_connections)
@@ -224,15 +223,15 @@ class RedisClient:
     async def call(self, *args: str | bytes | int | float) -> Any:
         """One command; the reply as redis-py shapes it, text as bytes.
 
-        :raises Unavailable: no answer in time, or "not now"; the command may have been carried out.
+        :raises Unavailable: no reply in time, or an error that may pass; the command may have been carried out.
         :raises ResponseError: Redis refuses it as wrong; a subclass such as ``NoScriptError`` if redis-py has one.
         """
         return await self.run(lambda raw: raw.execute_command(*args))
 
     async def pipeline(self, commands: Sequence[Args], *, transaction: bool = False) -> list[Any]:
-        """Commands in one write; their replies in order, a refused one's as its ``ResponseError``.
+        """Commands in one write; their replies in order, that of a refused one as a ``ResponseError``.
 
-        In a cluster they are split by node (and ``transaction`` wants one slot).
+        In a cluster they are split by node (and ``transaction`` needs keys of one slot).
 
         :raises Unavailable: as :meth:`call`; some may have been carried out.
         """
@@ -250,9 +249,9 @@ class RedisClient:
         return await self.run(send) if commands else []
 
     async def run(self, operation: Callable[[Any], Awaitable[T]]) -> T:
-        """Give ``operation`` the client of redis-py. It is never cancelled, so it must end by itself
-        (everything it awaits is a command); if it takes longer than the timeout, or the caller is
-        cancelled, it goes on without anybody waiting.
+        """Call ``operation`` with the client of redis-py; its result. It is never cancelled, so it must end by
+        itself (it awaits commands only). If it takes longer than the timeout, or the caller is cancelled, it goes
+        on in the background.
 
         :raises Unavailable: as :meth:`call`.
         """
@@ -262,30 +261,30 @@ class RedisClient:
         try:
             deadline = asyncio.get_running_loop().time() + self._timeout_s
             async with asyncio.timeout_at(deadline):
-                await self._room.acquire()
+                await self._permits.acquire()
         except BaseException as exc:
             if not isinstance(exc, asyncio.TimeoutError):
                 breaker.abandoned()
                 raise
             breaker.failed()
             raise Unavailable(f"{breaker.name}: too many commands are waiting") from None
-        task = asyncio.get_running_loop().create_task(self._fly(operation))
-        self._flying.add(task)
-        task.add_done_callback(self._landed)
+        task = asyncio.get_running_loop().create_task(self._send(operation))
+        self._in_flight.add(task)
+        task.add_done_callback(self._ended)
         await asyncio.wait((task,), timeout=max(0.0, deadline - asyncio.get_running_loop().time()))
         if not task.done():
             raise Unavailable(f"{breaker.name} did not answer in time")
         return task.result()
 
     async def close(self) -> None:
-        """Wait for what is in flight (it is bounded by the timeouts), then close every connection."""
-        if self._flying:
-            await asyncio.wait(self._flying)
+        """Wait for the commands in flight (the timeouts bound them), then close every connection."""
+        if self._in_flight:
+            await asyncio.wait(self._in_flight)
         await self.raw.aclose()
         if self._sentinel is not None:
             await self._sentinel.aclose()
 
-    async def _fly(self, operation: Callable[[Any], Awaitable[T]]) -> T:
+    async def _send(self, operation: Callable[[Any], Awaitable[T]]) -> T:
         started = asyncio.get_running_loop().time()
         try:
             result = await operation(self.raw)
@@ -299,8 +298,8 @@ class RedisClient:
             self.breaker.abandoned()
             raise
         finally:
-            self._room.release()
-        # An answer that nobody waits for any longer is a failure, too.
+            self._permits.release()
+        # A reply after the timeout counts as a failure, too: its caller has given up.
         if asyncio.get_running_loop().time() - started > self._timeout_s:
             self.breaker.failed()
         else:
@@ -309,7 +308,7 @@ class RedisClient:
 
     def _make(self, max_connections: int) -> Any:
         a = self.address
-        # Made anew for each user of it: redis-py keeps state in it.
+        # A new one for each client: redis-py keeps state in it.
         once = Retry(NoBackoff(), 0)
         common: dict[str, Any] = {
             "username": a.username or None,
@@ -332,8 +331,8 @@ class RedisClient:
         if a.cluster:
             nodes = [ClusterNode(host, port) for host, port in a.hosts]
             secure = {"ssl": True, **tls} if a.tls else {}
-            # Steps 0: a slot that moves is learnt by itself; else every fifth one would close all connections, those
-            # with commands in flight, too.
+            # Steps 0: redis-py learns of each slot that moves anyway; else every fifth one would close all
+            # connections, even those with commands in flight.
             return RedisCluster(
                 startup_nodes=nodes, max_connections=max_connections, retry=once, reinitialize_steps=0,
                 **common, **secure,
@@ -346,19 +345,19 @@ class RedisClient:
             self._sentinel = Sentinel(list(a.hosts), sentinel_kwargs=asks)  # type: ignore[no-untyped-call]
             return self._sentinel.master_for(a.service, max_connections=max_connections, **common, **secure)
         kind: type[Any] = SSLConnection if a.tls else UnixDomainSocketConnection if a.path else Connection
-        place = {"path": a.path} if a.path else {"host": a.hosts[0][0], "port": a.hosts[0][1]}
+        where = {"path": a.path} if a.path else {"host": a.hosts[0][0], "port": a.hosts[0][1]}
         pool = BlockingConnectionPool(
-            max_connections=max_connections, timeout=self._timeout_s, connection_class=kind, **place, **common, **tls
+            max_connections=max_connections, timeout=self._timeout_s, connection_class=kind, **where, **common, **tls
         )  # fmt: skip
         return redis.asyncio.Redis.from_pool(pool)
 
-    def _landed(self, task: asyncio.Task[Any]) -> None:
-        self._flying.discard(task)
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._in_flight.discard(task)
         if not task.cancelled():
-            task.exception()  # nobody may be waiting for it any longer
+            task.exception()  # mark it as retrieved: its caller may have given up
 
-    def _told(self, state: BreakerState) -> None:
-        """One line when it goes away and one when it is back, however many probes fail between."""
+    def _log_availability(self, state: BreakerState) -> None:
+        """Log one line when Redis goes away and one when it is back, however many probes fail in between."""
         if state is BreakerState.OPEN and not self._away:
             self._away = True
             log.warning("redis at %s does not answer", self.address)
@@ -368,9 +367,9 @@ class RedisClient:
 
 
 def _is_outage(exc: BaseException) -> bool:
-    """Whether it says something about Redis' state rather than about the command."""
+    """Whether the error is about Redis' state rather than about the command."""
     if isinstance(exc, ConnectionError | TimeoutError | OSError | RedisClusterException):
         return True
     if isinstance(exc, ReadOnlyError | OutOfMemoryError):
         return True
-    return isinstance(exc, ResponseError) and str(exc).startswith(_NOT_NOW)
+    return isinstance(exc, ResponseError) and str(exc).startswith(_RETRYABLE)

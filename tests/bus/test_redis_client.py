@@ -214,7 +214,7 @@ def test_gone_and_back_with_one_line_each(redis_server: RedisServer, caplog: pyt
     async def main() -> None:
         breaker_options = {"failures": 3, "backoff": Backoff(0.01, 0.05)}
         async with client(redis_server.url) as c:
-            c.breaker = Breaker("redis", on_change=c._told, **breaker_options)  # type: ignore[arg-type]
+            c.breaker = Breaker("redis", on_change=c._log_availability, **breaker_options)  # type: ignore[arg-type]
             await c.call("SET", "k", "v")
             redis_server.kill()
             for _ in range(100):
