@@ -21,15 +21,15 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def told() -> list[BreakerState]:
+def changes() -> list[BreakerState]:
     return []
 
 
 @pytest.fixture
-def breaker(clock: Clock, told: list[BreakerState]) -> Breaker:
+def breaker(clock: Clock, changes: list[BreakerState]) -> Breaker:
     """Opens at the third failure; pauses of 1, 2, 4, 4 ... seconds without chance."""
     backoff = Backoff(1.0, 4.0, chance=lambda: 0.0)
-    return Breaker("part", failures=3, backoff=backoff, clock=clock, on_change=told.append)
+    return Breaker("part", failures=3, backoff=backoff, clock=clock, on_change=changes.append)
 
 
 def fail(breaker: Breaker, times: int) -> None:
@@ -38,7 +38,7 @@ def fail(breaker: Breaker, times: int) -> None:
         breaker.failed()
 
 
-def test_it_opens_after_failures_in_a_row_only(breaker: Breaker, told: list[BreakerState]) -> None:
+def test_it_opens_after_failures_in_a_row_only(breaker: Breaker, changes: list[BreakerState]) -> None:
     for _ in range(5):
         fail(breaker, 2)
         assert breaker.allow()
@@ -46,11 +46,11 @@ def test_it_opens_after_failures_in_a_row_only(breaker: Breaker, told: list[Brea
     assert breaker.state is BreakerState.CLOSED
     fail(breaker, 3)
     assert not breaker.allow()
-    assert told == [BreakerState.OPEN]
+    assert changes == [BreakerState.OPEN]
     assert (breaker.failures, breaker.opened, breaker.refused) == (13, 1, 1)
 
 
-def test_one_probe_at_a_time_decides(breaker: Breaker, clock: Clock, told: list[BreakerState]) -> None:
+def test_one_probe_at_a_time_decides(breaker: Breaker, clock: Clock, changes: list[BreakerState]) -> None:
     fail(breaker, 3)
     clock.now += 0.999
     assert not breaker.allow()
@@ -66,7 +66,7 @@ def test_one_probe_at_a_time_decides(breaker: Breaker, clock: Clock, told: list[
     assert breaker.allow()
     breaker.succeeded()
     assert breaker.allow() and breaker.allow()
-    assert told == [
+    assert changes == [
         BreakerState.OPEN, BreakerState.HALF_OPEN, BreakerState.OPEN, BreakerState.HALF_OPEN, BreakerState.CLOSED,
     ]  # fmt: skip
 

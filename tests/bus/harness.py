@@ -1,4 +1,4 @@
-"""Starts bus workers as processes and waits for what they tell."""
+"""Starts bus workers as processes and waits for their events."""
 
 from __future__ import annotations
 
@@ -62,7 +62,9 @@ class Worker:
                         return self.events[self._passed - 1]
                 left = deadline - time.monotonic()
                 if left <= 0 or self._ended:
-                    raise AssertionError(f"{self.name} never told {event} {fields}; it told {self.events[-20:]}")
+                    raise AssertionError(
+                        f"{self.name} never reported {event} {fields}; it reported {self.events[-20:]}"
+                    )
                 self._changed.wait(left)
 
     def rewind(self) -> None:
@@ -102,7 +104,7 @@ class Worker:
         return closed
 
     def end(self) -> None:
-        """Kill it, whatever its state."""
+        """Kill it in any state."""
         self.process.kill()
         self.process.wait()
         self._thread.join(PATIENCE_S)

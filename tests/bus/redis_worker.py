@@ -1,4 +1,4 @@
-"""A process with a Redis bus: takes commands as JSON lines, tells events as JSON lines.
+"""A process with a Redis bus: takes commands and reports events as JSON lines.
 
 ``python -m tests.bus.redis_worker <url> <name> <options as JSON>``
 """
@@ -21,7 +21,7 @@ from .harness import Worker
 
 
 class RedisWorker(Worker):
-    """Starts one, and waits for what it tells."""
+    """Starts one, and waits for its events."""
 
     def __init__(self, url: str, name: str, **options: Any) -> None:
         self.name = name
@@ -39,12 +39,12 @@ class RedisWorker(Worker):
         self._thread.start()
 
 
-def tell(event: str, **fields: Any) -> None:
+def report(event: str, **fields: Any) -> None:
     print(json.dumps({"event": event, **fields}), flush=True)
 
 
 class Listener:
-    """Tells everything but messages, which it counts; it tells those that begin with ``!``."""
+    """Reports everything but messages, which it counts; it reports those that begin with ``!``."""
 
     seen = 0
     bus: RedisBus
@@ -52,16 +52,16 @@ class Listener:
     def on_bus(self, channel: str, payload: bytes) -> None:
         self.seen += 1
         if payload.startswith(b"!"):
-            tell("message", channel=channel, payload=payload[:64].decode(), seen=self.seen)
+            report("message", channel=channel, payload=payload[:64].decode(), seen=self.seen)
 
     def on_resync_needed(self, why: str) -> None:
-        tell("resync", why=why)
+        report("resync", why=why)
 
     def on_peer_gone(self, peer: str) -> None:
-        tell("gone", peer=peer)
+        report("gone", peer=peer)
 
     def on_peer_subscribed(self, peer: str, channel: str) -> None:
-        tell("subscriber", peer=peer, channel=channel)
+        report("subscriber", peer=peer, channel=channel)
 
 
 async def act(bus: RedisBus, listener: Listener, command: dict[str, Any]) -> None:
@@ -79,7 +79,7 @@ async def act(bus: RedisBus, listener: Listener, command: dict[str, Any]) -> Non
                     await asyncio.sleep(command.get("pause_s", 0))
             bus.publish("c0", b"!" + command["mark"].encode())
             await asyncio.sleep(0)
-    tell(
+    report(
         "did", number=command["number"], peers=bus.peers, healthy=bus.healthy, seen=listener.seen,
         cpu=time.process_time() - cpu, cpu_all=time.process_time(), dropped=bus.stats.dropped, sent=bus.stats.sent,
         sessions=bus.stats.sessions,
@@ -92,7 +92,7 @@ async def main(url: str, name: str, options: str) -> None:
         url, name, **({"queue_bytes": 8 << 20, "confirm_timeout_ms": 2000, "heartbeat_ms": 100} | json.loads(options))
     )
     await bus.start(listener)
-    tell("started", peers=bus.peers)
+    report("started", peers=bus.peers)
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
     tasks = set()
@@ -101,7 +101,7 @@ async def main(url: str, name: str, options: str) -> None:
         tasks.add(task)
         task.add_done_callback(tasks.discard)
     await bus.close()
-    tell("closed", tasks=len(asyncio.all_tasks()) - 1)
+    report("closed", tasks=len(asyncio.all_tasks()) - 1)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def run(request: pytest.FixtureRequest) -> Callable[[Awaitable[None]], None]:
 Run = Callable[[Awaitable[None]], None]
 
 
-def test_published_to_those_who_subscribed_and_not_to_oneself(tmp_path: Path, run: Run) -> None:
+def test_a_message_reaches_the_subscribers_and_not_its_publisher(tmp_path: Path, run: Run) -> None:
     async def main() -> None:
         async with buses(tmp_path, "a", "b", "c") as [(a, ra), (b, rb), (c, rc)]:
             await b.subscribe(["x", "y"])
@@ -287,10 +287,10 @@ MALFORMED = {
     "bad name": frame(HELLO, b"chatcore-bus/1 ../x"),
     "name not ascii": frame(HELLO, b"chatcore-bus/1 \xff"),
     "own name": hello_frame("a"),
-    "nobody of that name": hello_frame("ghost"),
+    "no worker of that name": hello_frame("ghost"),
     "too long": struct.pack("<IBB", 1 << 31, HELLO, 0),
 }
-# From somebody who could say hello (b's socket exists):
+# From a peer that may say hello (its socket exists):
 MALFORMED_AFTER_HELLO = {
     "unknown type": frame(77),
     "second hello": hello_frame("b"),
@@ -298,7 +298,7 @@ MALFORMED_AFTER_HELLO = {
     "empty channel": frame(SUBSCRIBE, b"\x00"),
     "channel not UTF-8": frame(SUBSCRIBE, b"\x01\xff"),
     "short id": frame(ASK, b"123"),
-    "confirmed what nobody asked": frame(CONFIRM, struct.pack("<Q", 1 << 60)),
+    "confirmation without an ASK": frame(CONFIRM, struct.pack("<Q", 1 << 60)),
     "channel longer than its frame": struct.pack("<IBB", 2, MSG, 3) + b"ab",
     "frame too long": struct.pack("<IBB", MAX_PAYLOAD_BYTES + 201, MSG, 3),
 }
@@ -307,7 +307,7 @@ MALFORMED_AFTER_HELLO = {
 @pytest.mark.parametrize("kind", [*MALFORMED, *MALFORMED_AFTER_HELLO])
 def test_malformed_input_closes_that_link_and_nothing_else(tmp_path: Path, run: Run, kind: str) -> None:
     async def main() -> None:
-        # So rare a heartbeat that nobody looks for peers meanwhile, and takes this one for one.
+        # With so rare a heartbeat no worker scans the folder meanwhile, and takes this one for a peer.
         async with buses(tmp_path, "a", "b", heartbeat_ms=60_000) as [(a, ra), (b, rb)]:
             await b.subscribe(["x"])
             data = MALFORMED.get(kind) or hello_frame("fake") + frame(RESET) + MALFORMED_AFTER_HELLO[kind]
@@ -335,8 +335,8 @@ def test_malformed_input_closes_that_link_and_nothing_else(tmp_path: Path, run: 
     run(main())
 
 
-def test_a_peer_that_begins_anew_replaces_its_old_session(tmp_path: Path, run: Run) -> None:
-    """Its old link was not seen to end (it hangs), and it says hello again."""
+def test_a_peer_that_reconnects_replaces_its_old_connection(tmp_path: Path, run: Run) -> None:
+    """Its old link has not ended (it hangs), and it says hello again."""
 
     async def main() -> None:
         async with buses(tmp_path, "a") as [(a, ra)]:
@@ -390,8 +390,8 @@ class Stub:
         return False
 
 
-def test_orders_of_peers_that_no_channel_has_any_more_are_let_go(tmp_path: Path, run: Run) -> None:
-    """With many workers nearly every channel has an order of its own, which was kept until a worker went."""
+def test_orders_of_peers_that_no_channel_has_any_more_are_dropped(tmp_path: Path, run: Run) -> None:
+    """With many workers nearly every channel has an order of its own, which was kept until a worker left."""
 
     async def main() -> None:
         bus = LocalBus(tmp_path, "a", queue_bytes=1 << 20, confirm_timeout_ms=2000, heartbeat_ms=50)

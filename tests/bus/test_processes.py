@@ -47,7 +47,7 @@ def test_workers_that_start_together_all_find_each_other(host: Host, loop: str) 
 
 
 def test_after_subscribe_returns_nothing_published_is_missed(host: Host) -> None:
-    """Somebody who hears of the subscription by another way, at once, publishes to it."""
+    """A peer that learns of the subscription in another way publishes to it at once."""
     a, b = host.up("a", "b")
     a.do("subscribe", channels=["requests"])
     for i in range(50):
@@ -57,12 +57,12 @@ def test_after_subscribe_returns_nothing_published_is_missed(host: Host) -> None
         b.do("unsubscribe", channels=[f"c{i}"])
 
 
-def test_a_subscriber_is_told_the_state_of_its_peers(host: Host) -> None:
+def test_a_subscriber_gets_the_state_of_its_peers(host: Host) -> None:
     a, b = host.up("a", "b")
     b.do("subscribe", channels=["state"])
     b.rewind()
     b.wait("message", channel="state", payload="state of a")
-    # A worker that comes later subscribes before it has a peer; it is told as soon as the links are up.
+    # A worker that comes later subscribes before it has a peer; it gets the state as soon as the links are up.
     (c,) = host.start("c")
     c.order("subscribe", channels=["state"])
     for name in ("a", "b"):
@@ -84,7 +84,7 @@ def test_a_killed_peer_is_gone_and_its_socket_too(host: Host) -> None:
         w.wait("resync", why="the link to b is gone")
     deadline = time.monotonic() + PATIENCE_S
     while "bus-b.sock" in sockets(host):
-        assert time.monotonic() < deadline, "nobody removed the socket of a dead worker"
+        assert time.monotonic() < deadline, "the socket of a dead worker is still there"
         time.sleep(0.01)
     assert a.until(lambda s: s["peers"] == ["c"] and s["healthy"])
     # Its successor is found by both sides, and hears what is published from then on.
@@ -122,7 +122,7 @@ def test_a_stopped_peer_costs_one_timeout_and_bounded_memory(host: Host) -> None
     kept = b.do("look")["seen"]
     assert kept == 5_000 - state["dropped"]
     a.wait("resync", why="b is heard again")
-    # What `a` asked of it while it stood is confirmed late, and told; then all is as before.
+    # Its confirmation for `a` comes late and calls for a resync; then all is as before.
     a.rewind()
     a.wait("resync", why=lambda why: why in ("b confirmed late", "the link to b is up"))
     a.until(lambda s: s["healthy"])
@@ -135,7 +135,7 @@ def test_a_stopped_peer_costs_one_timeout_and_bounded_memory(host: Host) -> None
 def test_subscriptions_made_during_an_overflow_are_in_force_after_it(host: Host) -> None:
     a, b = host.up("a", "b", queue_bytes=256 * 1024, confirm_timeout_ms=200)
     b.do("subscribe", channels=["c"])
-    b.do("quiet", on=True)
+    b.do("summary_only", on=True)
     a.do("subscribe", channels=["old"])
     b.process.send_signal(signal.SIGSTOP)
     assert a.do("publish", channel="c", n=2000, size=1000, mark="")["dropped"]
@@ -153,7 +153,7 @@ def test_subscriptions_made_during_an_overflow_are_in_force_after_it(host: Host)
 def test_what_was_queued_before_close_arrives(host: Host) -> None:
     a, b = host.up("a", "b", queue_bytes=16 << 20, confirm_timeout_ms=10_000)
     b.do("subscribe", channels=["c"])
-    b.do("quiet", on=True)
+    b.do("summary_only", on=True)
     assert a.do("publish", channel="c", n=20_000, size=500, mark="")["dropped"] == 0
     a.close()
     b.wait("gone", peer="a")
@@ -185,7 +185,7 @@ def test_a_peer_that_dies_while_stopped_is_gone(host: Host) -> None:
 
 
 def test_killed_again_and_again_in_traffic(host: Host) -> None:
-    """Whatever a survivor receives of one publisher is in order and has no holes."""
+    """The messages that a survivor receives of one publisher are in order and have no holes."""
     (a,) = host.up("a")
     a.do("subscribe", channels=["c"])
     for i in range(5):

@@ -109,7 +109,7 @@ def test_a_tick_is_one_write_and_does_not_wait_for_replies(redis_server: RedisSe
                 a.publish(channel, b"x" * 10)
             await rb.until(lambda: len(rb.messages) == 100)
             assert reads() - before - looking <= 2, "100 messages of a tick are one write"
-            # Nobody replies, and yet each tick leaves.
+            # Redis does not reply, and yet each tick leaves.
             redis_server.freeze()
             before_write = a.stats.sent
             for channel in channels:
@@ -167,7 +167,7 @@ def test_after_subscribe_returns_nothing_published_is_missed(redis_url: str) -> 
     run(main())
 
 
-def test_who_subscribes_together_waits_together(redis_url: str) -> None:  # noqa: F811
+def test_subscriptions_of_one_tick_wait_together(redis_url: str) -> None:  # noqa: F811
     async def main() -> None:
         async with buses(redis_url, "a", "b") as [(a, _), (b, rb)]:
             await asyncio.gather(*(b.subscribe([f"c{i}", "same"]) for i in range(50)))
@@ -206,7 +206,7 @@ def test_the_states_of_all_peers_are_there_when_a_watch_is_confirmed(redis_url: 
     run(main())
 
 
-def test_a_worker_that_comes_later_is_told_of_every_watch(redis_url: str, prefix: str) -> None:  # noqa: F811
+def test_every_watch_is_announced_to_a_worker_that_comes_later(redis_url: str, prefix: str) -> None:  # noqa: F811
     async def main() -> None:
         async with buses(redis_url, "a", prefix=prefix) as [(a, ra)]:
             await a.subscribe(["p:1", "p:2", "x"])
@@ -237,7 +237,7 @@ def test_two_prefixes_do_not_hear_each_other(redis_url: str) -> None:  # noqa: F
     run(main())
 
 
-def test_limits_and_what_comes_from_strangers(redis_url: str, prefix: str) -> None:  # noqa: F811
+def test_limits_and_malformed_packets(redis_url: str, prefix: str) -> None:  # noqa: F811
     async def main() -> None:
         async with buses(redis_url, "a", "b", prefix=prefix) as [(a, _), (b, rb)]:
             for channel in ("", "c" * 201, "ü" * 101):

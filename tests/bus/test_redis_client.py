@@ -48,7 +48,7 @@ from .redis_parts import Wire, run
         ("redis+cluster://a:1,b", RedisAddress("cluster", (("a", 1), ("b", 6379)))),
     ],
 )  # fmt: skip
-def test_what_a_url_means(url: str, address: RedisAddress) -> None:
+def test_the_meaning_of_urls(url: str, address: RedisAddress) -> None:
     assert parse_url(url) == address
     assert parse_url(url).cluster == url.startswith("redis+cluster")
 
@@ -61,7 +61,7 @@ def test_what_a_url_means(url: str, address: RedisAddress) -> None:
         "rediss://h?ssl_cert_reqs=maybe", "redis://h/-1", "redis://u:hunter2@h:x",
     ],
 )  # fmt: skip
-def test_what_is_no_url(url: str) -> None:
+def test_malformed_urls(url: str) -> None:
     with pytest.raises(ValueError, match=r".") as refused:
         parse_url(url)
     assert "hunter2" not in str(refused.value)
@@ -142,7 +142,7 @@ def test_a_client_that_repeats_is_seen(redis_server: RedisServer) -> None:  # no
 
 
 def test_a_caller_that_gives_up_leaves_the_replies_to_those_they_are_for(redis_server: RedisServer) -> None:  # noqa: F811
-    """A cancelled command once left its reply in the connection, for whoever used that next."""
+    """A cancelled command once left its reply in the connection, for the next command on it."""
     for i in range(200):
         redis_server.command("SET", f"k{i}", f"v{i}") if i < 20 else None
 
@@ -163,7 +163,7 @@ def test_a_caller_that_gives_up_leaves_the_replies_to_those_they_are_for(redis_s
     run(main())
 
 
-def test_nobody_waits_longer_than_the_timeout(redis_server: RedisServer) -> None:  # noqa: F811
+def test_no_caller_waits_longer_than_the_timeout(redis_server: RedisServer) -> None:  # noqa: F811
     async def main() -> None:
         async with client(redis_server.url, timeout_s=1.0, max_connections=4) as c:
             await asyncio.gather(*(c.call("PING") for _ in range(4)))
@@ -173,7 +173,7 @@ def test_nobody_waits_longer_than_the_timeout(redis_server: RedisServer) -> None
                 results = await asyncio.gather(*(c.call("INCR", "n") for _ in range(50)), return_exceptions=True)
                 assert all(isinstance(result, Unavailable) for result in results)
                 assert time.monotonic() - began < 5
-                # Now it is known: nobody waits at all, until it is tried again.
+                # Now the breaker is open: no caller waits at all, until the next try.
                 c.breaker._until = c.breaker._clock() + 60
                 began = time.monotonic()
                 for _ in range(50):

@@ -62,13 +62,13 @@ def test_a_slot_that_moves_calls_for_a_resync_and_then_goes_on(cluster: RedisClu
             (owner,) = [n for n in cluster.nodes if f"p2:{channel}" in shard_channels(n)]
             (other, *_) = [n for n in cluster.nodes if n is not owner]
             id = other.command("CLUSTER", "MYID")
-            # It holds no keys, so telling everybody is all there is to moving it.
+            # The slot holds no keys, so moving it means to inform every node.
             for node in [other, owner, *(n for n in cluster.nodes if n not in (owner, other))]:
                 node.command("CLUSTER", "SETSLOT", slot, "NODE", id)
             await y[1].resynced("the connection to redis is lost")
             await y[1].resynced("connected to redis")
             await y[1].until(lambda: f"p2:{channel}" in shard_channels(other))
-            # Who publishes finds out by being refused, or by looking; it says that it lost something.
+            # The publisher learns it from a refusal, or from the topology; its losses then change.
             x[0].publish(channel, b"1")
             await x[1].resynced("the connection to redis is lost")
             await connected(x, y)
@@ -115,7 +115,7 @@ def test_commands(cluster: RedisCluster) -> None:
     run(main())
 
 
-def test_a_command_is_sent_once_and_nobody_waits_long(cluster: RedisCluster) -> None:
+def test_a_command_is_sent_once_and_no_caller_waits_long(cluster: RedisCluster) -> None:
     async def main() -> None:
         client = RedisClient(parse_url(cluster.url), timeout_s=1)
         node = cluster.nodes[0]
@@ -128,7 +128,7 @@ def test_a_command_is_sent_once_and_nobody_waits_long(cluster: RedisCluster) -> 
                 with pytest.raises(Unavailable):
                     await client.call("INCR", key)
                 assert asyncio.get_running_loop().time() - began < 5
-                await asyncio.sleep(0.5)  # long enough for anybody who repeats
+                await asyncio.sleep(0.5)  # long enough for a client that repeats
             finally:
                 node.thaw()
             async with asyncio.timeout(20):

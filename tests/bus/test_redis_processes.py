@@ -63,7 +63,7 @@ def test_a_stopped_worker_is_gone_until_it_goes_on(workers: list[RedisWorker]) -
     publish(a, 10, "meanwhile")
     b.process.send_signal(signal.SIGCONT)
     a.wait("resync", why="b is there")
-    # Redis kept for it what was published meanwhile. It judges nobody by the time that it slept.
+    # Redis kept for it what was published meanwhile. It calls no peer silent because of the time that it slept.
     b.wait("message", payload="!meanwhile")
     assert b.do("look")["sessions"] == 1
     assert not any(e["event"] == "gone" for e in b.events)

@@ -14,7 +14,7 @@ from .redis_parts import buses, connected, run
 
 
 async def answer(client: RedisClient, *args: str) -> object:
-    """The reply, as soon as somebody gives one."""
+    """The reply, as soon as a server gives one."""
     async with asyncio.timeout(30):
         while True:
             with contextlib.suppress(Unavailable):
@@ -44,7 +44,7 @@ def test_failover(tmp_path: Path) -> None:
                 assert await answer(client, "SET", "k2", "v2")
             finally:
                 service.primary.thaw()
-            # The old primary is back and, until the sentinel tells it, believes in itself: nobody goes there.
+            # The old primary is back and, until the sentinel demotes it, a primary: no bus connects to it.
             assert service.primary.command("ROLE")[0] == "master"
             await y[1].until(lambda: workers_at(service.primary) == 0)
             x[0].publish("x", b"still here")

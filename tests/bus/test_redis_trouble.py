@@ -1,5 +1,5 @@
-"""The Redis bus when Redis, or the way to it, is not well. What was promised: nothing blocks, every
-loss calls for a resync on the side that needs it, all is well again without a restart."""
+"""The Redis bus when Redis, or the network to it, fails. The promises: nothing blocks, every loss calls for a
+resync on the side that needs it, and the bus recovers without a restart."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_redis_killed_and_back(
             for bus, r in (x, y):
                 await r.resynced("the connection to redis is lost")
                 assert not bus.healthy
-            # Nothing blocks, nothing raises, whatever is asked.
+            # No call blocks or raises.
             began = time.monotonic()
             a.publish("x", b"lost")
             a.send_to("b", "x", b"lost")
@@ -86,7 +86,7 @@ def test_a_frozen_redis_is_noticed_by_the_own_heartbeat(redis_server: RedisServe
             await y[0].subscribe(["x"])
             redis_server.freeze()
             try:
-                # The kernel still accepts everything: only silence tells.
+                # The kernel still accepts everything: only the silence shows it.
                 for _, r in (x, y):
                     await r.resynced("the connection to redis is lost")
                 assert not x[0].healthy
@@ -132,7 +132,7 @@ def test_a_killed_connection_calls_for_a_resync_on_both_sides(redis_server: Redi
             redis_server.command("CLIENT", "KILL", "ID", victim)
             await x[1].resynced("the connection to redis is lost")
             await x[1].resynced("connected to redis")
-            # Without a heartbeat in between: the greeting of the new connection tells it.
+            # Without a heartbeat in between: the greeting of the new connection carries the losses.
             await y[1].resynced("a lost messages")
             assert y[1].gone == ["a"]
             await connected(x, y)
@@ -174,7 +174,7 @@ def test_pushes_of_resp3_are_read_as_well(redis_server: RedisServer) -> None:  #
     run(main())
 
 
-def test_overflow_drops_and_the_receivers_are_told(redis_server: RedisServer) -> None:  # noqa: F811
+def test_an_overflow_drops_and_the_receivers_resync(redis_server: RedisServer) -> None:  # noqa: F811
     async def main() -> None:
         async with buses(redis_server.url, "a", "b", queue_bytes=1 << 20, heartbeat_ms=60_000) as [x, y]:
             (a, _), (b, rb) = x, y
@@ -278,7 +278,7 @@ def test_with_tls(certificates: Path) -> None:
             await x[0].subscribe(["x"])
             await hears(y, x, b"secret")
         async with buses(f"rediss://127.0.0.1:{port}", "a") as [x]:
-            assert not x[0].healthy, "a certificate that nobody known has signed"
+            assert not x[0].healthy, "its certificate has no known issuer"
         async with buses(f"rediss://127.0.0.1:{port}?ssl_cert_reqs=none", "a") as [x]:
             assert x[0].healthy
 

@@ -1,4 +1,4 @@
-"""A process with a local bus: takes commands as JSON lines, tells events as JSON lines.
+"""A process with a local bus: takes commands and reports events as JSON lines.
 
 ``python -m tests.bus.worker <run_dir> <name> <loop> <options as JSON>``
 """
@@ -16,32 +16,32 @@ import uvloop
 from chatcore.bus.local import LocalBus
 
 
-def tell(event: str, **fields: Any) -> None:
+def report(event: str, **fields: Any) -> None:
     print(json.dumps({"event": event, **fields}), flush=True)
 
 
 class Listener:
-    """Tells everything; with ``quiet`` it counts messages and tells those that begin with ``!``."""
+    """Reports everything; with ``summary_only`` it counts messages and reports those that begin with ``!``."""
 
     bus: LocalBus
-    quiet = False
+    summary_only = False
     seen = 0
 
     def on_bus(self, channel: str, payload: bytes) -> None:
         self.seen += 1
         if payload.startswith(b"publish:"):
             self.bus.publish(payload[8:].decode(), b"as asked")
-        if not self.quiet or payload.startswith(b"!"):
-            tell("message", channel=channel, payload=payload[:64].decode(), size=len(payload), seen=self.seen)
+        if not self.summary_only or payload.startswith(b"!"):
+            report("message", channel=channel, payload=payload[:64].decode(), size=len(payload), seen=self.seen)
 
     def on_resync_needed(self, why: str) -> None:
-        tell("resync", why=why)
+        report("resync", why=why)
 
     def on_peer_gone(self, peer: str) -> None:
-        tell("gone", peer=peer)
+        report("gone", peer=peer)
 
     def on_peer_subscribed(self, peer: str, channel: str) -> None:
-        tell("subscriber", peer=peer, channel=channel)
+        report("subscriber", peer=peer, channel=channel)
         if channel == "state":
             self.bus.send_to(peer, channel, b"state of " + self.bus.name.encode())
 
@@ -61,12 +61,12 @@ async def act(bus: LocalBus, listener: Listener, command: dict[str, Any]) -> Non
                     await asyncio.sleep(0)
         case "send_to":
             bus.send_to(command["peer"], command["channel"], command["payload"].encode())
-        case "quiet":
-            listener.quiet = command["on"]
+        case "summary_only":
+            listener.summary_only = command["on"]
         case "look":
             pass
     s = bus.stats
-    tell(
+    report(
         "did", number=command["number"], peers=bus.peers, healthy=bus.healthy, seen=listener.seen,
         dropped=s.dropped, sent=s.sent, malformed=s.malformed,
     )  # fmt: skip
@@ -76,7 +76,7 @@ async def main(run_dir: str, name: str, options: str) -> None:
     listener = Listener()
     bus = listener.bus = LocalBus(Path(run_dir), name, **json.loads(options))
     await bus.start(listener)
-    tell("started", peers=bus.peers)
+    report("started", peers=bus.peers)
     reader = asyncio.StreamReader()
     loop = asyncio.get_running_loop()
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
@@ -87,7 +87,7 @@ async def main(run_dir: str, name: str, options: str) -> None:
         task.add_done_callback(tasks.discard)
     await bus.close()
     others = asyncio.all_tasks() - {asyncio.current_task()}
-    tell("closed", tasks=len(others))
+    report("closed", tasks=len(others))
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ class RedisBackend:
     @asynccontextmanager
     async def worker(self, settings: QueueSettings = SETTINGS, clock: Clock | None = None) -> AsyncIterator[RedisQueue]:
         client = RedisClient(parse_url(self.url), timeout_s=2.0)
-        # Whoever stops waits for the end of a blocking command.
+        # A consumer that stops waits for the end of a blocking command.
         queue = RedisQueue(client, self.prefix, settings, block_s=0.1, clock=clock)
         try:
             await queue.start()

@@ -3,7 +3,7 @@
     python -m tests.queue.process hang|stop|die LEASE_MS DELIVERIES sqlite DATA
     python -m tests.queue.process hang|stop|die LEASE_MS DELIVERIES redis URL PREFIX
 
-It handles the topic t and tells in lines on stdout what it begins, and what it logs.
+It handles the topic t, and prints a line for each handler that begins and each line of its log.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def test_a_stopped_worker_that_wakes_up_later_does_no_harm(backend: Backend) -> 
                 await empty(queue)
                 seconds = [line for line in process.lines if "begun 2" in line]
                 seconds += [j.payload.decode() for j in begun if j.payload == b"2"]
-                if not seconds:  # it was its turn, and it tells
+                if not seconds:  # it was its turn, and it reports that
                     await process.line("begun 2")
                 assert len(seconds) <= 1
         assert begun[0].fence > 0

@@ -1,4 +1,4 @@
-"""What both implementations promise (queue/base.py)."""
+"""The promises of both implementations (queue/base.py)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_messages_of_a_key_are_handled_in_order_by_any_number_of_workers(bac
         assert not log.overlaps
         for k in range(20):
             assert log.payloads(f"key {k}") == [b"%d" % n for n in range(15)]
-        assert len(log.done) == 300, "nothing twice while nobody dies"
+        assert len(log.done) == 300, "nothing twice while no worker dies"
         assert log.most_at_once > 1, "keys are handled in parallel"
 
     run(work)
@@ -269,7 +269,7 @@ def test_a_long_handler_keeps_its_lease(backend: Backend) -> None:
     run(work)
 
 
-def test_who_stops_gives_back_what_it_could_not_end(backend: Backend) -> None:
+def test_a_consumer_that_stops_gives_back_what_it_could_not_end(backend: Backend) -> None:
     async def work() -> None:
         stuck = Log(slow_s=3600)
         log = Log()
@@ -286,7 +286,7 @@ def test_who_stops_gives_back_what_it_could_not_end(backend: Backend) -> None:
     run(work)
 
 
-def test_who_stops_lets_handlers_end(backend: Backend) -> None:
+def test_a_consumer_that_stops_lets_handlers_end(backend: Backend) -> None:
     async def work() -> None:
         log = Log(slow_s=0.05)
         async with backend.worker() as queue:
@@ -304,7 +304,7 @@ def test_who_stops_lets_handlers_end(backend: Backend) -> None:
 
 
 def test_a_worker_that_stands_still_gives_up_before_others_begin(backend: Backend) -> None:
-    """Seen from the worker: its own clock tells it that its lease may be over."""
+    """Seen from the worker: by its own clock its lease may have run out."""
 
     async def work() -> None:
         shift = {"ms": 0}
@@ -336,7 +336,7 @@ def test_a_worker_that_stands_still_gives_up_before_others_begin(backend: Backen
     run(work)
 
 
-def test_what_cannot_be_used_is_refused(backend: Backend) -> None:
+def test_unusable_arguments_are_refused(backend: Backend) -> None:
     async def work() -> None:
         async with backend.worker() as queue:
             for topic, key, delay_ms, dedupe_id in [
@@ -403,5 +403,5 @@ def test_handlers_are_registered_once_and_started_together(backend: Backend) -> 
 
 
 def test_full_is_a_kind_of_unavailable() -> None:
-    """Whoever answers a client does not have to know about queues."""
+    """Code that replies to a client does not have to know about queues."""
     assert issubclass(QueueFull, Unavailable)

@@ -57,7 +57,7 @@ def test_redis_away_and_back_loses_and_repeats_nothing(redis_server: RedisServer
     run(work)
 
 
-def test_a_queue_that_nobody_uses_notices_that_redis_is_away_and_back(redis_server: RedisServer) -> None:
+def test_an_unused_queue_notices_that_redis_is_away_and_back(redis_server: RedisServer) -> None:
     async def work() -> None:
         async with RedisBackend(redis_server.url).worker() as queue:
             await queue.probe()
@@ -75,7 +75,7 @@ def test_a_queue_that_nobody_uses_notices_that_redis_is_away_and_back(redis_serv
     run(work)
 
 
-def test_who_cannot_renew_its_leases_ends_what_it_handles(redis_server: RedisServer) -> None:
+def test_a_worker_that_cannot_renew_its_leases_ends_its_handlers(redis_server: RedisServer) -> None:
     async def work() -> None:
         begun: list[Job] = []
         cancelled: list[Job] = []
@@ -93,11 +93,11 @@ def test_who_cannot_renew_its_leases_ends_what_it_handles(redis_server: RedisSer
             queue.consume("t", handler)
             await until(lambda: begun, "it is begun")
             redis_server.freeze()
-            await until(lambda: cancelled, "it is ended before somebody else could begin it")
+            await until(lambda: cancelled, "it is ended before another worker could begin it")
             redis_server.thaw()
             await empty(queue)
         assert [j.delivery for j in begun] == [1, 2]
-        assert begun[1].fence >= begun[0].fence, "the same if nobody else had it meanwhile"
+        assert begun[1].fence >= begun[0].fence, "the same if no other worker had it meanwhile"
 
     run(work)
 
@@ -120,8 +120,8 @@ def test_a_redis_that_comes_back_empty_is_used_on(redis_server: RedisServer) -> 
     run(work)
 
 
-def test_who_lost_its_lease_without_noticing_changes_nothing_more(redis_server: RedisServer) -> None:
-    """Every script asks for the lease; the clock of the one who lost it does not come into it."""
+def test_a_worker_that_lost_its_lease_without_noticing_changes_nothing_more(redis_server: RedisServer) -> None:
+    """Every script checks the lease, so the clock of the worker that lost it does not matter."""
 
     async def work() -> None:
         backend = RedisBackend(redis_server.url)
@@ -147,7 +147,7 @@ def test_who_lost_its_lease_without_noticing_changes_nothing_more(redis_server: 
             await until(lambda: begun["b"], "the other begins it, too")
             go_on["a"].set()
             await until(
-                lambda: keys.partition("k") not in first.partitions, "the first is told when it wants to end it"
+                lambda: keys.partition("k") not in first.partitions, "the first learns it when it writes the outcome"
             )
             assert await depth(b) == 2, "it is not ended"
             assert [j.payload for j in begun["a"]] == [b"1"], "and the next is not begun"
@@ -159,7 +159,7 @@ def test_who_lost_its_lease_without_noticing_changes_nothing_more(redis_server: 
     run(work)
 
 
-def test_who_has_nothing_to_do_asks_little(redis_server: RedisServer) -> None:
+def test_an_idle_consumer_sends_few_commands(redis_server: RedisServer) -> None:
     async def work() -> None:
         async with RedisBackend(redis_server.url).worker() as queue:
             consumer = queue.consume("t", Log())
@@ -185,7 +185,7 @@ def test_who_has_nothing_to_do_asks_little(redis_server: RedisServer) -> None:
     run(work)
 
 
-def test_a_stream_that_somebody_deleted_is_made_again(redis_server: RedisServer) -> None:
+def test_a_stream_that_was_deleted_is_created_again(redis_server: RedisServer) -> None:
     async def work() -> None:
         log = Log()
         async with RedisBackend(redis_server.url).worker(replace(SETTINGS, lease_ms=1_500)) as queue:
@@ -212,12 +212,12 @@ def test_the_workers_of_a_topic_share_its_partitions(redis_server: RedisServer) 
             await until(lambda: (len(first.partitions), len(second.partitions)) == (half, half), "two have half each")
             assert not first.partitions.keys() & second.partitions.keys()
             await first.stop()
-            await until(lambda: len(second.partitions) == PARTITIONS, "who stops gives up its own")
+            await until(lambda: len(second.partitions) == PARTITIONS, "a worker that stops gives up its own")
 
     run(work)
 
 
-def test_who_is_busy_gives_up_partitions_where_nothing_runs(redis_server: RedisServer) -> None:
+def test_a_busy_worker_gives_up_partitions_where_nothing_runs(redis_server: RedisServer) -> None:
     async def work() -> None:
         backend = RedisBackend(redis_server.url)
         settings = replace(SETTINGS, lease_ms=4_500)
@@ -279,7 +279,7 @@ def test_all_keys_of_a_topic_share_a_slot_and_a_dedupe_id_is_of_its_key() -> Non
     assert k.once("ab", "c") != k.once("a", "bc")
 
 
-def test_a_put_that_nobody_waits_for_any_longer_is_still_put_once(redis_server: RedisServer) -> None:
+def test_a_put_whose_caller_gave_up_is_still_put_once(redis_server: RedisServer) -> None:
     async def work() -> None:
         async with RedisBackend(redis_server.url).worker() as queue:
             await queue.put("t", "k", b"0")

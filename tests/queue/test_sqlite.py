@@ -136,7 +136,7 @@ def test_a_store_that_does_not_answer_for_a_while_stops_nothing_for_good(backend
     run(work)
 
 
-def test_who_cannot_renew_its_leases_ends_what_it_handles(backend: SQLiteBackend) -> None:
+def test_a_worker_that_cannot_renew_its_leases_ends_its_handlers(backend: SQLiteBackend) -> None:
     async def work() -> None:
         cancelled: list[Job] = []
         renewed: list[object] = []
@@ -162,7 +162,7 @@ def test_who_cannot_renew_its_leases_ends_what_it_handles(backend: SQLiteBackend
             queue.consume("t", handler)
             await until(lambda: len(renewed) >= 3, "it was put, taken and held once more")
             away = True
-            await until(lambda: cancelled, "it is ended before somebody else could begin it")
+            await until(lambda: cancelled, "it is ended before another worker could begin it")
             for task in asyncio.all_tasks():
                 if task.get_name().startswith("queue-"):
                     task.cancel()
