@@ -44,7 +44,7 @@ from .local_link import (
     Confirmations,
     Inbound,
     LocalBusStats,
-    Peer,
+    LocalPeer,
     PendingSubscribe,
     channel_frames,
     message_frame,
@@ -90,17 +90,17 @@ class LocalBus:
         self._closing = False
         self._tasks = Tasks()
         self._beating: asyncio.Task[None] | None = None
-        self._peers: dict[str, Peer] = {}
-        self._links: set[Peer | Inbound] = set()  # those with a transport
+        self._peers: dict[str, LocalPeer] = {}
+        self._links: set[LocalPeer | Inbound] = set()  # those with a transport
         self._links_gone = asyncio.Event()
         # Every connected user has a channel, so a channel costs little: the peers that subscribed to it are
         # one of a few shared tuples, and only what was subscribed to more than once is counted.
-        self._routes: dict[str, tuple[Peer, ...]] = {}
-        self._groups: dict[tuple[Peer, ...], tuple[Peer, ...]] = {}
+        self._routes: dict[str, tuple[LocalPeer, ...]] = {}
+        self._groups: dict[tuple[LocalPeer, ...], tuple[LocalPeer, ...]] = {}
         self._counts: dict[bytes, int] = {}
         self._confirmations: Confirmations
         self._pending: PendingSubscribe | None = None  # the subscriptions of this tick
-        self._dirty: list[Peer] = []
+        self._dirty: list[LocalPeer] = []
         self._flush_due = False
         # For the links (see local_link.LinkOwner):
         self.loop: asyncio.AbstractEventLoop
@@ -179,7 +179,7 @@ class LocalBus:
         # This worker's writing ends close after a flush. Each peer, when it has read them to the end, closes
         # its own, behind what it had sent.
         for link in list(self._links):
-            if isinstance(link, Peer) and link.transport is not None:
+            if isinstance(link, LocalPeer) and link.transport is not None:
                 link.transport.close()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._confirm_s):
@@ -251,7 +251,7 @@ class LocalBus:
         if found is not None:
             self._send((found,), channel, payload)
 
-    def _send(self, peers: Iterable[Peer], channel: str, payload: bytes) -> None:
+    def _send(self, peers: Iterable[LocalPeer], channel: str, payload: bytes) -> None:
         raw = channel.encode()
         if len(payload) > MAX_PAYLOAD_BYTES or len(raw) > MAX_CHANNEL_BYTES:
             log.error("a message of %d bytes for channel %.40s is over the limit", len(payload), channel)
@@ -272,7 +272,7 @@ class LocalBus:
                 peer.send(data)
 
     # --- one write per peer and tick ---------------------------------------
-    def flush_later(self, peer: Peer) -> None:
+    def flush_later(self, peer: LocalPeer) -> None:
         self._dirty.append(peer)
         self._flush_soon()
 
@@ -299,7 +299,7 @@ class LocalBus:
     def next_ask(self) -> int:
         return self._confirmations.next_ask()
 
-    def confirmed(self, peer: Peer, id: int) -> None:
+    def confirmed(self, peer: LocalPeer, id: int) -> None:
         self._confirmations.confirmed(peer, id)
 
     # --- connections -------------------------------------------------------
@@ -321,7 +321,7 @@ class LocalBus:
             if name != self._name and name not in self._peers:
                 self._connect(name)
 
-    def _connect(self, name: str) -> Peer | None:
+    def _connect(self, name: str) -> LocalPeer | None:
         """Connect (between Unix sockets: at once or not at all) and greet. None: the peer cannot be connected to."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         path = self._path(name)
@@ -336,12 +336,12 @@ class LocalBus:
             elif not isinstance(exc, FileNotFoundError | BlockingIOError):  # gone; its backlog is full
                 log.warning("cannot connect to %s: %s", path, exc)
             return None
-        peer = self._peers[name] = Peer(self, name)
+        peer = self._peers[name] = LocalPeer(self, name)
         peer.greet(self._name)
         self._tasks.spawn(self._open(peer, sock), f"bus-open-{name}")
         return peer
 
-    async def _open(self, peer: Peer, sock: socket.socket) -> None:
+    async def _open(self, peer: LocalPeer, sock: socket.socket) -> None:
         try:
             await self.loop.create_unix_connection(lambda: peer, sock=sock)
         except BaseException as exc:
@@ -350,7 +350,7 @@ class LocalBus:
             if not isinstance(exc, OSError):
                 raise
 
-    def _end(self, peer: Peer) -> None:
+    def _end(self, peer: LocalPeer) -> None:
         """End a connection: both its links. The next scan of the folder may begin another one."""
         if peer.ended:
             return
@@ -368,10 +368,10 @@ class LocalBus:
             notify(self._listener.on_peer_gone, peer.name)
             self.need_resync(f"the link to {peer.name} is gone")
 
-    def link_up(self, link: Peer | Inbound) -> None:
+    def link_up(self, link: LocalPeer | Inbound) -> None:
         self._links.add(link)
 
-    def out_lost(self, peer: Peer) -> None:
+    def out_lost(self, peer: LocalPeer) -> None:
         self._links.discard(peer)
         self._links_gone.set()
         if peer.ended:
@@ -403,11 +403,11 @@ class LocalBus:
         peer.inbound = inbound
         peer.heard = self.loop.time()
 
-    def malformed(self, peer: Peer | None, why: str) -> None:
+    def malformed(self, peer: LocalPeer | None, why: str) -> None:
         self.stats.malformed += 1
         log.warning("closing the link from %s: %s", peer.name if peer is not None else "a stranger", why)
 
-    def peer_subscribes(self, peer: Peer, channels: list[str]) -> None:
+    def peer_subscribes(self, peer: LocalPeer, channels: list[str]) -> None:
         for channel in channels:
             route = self._routes.get(channel, ())
             if peer not in route:
@@ -415,16 +415,16 @@ class LocalBus:
         for channel in channels:
             notify(self._listener.on_peer_subscribed, peer.name, channel)
 
-    def peer_unsubscribes(self, peer: Peer, channels: list[str]) -> None:
+    def peer_unsubscribes(self, peer: LocalPeer, channels: list[str]) -> None:
         for channel in channels:
             self._route(channel, tuple(p for p in self._routes.get(channel, ()) if p is not peer))
 
-    def peer_resets(self, peer: Peer) -> None:
+    def peer_resets(self, peer: LocalPeer) -> None:
         """Drop all subscriptions of a peer (rare: goes through those of all peers)."""
         self.peer_unsubscribes(peer, [channel for channel, route in self._routes.items() if peer in route])
         self._drop_unused_groups()
 
-    def _route(self, channel: str, route: tuple[Peer, ...]) -> None:
+    def _route(self, channel: str, route: tuple[LocalPeer, ...]) -> None:
         if route:
             self._routes[channel] = self._groups.setdefault(route, route)
             if len(self._groups) > 2 * len(self._routes) + SPARE_GROUPS:
@@ -465,7 +465,7 @@ class LocalBus:
                 link.close()  # connected without saying hello
         self._scan_folder()
 
-    def heard_again(self, peer: Peer) -> None:
+    def heard_again(self, peer: LocalPeer) -> None:
         peer.silent = False
         self.need_resync(f"{peer.name} is heard again")
 

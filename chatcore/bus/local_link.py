@@ -1,6 +1,6 @@
 """The two ends of a link of the local bus: frames, the queue for a peer, the parser, and confirmations.
 
-A link is a Unix stream socket used in one direction. Its writing end is a :class:`Peer`, its reading end an
+A link is a Unix stream socket used in one direction. Its writing end is a :class:`LocalPeer`, its reading end an
 :class:`Inbound`. The :class:`LinkOwner` (``local.py``, which explains the scheme) decides what the frames mean
 for the bus as a whole; :class:`Confirmations` tracks which peers still have to confirm which subscriptions.
 """
@@ -125,29 +125,29 @@ class LinkOwner(Protocol):
     #: ``listener.on_bus``.
     on_bus: Callable[[str, bytes], Any]
 
-    def link_up(self, link: Peer | Inbound) -> None: ...
-    def out_lost(self, peer: Peer) -> None: ...
+    def link_up(self, link: LocalPeer | Inbound) -> None: ...
+    def out_lost(self, peer: LocalPeer) -> None: ...
     def inbound_lost(self, inbound: Inbound) -> None: ...
-    def malformed(self, peer: Peer | None, why: str) -> None: ...
+    def malformed(self, peer: LocalPeer | None, why: str) -> None: ...
 
     def hello(self, inbound: Inbound, name: str) -> None:
         """:raises BusFormatError: there can be no connection with a worker of that name."""
 
-    def heard_again(self, peer: Peer) -> None: ...
-    def peer_subscribes(self, peer: Peer, channels: list[str]) -> None: ...
-    def peer_unsubscribes(self, peer: Peer, channels: list[str]) -> None: ...
-    def peer_resets(self, peer: Peer) -> None: ...
+    def heard_again(self, peer: LocalPeer) -> None: ...
+    def peer_subscribes(self, peer: LocalPeer, channels: list[str]) -> None: ...
+    def peer_unsubscribes(self, peer: LocalPeer, channels: list[str]) -> None: ...
+    def peer_resets(self, peer: LocalPeer) -> None: ...
 
-    def confirmed(self, peer: Peer, id: int) -> None:
+    def confirmed(self, peer: LocalPeer, id: int) -> None:
         """:raises BusFormatError: this worker sent no such ASK."""
 
     def need_resync(self, why: str) -> None: ...
     def next_ask(self) -> int: ...
-    def flush_later(self, peer: Peer) -> None: ...
+    def flush_later(self, peer: LocalPeer) -> None: ...
 
 
 # --- the writing end ------------------------------------------------------------------
-class Peer(asyncio.Protocol):
+class LocalPeer(asyncio.Protocol):
     """One connection with one peer; as a protocol, the writing end of the link to it.
 
     It begins when the folder shows the peer or the peer says hello, before the link is up: what is sent
@@ -303,7 +303,7 @@ class Inbound(asyncio.Protocol):
 
     def __init__(self, owner: LinkOwner) -> None:
         self.owner = owner
-        self.peer: Peer | None = None
+        self.peer: LocalPeer | None = None
         self.since = owner.loop.time()
         self.transport: asyncio.Transport | None = None
         self._parts: list[bytes] = []  # an incomplete frame; joined once, when `_need` bytes are there
@@ -412,7 +412,7 @@ class PendingSubscribe:
     """The subscriptions of one tick. ``unconfirmed``: the ASK that each of these peers still has to confirm."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.unconfirmed: dict[Peer, int] = {}
+        self.unconfirmed: dict[LocalPeer, int] = {}
         self.done: asyncio.Future[None] = loop.create_future()
         self.timer: asyncio.TimerHandle | None = None
 
@@ -441,7 +441,7 @@ class Confirmations:
         """The one that ends last, if there is any."""
         return self._open[-1] if self._open else None
 
-    def begin(self, pending: PendingSubscribe, peers: dict[Peer, int]) -> None:
+    def begin(self, pending: PendingSubscribe, peers: dict[LocalPeer, int]) -> None:
         """Wait for these peers, at most for the timeout; without peers it is done at once."""
         pending.unconfirmed = peers
         self._open.append(pending)
@@ -450,7 +450,7 @@ class Confirmations:
         else:
             self._finish(pending)
 
-    def confirmed(self, peer: Peer, id: int) -> None:
+    def confirmed(self, peer: LocalPeer, id: int) -> None:
         """A peer sent CONFIRM.
 
         :raises BusFormatError: there was no such ASK.
@@ -467,7 +467,7 @@ class Confirmations:
             self._need_resync(f"{peer.name} confirmed late")
         self.release(peer, id)
 
-    def release(self, peer: Peer, upto: int) -> None:
+    def release(self, peer: LocalPeer, upto: int) -> None:
         """Stop waiting for this peer's confirmation of every ASK up to this one."""
         for pending in list(self._open):
             if pending.unconfirmed.get(peer, upto + 1) <= upto:

@@ -47,7 +47,7 @@ from .redis_packets import (
     parse_records,
     record,
 )
-from .redis_subscriptions import LOST, PeerTable, Subscriptions
+from .redis_subscriptions import LOST, PeerTable, RedisSubscriptions
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ class RedisBus:
         self._discovery = Discovery(self.address, f"chatcore-{name}", self._confirm_s)
         self._peers = PeerTable(SILENT_AFTER_BEATS)
         self._buffer = PublishBuffer(self._prefix, self._sender, queue_bytes, self.stats, self._flush_soon)
-        self._subscriptions = Subscriptions(
+        self._subscriptions = RedisSubscriptions(
             self._prefix, self._confirm_s, ANNOUNCED, self._peers,
             ask_peers=partial(self._ask_peers, self._to_all), need_resync=self._need_resync,
             flush_soon=self._flush_soon,

@@ -1,8 +1,8 @@
 """Peers and subscriptions of the Redis bus: the other workers, this worker's channels, and their confirmations.
 
 :class:`PeerTable` knows which other workers there are, by their heartbeats, and which of them still have to
-answer. :class:`Subscriptions` counts what this worker is subscribed to, and tells Redis at the end of a tick what
-changed. When Redis has confirmed subscriptions of announced channels (presence), they are announced to the
+answer. :class:`RedisSubscriptions` counts what this worker is subscribed to, and tells Redis at the end of a tick
+what changed. When Redis has confirmed subscriptions of announced channels (presence), they are announced to the
 peers; `subscribe` returns when every peer has answered, so its caller then knows what the peers know.
 """
 
@@ -121,7 +121,7 @@ class _SubscribeBatch:
         self.late = ""  # no caller waits any longer: its confirmation calls for a resync, and this says why
 
 
-class Subscriptions:
+class RedisSubscriptions:
     """Of one worker.
 
     :param confirm_s: how long a caller waits at most.

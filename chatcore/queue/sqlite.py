@@ -133,7 +133,7 @@ class SQLiteQueue:
         :raises BadRequest, TooLarge: as :meth:`put`, at once; QueueFull comes from the operation.
         """
         check_message(topic, key, payload, delay_ms, dedupe_id, self.settings.payload_bytes)
-        message = ops.NewMessage(new_id(), topic, key, payload, delay_ms, dedupe_id)
+        message = ops.PutRequest(new_id(), topic, key, payload, delay_ms, dedupe_id)
         return lambda tx: ops.put(tx, message, self.settings, self.clock.wall_ms())
 
     def wake(self, topic: str) -> None:

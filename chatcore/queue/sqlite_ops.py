@@ -63,7 +63,7 @@ CREATE INDEX IF NOT EXISTS queue_dedupe_expires ON queue_dedupe(expires);
 
 
 @dataclass(frozen=True, slots=True)
-class NewMessage:
+class PutRequest:
     """A message to put; ``id`` is the one it gets if it is new."""
 
     id: str
@@ -96,7 +96,7 @@ def has_tables(db: apsw.Connection) -> bool:
 # -- putting
 
 
-def put(tx: Transaction, m: NewMessage, settings: QueueSettings, now_ms: int) -> str:
+def put(tx: Transaction, m: PutRequest, settings: QueueSettings, now_ms: int) -> str:
     """Put a message that was checked (:func:`~.base.check_message`); returns its id, or that of its first put.
 
     :raises QueueFull: nothing was changed. If it is not caught, the rest of the operation is rolled back, too.

@@ -23,7 +23,7 @@ from chatcore.bus.local_link import (
     RESET,
     SUBSCRIBE,
     Inbound,
-    Peer,
+    LocalPeer,
     channel_frames,
     frame,
     hello_frame,
@@ -397,7 +397,7 @@ def test_orders_of_peers_that_no_channel_has_any_more_are_dropped(tmp_path: Path
         bus = LocalBus(tmp_path, "a", queue_bytes=1 << 20, confirm_timeout_ms=2000, heartbeat_ms=50)
         bus.loop = asyncio.get_running_loop()
         bus._listener = Recorder()
-        peers = [Peer(bus, f"p{i}") for i in range(8)]
+        peers = [LocalPeer(bus, f"p{i}") for i in range(8)]
         bus.peer_subscribes(peers[0], ["kept"])
         kept = bus._routes["kept"]
         orders = itertools.islice(itertools.permutations(peers), 2000)
