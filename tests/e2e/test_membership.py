@@ -9,8 +9,10 @@ from .world import World, new_cid
 
 
 class Roles:
-    """What docs/protocol.md ("Are you in it?") says about the own role: a `conv` states it as of its `head`; a `member` entry about
-    oneself changes it only with an `s` above that."""
+    """The own role by docs/protocol.md ("Are you in it?").
+
+    A `conv` states it as of its `head`; a `member` entry about oneself changes it only with an `s` above that.
+    """
 
     def __init__(self, user: str) -> None:
         self.user = user
