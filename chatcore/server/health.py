@@ -78,7 +78,7 @@ class Health:
         """The queue is probed, too, since it may be long until a worker uses it."""
         while True:
             try:
-                self._cell.figures = {name: metrics() for name, metrics in self._metrics.items()}
+                self._cell.metrics = {name: metrics() for name, metrics in self._metrics.items()}
                 await self._queue.probe()
             except ChatError as exc:
                 log.debug("the queue: %s", exc.message)

@@ -1,5 +1,5 @@
-"""The parent process: it holds the listeners and the lock, replaces workers, obeys signals and ``ctl``.
+"""The parent process: it holds the listeners and the lock, replaces workers, and obeys signals and ``chatcore ctl``.
 
-No event loop, no threads, no client of anything. What it and a worker agree on is here, too:
-the contract (``worker_process``) and the shared stats page (``stats``).
+It has no event loop and no threads, and it is a client of no other service. What the supervisor and a worker agree
+on lives here, too: the contract (``worker_process``) and the shared stats page (``stats``).
 """

@@ -2,7 +2,7 @@
 
 ``<data>/run/control.sock``, for the server's own user only. Requests: ``{"cmd": "status" | "drain" | "reload"
 | "scale", ...}``; answers: ``{"ok": true, ...}`` or ``{"ok": false, "error": "..."}``. The supervisor answers
-from what it knows and what the stats page shows; it never waits for anybody here.
+from its own state and the stats page; it never waits for a worker or a caller here.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ log = logging.getLogger("chatcore.control")
 Json = dict[str, Any]
 
 MAX_REQUEST_BYTES: Final = 4096
-#: Callers at once; an operator and some monitoring need a few.
+#: Connections at once; an operator and some monitoring need a few.
 MAX_CLIENTS: Final = 32
-#: A caller who has not finished its line by then is gone.
+#: Time for a caller to send its request, and again to read the answer; then the connection is closed.
 REQUEST_TIMEOUT_S: Final = 5.0
 #: sun_path holds 108 bytes, the closing zero included.
 MAX_ADDRESS_BYTES: Final = 107
 
 
 class ControlError(Exception):
-    """No server answers there, or it refused; one line for people."""
+    """No server answers on the control socket, or it refused the request; the message is one line for the operator."""
 
 
 def socket_path(data: Path) -> Path:
-    """Where the server of a data directory listens for commands."""
+    """The control socket of the server that runs on `data`."""
     return data / "run" / "control.sock"
 
 
 @contextlib.contextmanager
 def _address(path: Path) -> Iterator[str]:
-    """`path` as an address for bind or connect, however long it is. Raises OSError."""
+    """`path` as an address for bind or connect, whatever its length. Raises OSError."""
     if len(os.fsencode(path)) <= MAX_ADDRESS_BYTES:
         yield str(path)
         return
-    # The kernel takes no longer address, but it does follow a link to the directory.
+    # An address cannot be longer, but the kernel follows a link to the directory.
     fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         yield f"/proc/self/fd/{fd}/{path.name}"
@@ -54,28 +54,28 @@ def _address(path: Path) -> Iterator[str]:
 
 
 class Caller:
-    """One connection to the control socket: a request, then an answer, now or later."""
+    """One connection to the control socket: a request, then one answer, at once or later."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
         self.received = b""
-        self.asked = False
+        self.complete = False
         self.unsent = b""
         self.deadline_s = time.monotonic() + REQUEST_TIMEOUT_S
 
     def answer(self, answer: Json) -> None:
-        """Send the answer and hang up. A caller that is gone, or reads nothing, misses it."""
+        """Send the answer and close the connection. A caller that is gone or does not read misses the answer."""
         self.unsent = json.dumps(answer).encode() + b"\n"
         self.deadline_s = time.monotonic() + REQUEST_TIMEOUT_S
         self.send()
 
     def send(self) -> None:
-        """Send what the socket takes of the answer; hang up after the last of it."""
+        """Send as much of the answer as the socket takes; close the connection after the last byte."""
         try:
             while self.unsent:
                 self.unsent = self.unsent[self.connection.send(self.unsent) :]
         except BlockingIOError:
-            return  # the rest of a long answer goes in the next sweep
+            return  # the next sweep sends the rest of a long answer
         except OSError:
             self.unsent = b""
         self.connection.close()
@@ -85,11 +85,11 @@ class Caller:
 
 
 class ControlServer:
-    """The supervisor's end. Never blocks; the owner polls `filenos` and calls `readable`."""
+    """The supervisor's end. It never blocks; its owner polls `filenos` and calls `readable` and `sweep`."""
 
     def __init__(self, data: Path, handle: Callable[[Json, Caller], None]) -> None:
-        """`handle` is called with each request and who asked. The data directory must be locked by this
-        server: a socket that is there already is a dead one's. Raises OSError."""
+        """`handle` is called with each request and its caller. This server must hold the lock on the data directory,
+        so that a socket found there belongs to a dead server. Raises OSError."""
         self._handle = handle
         self._path = socket_path(data)
         self._callers: dict[int, Caller] = {}
@@ -109,34 +109,34 @@ class ControlServer:
         self._listener.setblocking(False)
 
     def filenos(self) -> list[int]:
-        """What to watch for reading."""
-        return [self._listener.fileno(), *(fd for fd, caller in self._callers.items() if not caller.asked)]
+        """The descriptors to poll for reading."""
+        return [self._listener.fileno(), *(fd for fd, caller in self._callers.items() if not caller.complete)]
 
     def readable(self, fd: int) -> None:
-        """Take a connection, or what one has sent."""
+        """Accept a connection, or read what a caller has sent."""
         if fd == self._listener.fileno():
             self._accept()
         elif fd in self._callers:
             self._read(fd, self._callers[fd])
 
     def sweep(self) -> None:
-        """Send on, and forget who was answered, who never finished asking, and who does not read."""
+        """Go on sending answers. Drop callers that are done, and those whose time to ask or to read is over."""
         now = time.monotonic()
         for fd, caller in list(self._callers.items()):
             if caller.unsent:
                 caller.send()
-            if (caller.unsent or not caller.asked) and now > caller.deadline_s:
+            if (caller.unsent or not caller.complete) and now > caller.deadline_s:
                 caller.connection.close()
             if caller.connection.fileno() < 0:
                 del self._callers[fd]
 
     def close(self) -> None:
-        """Take no more requests; callers still waiting keep their connection. Removes the socket's file."""
+        """Accept no more requests and remove the socket file; callers that wait for an answer keep their connection."""
         self._path.unlink(missing_ok=True)
         self._listener.close()
 
     def close_in_child(self) -> None:
-        """Close a forked child's copies only."""
+        """Close the descriptors in a forked child; the parent keeps its own."""
         self._listener.close()
         for caller in self._callers.values():
             caller.connection.close()
@@ -161,7 +161,7 @@ class ControlServer:
             data = b""
         caller.received += data
         if b"\n" in caller.received:
-            caller.asked = True
+            caller.complete = True
             try:
                 request = json.loads(caller.received.partition(b"\n")[0])
             except ValueError:
@@ -175,9 +175,9 @@ class ControlServer:
 
 
 def call(data: Path, request: Json, timeout_s: float | None = None) -> Json:
-    """Ask the server of `data`, wait for its answer (None: as long as it takes) and return it.
+    """Send a request to the server of `data` and return its answer; `timeout_s` None waits without a limit.
 
-    Raises ControlError when no server runs there, it ends without an answer, or its answer is an error.
+    Raises ControlError when no server runs there, when it ends without an answer, or when its answer is an error.
     """
     path = socket_path(data.absolute())
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:

@@ -1,8 +1,8 @@
-"""Who holds a data directory: a lock that lives as long as any process of the server does.
+"""The lock on the data directory, held as long as any process of the server lives.
 
-The lock is a ``flock`` on ``<data>/lock``. Workers inherit it with the descriptor, so while orphans of a dead
-supervisor still drain, no new server can start on their data. The file itself is never removed: a lock on a
-removed file would exclude nobody.
+The lock is a ``flock`` on ``<data>/lock``. Workers inherit it with the descriptor, so no new server can start on the
+data while the orphaned workers of a dead supervisor still drain. The file itself is never removed: a lock on a
+removed file would exclude no other server.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LOCK_NAME = "lock"
 
 
 def refuse_if_held(data: Path) -> None:
-    """Raise StartError if another server holds `data`; touches nothing."""
+    """Raise StartError if another server holds the lock on `data`; changes nothing."""
     try:
         fd = os.open(data / LOCK_NAME, os.O_RDONLY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -33,7 +33,7 @@ def refuse_if_held(data: Path) -> None:
 
 
 def lock(data: Path) -> int:
-    """Make the directory if need be and lock it for this process and those it forks.
+    """Create the directory if it is missing, and lock it for this process and its children.
 
     Returns the descriptor: the lock is held while any process has it open. Raises StartError.
     """
@@ -76,5 +76,5 @@ def _openers(path: Path) -> list[str]:
             if pid != str(os.getpid()) and any(os.readlink(fd) == str(path) for fd in fds.iterdir()):
                 pids.append(pid)
         except OSError:
-            continue  # gone meanwhile, or another user's
+            continue  # the process has ended, or belongs to another user
     return pids

@@ -1,7 +1,7 @@
 """The listening sockets: one per worker slot on the same port, so that the kernel spreads the connections.
 
-Each belongs to the supervisor and outlives its workers: a connection that waits in the queue of a worker that
-died is taken by its replacement.
+The supervisor owns each listener, so it outlives the workers: when a worker dies, its replacement accepts the
+connections that wait in the listener's queue.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .worker_process import StartError
 
 log = logging.getLogger("chatcore.listeners")
 
-#: Connections that wait to be accepted, per worker; the kernel cuts it to net.core.somaxconn (4096 by default).
+#: Connections that may wait to be accepted, per worker; the kernel limits it to net.core.somaxconn (4096 by default).
 BACKLOG: Final = 4096
 
 # asm-generic/socket.h; not in the socket module.
@@ -26,26 +26,26 @@ SO_DETACH_REUSEPORT_BPF: Final = 68
 
 
 class Listeners:
-    """Opens listeners on one address. The address is fixed when this is made."""
+    """Opens listeners on one address, which is resolved once, at construction."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Find the address and make sure that nobody else has it. Raises StartError.
+        """Resolve the address and check that no other process listens on it. Raises StartError.
 
-        With SO_REUSEPORT alone a second server of the same user would share the port silently, and each would
-        get half of the clients; so the port is first bound without it. (A server that starts within the same
-        microseconds can still slip through; on the same data directory the lock stops it.)
+        With SO_REUSEPORT alone a second server of the same user would share the port silently, and each server would
+        get half of the clients. So this binds the port once without SO_REUSEPORT. (A server that starts within the
+        same microseconds can still slip through; on the same data directory the lock stops it.)
         """
         self._host = host
         try:
             found = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         except (OSError, UnicodeError) as error:
-            raise StartError(f"host {host!r} is no address and no known name: {error}") from error
-        # A name such as localhost may have both kinds; the IPv4 one is what everything else can reach.
+            raise StartError(f"host {host!r} is neither an address nor a known name: {error}") from error
+        # A name such as localhost may have addresses of both families; every client can reach the IPv4 one.
         family, _, _, _, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)
         self._family = family
         try:
             with socket.socket(family, socket.SOCK_STREAM) as probe:
-                # Old connections in TIME_WAIT do not matter; a listening socket still refuses.
+                # Ignore old connections in TIME_WAIT; another listening socket still makes the bind fail.
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(address)
                 probe.listen(1)
@@ -56,11 +56,11 @@ class Listeners:
 
     @property
     def url(self) -> str:
-        """Where a browser or client on this machine would go."""
+        """The URL for a browser or client on this machine."""
         return f"http://{_show(self._host, self.port)}"
 
     def open(self) -> socket.socket:
-        """One more listener: bound, listening, non-blocking. Raises StartError."""
+        """Open one more listener: bound, listening, non-blocking. Raises StartError."""
         listener = socket.socket(self._family, socket.SOCK_STREAM)
         try:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -75,12 +75,13 @@ class Listeners:
 
 
 def steer(listener: socket.socket, chosen: Sequence[int]) -> None:
-    """Let the kernel give new connections only to these listeners of the group (numbered in the order of opening),
-    at random. None: to all again.
+    """Let the kernel give new connections, at random, only to the `chosen` listeners of the group of `listener`.
 
-    A listener that is closed resets what waits in its queue, unless net.ipv4.tcp_migrate_req=1 is set on the
-    machine (then the kernel moves it to the others). So a slot that is to go first gets nothing new. It is a classic
-    BPF program, which needs no privilege.
+    Listeners are numbered in the order of opening; an empty `chosen` lets the kernel use all of them again.
+
+    Closing a listener resets the connections in its queue, unless the machine has net.ipv4.tcp_migrate_req=1 (then
+    the kernel moves them to the other listeners). So a worker slot that is to be removed must get nothing new before
+    its listener is closed. This attaches a classic BPF program, which needs no privilege.
     """
     try:
         if not chosen:
@@ -88,7 +89,7 @@ def steer(listener: socket.socket, chosen: Sequence[int]) -> None:
             return
         steps = [
             (0x20, 0, 0, 0xFFFFF000 + 56),  # A = random (SKF_AD_OFF + SKF_AD_RANDOM)
-            (0x94, 0, 0, len(chosen)),  # A %= how many
+            (0x94, 0, 0, len(chosen)),  # A %= len(chosen)
         ]
         for i, number in enumerate(chosen):
             steps += [(0x15, 0, 1, i), (0x06, 0, 0, number)]  # if A == i: return number
@@ -98,8 +99,8 @@ def steer(listener: socket.socket, chosen: Sequence[int]) -> None:
         fprog = struct.pack("@HP", len(steps), ctypes.addressof(buffer))  # struct sock_fprog
         listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_REUSEPORT_CBPF, fprog)
     except OSError as error:
-        # Worth no more than a line: those connections wait, or are reset, and come again.
-        log.info("new connections cannot be steered away from a slot: %s", error)
+        # No reason to fail: the connections concerned wait, or are reset and the clients connect again.
+        log.info("cannot steer new connections between worker slots: %s", error)
 
 
 def _show(host: str, port: int) -> str:

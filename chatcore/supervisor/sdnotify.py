@@ -1,6 +1,6 @@
-"""Tell systemd how the service is: sd_notify(3), without a library.
+"""Reports the state of the service to systemd: sd_notify(3), without a library.
 
-Everything does nothing when there is no NOTIFY_SOCKET.
+Without NOTIFY_SOCKET in the environment, nothing is sent.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 
 log = logging.getLogger("chatcore.sdnotify")
 
-#: Pings per watchdog period; sd_watchdog_enabled(3) recommends half of it.
+#: Pings per watchdog period; sd_watchdog_enabled(3) recommends an interval of half the period.
 PINGS_PER_PERIOD: Final = 2
 
 
@@ -31,14 +31,14 @@ class Notifier:
         if self._address:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
-        #: Seconds between pings; 0: nobody waits for them.
+        #: Seconds between pings; 0 if systemd expects none.
         self.watchdog_s = 0.0
         usec = env.get("WATCHDOG_USEC", "")
         if self._socket and usec.isdecimal() and env.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid()):
             self.watchdog_s = int(usec) / 1e6 / PINGS_PER_PERIOD
 
     def ready(self) -> None:
-        """Start, or a reload, is complete."""
+        """The start, or a reload, is complete."""
         self._send("READY=1")
 
     def reloading(self) -> None:
@@ -49,11 +49,11 @@ class Notifier:
         self._send("STOPPING=1")
 
     def watchdog(self) -> None:
-        """The service is alive; to be sent every `watchdog_s`."""
+        """The service is alive; send this every `watchdog_s`."""
         self._send("WATCHDOG=1")
 
     def status(self, text: str) -> None:
-        """One line for `systemctl status`; sent when it changed."""
+        """Set the line that `systemctl status` shows; sent only when it changes."""
         if text != self._status:
             self._status = text
             self._send(f"STATUS={text}")
@@ -69,4 +69,4 @@ class Notifier:
         try:
             self._socket.sendto("\n".join(lines).encode(), self._address)
         except OSError as error:
-            log.warning("systemd cannot be told %s: %s", lines[0], error)
+            log.warning("cannot send %s to systemd: %s", lines[0], error)

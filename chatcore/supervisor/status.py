@@ -1,4 +1,4 @@
-"""What the server tells about itself: read from the stats page, so nobody is asked."""
+"""The answer to ``chatcore ctl status``: read from the stats page, without asking a worker."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from typing import Any, Final
 
 from .. import __version__
 from .stats import Health
-from .worker_slot import Slot, Worker
+from .worker_slot import Worker, WorkerSlot
 
-#: Whose health is told, in this order.
+#: The parts whose health is shown, in this order.
 PARTS: Final = ("store", "bus", "cache", "queue")
 #: What a worker's cache counts for each kind of read: reads answered by level 1, by level 2, by the store, and values
 #: read again ahead of need.
 CACHE_COUNTERS: Final = ("l1", "l2", "missed", "refreshed")
 
 
-def report(slots: Sequence[Slot], target: int, url: str, stopping: bool) -> dict[str, Any]:
-    """The answer to ``ctl status``; a slot that waits for its next worker has no pid."""
+def report(slots: Sequence[WorkerSlot], target: int, url: str, stopping: bool) -> dict[str, Any]:
+    """The answer to ``ctl status``, for JSON. A slot without a worker is listed with pid None."""
     now = time.monotonic_ns()
     workers = []
     for slot in slots:
         if slot.current is None:
-            workers.append(_nobody(slot))
+            workers.append(_vacant(slot))
         workers += [_worker(slot, worker, now) for worker in slot.workers()]
     ready = [slot.current for slot in slots if slot.current is not None and slot.current.ready_ns]
-    told = [worker["figures"] for worker in workers if worker.get("figures")]
     return {
         "version": __version__,
         "url": url,
@@ -35,13 +34,13 @@ def report(slots: Sequence[Slot], target: int, url: str, stopping: bool) -> dict
         "bus": _health(worker.cell.bus_health for worker in ready),
         "cache": _health(worker.cell.cache_health for worker in ready),
         "queue": _health(worker.cell.queue_health for worker in ready),
-        "reads": _reads(told),
+        "reads": _cache_reads(worker["figures"] for worker in workers if worker["figures"]),
         "target": target,
         "workers": workers,
     }
 
 
-def _worker(slot: Slot, worker: Worker, now: int) -> dict[str, Any]:
+def _worker(slot: WorkerSlot, worker: Worker, now: int) -> dict[str, Any]:
     cell = worker.cell
     return {
         "slot": slot.index,
@@ -50,7 +49,7 @@ def _worker(slot: Slot, worker: Worker, now: int) -> dict[str, Any]:
         "connections": cell.connections,
         "uptime_s": round((now - cell.started_ns) / 1e9, 1),
         "nonce": worker.nonce,
-        "heartbeat_age_ms": (now - worker.heard_ns()) // 1_000_000 if worker.ready_ns else None,
+        "heartbeat_age_ms": (now - worker.last_tick_ns()) // 1_000_000 if worker.ready_ns else None,
         "loop_lag_max_ms": round(cell.loop_lag_max_ns / 1e6, 1),
         "websockets": cell.websockets,
         "sessions": cell.sessions,
@@ -59,11 +58,11 @@ def _worker(slot: Slot, worker: Worker, now: int) -> dict[str, Any]:
         "entries_appended": cell.entries_appended,
         "deliveries": cell.deliveries,
         "error": slot.error or None,
-        "figures": cell.figures,
+        "figures": cell.metrics,  # the key in `ctl status --json` keeps its name
     }
 
 
-def _nobody(slot: Slot) -> dict[str, Any]:
+def _vacant(slot: WorkerSlot) -> dict[str, Any]:
     return {
         "slot": slot.index,
         "pid": None,
@@ -76,21 +75,22 @@ def _nobody(slot: Slot) -> dict[str, Any]:
 
 
 def _health(of_workers: Iterable[int]) -> str:
-    """ "down" if any worker says so, "ok" if all say so, "none" if none has it, else "unknown" (not checked yet)."""
-    said = list(of_workers)
-    if Health.DOWN in said:
+    """ "down" if one worker reports it, "ok" if all do, "none" if no worker has the part, else "unknown" (not
+    checked yet)."""
+    reported = list(of_workers)
+    if Health.DOWN in reported:
         return "down"
     for same in (Health.OK, Health.NONE):
-        if said and all(one == same for one in said):
+        if reported and all(one == same for one in reported):
             return same.name.lower()
     return "unknown"
 
 
-def _reads(told: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Reads that the cache answered, by kind, of all workers together: by level 1, level 2, or not at all."""
+def _cache_reads(metrics: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The cache counters of all workers added up, by kind of read, with the ratio that did not need the store."""
     kinds: dict[str, dict[str, Any]] = {}
-    for figures in told:
-        for kind, counters in figures.get("cache", {}).get("kinds", {}).items():
+    for one in metrics:
+        for kind, counters in one.get("cache", {}).get("kinds", {}).items():
             total = kinds.setdefault(kind, dict.fromkeys(CACHE_COUNTERS, 0))
             for name in CACHE_COUNTERS:
                 total[name] += counters[name]
@@ -101,29 +101,29 @@ def _reads(told: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def summary(status: dict[str, Any]) -> list[str]:
-    """What :func:`report` says, in lines for people, but for the workers."""
+    """The lines above the table of workers that ``ctl status`` prints for an answer of :func:`report`."""
     parts = [f"{part} {status[part]}" for part in PARTS if status[part] != "none"]
     lines = [f"chatcore {status['version']} {status['state']} on {status['url']}", ", ".join(parts)]
-    figures = [worker["figures"] for worker in status["workers"] if worker["figures"]]
-    read = [
+    metrics = [worker["figures"] for worker in status["workers"] if worker["figures"]]
+    hit_ratios = [
         f"{kind.replace('_', ' ')} {100 * counts['ratio']:.1f} % of {counts['l1'] + counts['l2'] + counts['missed']}"
         for kind, counts in status["reads"].items()
         if counts["l1"] + counts["l2"] + counts["missed"]
     ]
-    if read:
-        lines.append("reads from the cache: " + ", ".join(read))
-    pools = [one["store"] for one in figures if "pool" in one.get("store", {})]
+    if hit_ratios:
+        lines.append("reads from the cache: " + ", ".join(hit_ratios))
+    pools = [one["store"] for one in metrics if "pool" in one.get("store", {})]
     if pools:
-        busy, made, most = (sum(one["pool"][what] for one in pools) for what in ("busy", "connections", "max"))
+        busy, open_now, limit = (sum(one["pool"][what] for one in pools) for what in ("busy", "connections", "max"))
         commands = sum(sum(one["commands"].values()) for one in pools)
         each_ms = sum(one["commands_ms"] for one in pools) / max(1, commands)
         lines.append(
-            f"store: {busy} of {made} connections busy (at most {most}), {commands} commands of {each_ms:.1f} ms,"
+            f"store: {busy} of {open_now} connections busy (at most {limit}), {commands} commands of {each_ms:.1f} ms,"
             f" {sum(one['commands_failed'] for one in pools)} failed; {sum(one['queue']['waiting'] for one in pools)}"
             f" wait for a connection, {sum(one['queue']['given_up'] for one in pools)} gave up"
         )
     opened: dict[str, str] = {}
-    for one in figures:
+    for one in metrics:
         for part, breaker in one.get("breakers", {}).items():
             if breaker["state"] != "closed":
                 opened[part] = breaker["state"].replace("_", " ")

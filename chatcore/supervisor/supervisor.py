@@ -1,9 +1,9 @@
-"""The parent of the workers: plain Python, no event loop, no threads, a client of nothing.
+"""The parent of the workers: plain Python without an event loop or threads, and a client of no other service.
 
-It holds the listeners and the lock on the data, forks workers, replaces those that die or get stuck, and
-carries out what signals and the control socket ask: drain, reload, scale. One round of its loop looks at
-everything there is (`_round`), so no order of events needs thought of its own. What workers say it reads
-from the stats page.
+The supervisor holds the listeners and the lock on the data directory, forks workers, replaces those that die or get
+stuck, and carries out the requests of signals and the control socket: drain, reload, scale. Each round of its loop
+(`_round`) checks the whole state and does what is due, so the order of events does not matter. It reads the state of
+the workers from the stats page.
 """
 
 from __future__ import annotations
@@ -28,25 +28,24 @@ from ..settings import MAX_WORKERS, Settings
 from . import datadir
 from .control import Caller, ControlServer, Json
 from .listeners import Listeners
-from .reload import Reload
-from .scale import Scale
 from .sdnotify import Notifier
 from .stats import State, StatsPage
 from .status import report
+from .worker_pool import Reload, WorkerPool
 from .worker_process import EXIT_START_ERROR, StartError, WorkerContext, WorkerMain, fork_worker
-from .worker_slot import MS, Slot, Worker, how_it_ended
+from .worker_slot import MS, Worker, WorkerSlot, how_it_ended
 
 log = logging.getLogger("chatcore.supervisor")
 
-#: A drained worker has closed everything by its deadline; this is to get out of the process.
+#: A drained worker has closed everything by its deadline; the process may take this much longer to exit.
 KILL_GRACE_NS: Final = 1_000 * MS
-#: Files of a worker that are not clients: the store, the bus, libraries.
+#: Open files of a worker besides its clients: the store, the bus, libraries.
 SPARE_FILES: Final = 512
-#: Rounds while something is awaited that sends no signal (a worker getting ready), and otherwise.
+#: Time between rounds: while a worker starts (getting ready sends no signal), and otherwise.
 ROUND_BUSY_MS: Final = 10
 ROUND_IDLE_MS: Final = 250
-#: A round that comes this much late means that the supervisor itself stood still (Ctrl-Z, a frozen machine).
-STOOD_STILL_NS: Final = 2_000 * MS
+#: A round that is this late means that the supervisor itself was suspended (Ctrl-Z, a frozen machine).
+SUSPENDED_NS: Final = 2_000 * MS
 
 SIGNALS: Final = (
     signal.SIGTERM,
@@ -60,7 +59,7 @@ SIGNALS: Final = (
 
 
 class Supervisor:
-    """Runs a server until it is told to stop. One per process; `run` takes over its signals."""
+    """Runs a server until it is asked to stop. There is one per process; `run` takes over the process's signals."""
 
     def __init__(
         self,
@@ -70,67 +69,68 @@ class Supervisor:
         reread: Callable[[], Settings] | None = None,
         announce: Callable[[str, Settings, int], None] = lambda url, settings, workers: None,
     ) -> None:
-        """`reread`: gives the settings anew for a reload, or raises ConfigError.
-        `announce(url, settings, workers)`: called once, when every worker serves."""
+        """`reread` returns fresh settings for a reload, or raises ConfigError.
+        `announce(url, settings, workers)` is called once, when all workers are ready."""
         self.settings = settings
         self.data = Path(settings.server.data).absolute()
-        self._main = worker_main
+        self._worker_main = worker_main
         self._reread = reread
         self._announce = announce
         self._reload: Reload | None = None
-        self._reload_again: list[Caller] | None = None  # None: not asked for
-        self._drainers: list[Caller] = []
+        self._reload_again: list[Caller] | None = None  # who asked for a reload during a reload; None: no one did
+        self._drain_callers: list[Caller] = []
         self._announced = False
         self._ever_ready = False
         self._stopping = False
-        self._halted = ""
+        self._start_failure = ""  # why no worker can start; the server ends then
         self._had_to_kill = False
         self._last_round_ns = 0
         self._ping_ns = 0
 
-    # -- the life of the server
+    # -- from start to stop
 
     def run(self) -> int:
-        """Serve until stopped. Returns the exit code: 0 when it stopped as asked, 1 when a worker had to be
-        killed at the deadline. Raises StartError when it cannot begin (then nothing was touched), or no worker
-        ever got ready."""
+        """Serve until stopped. Returns the exit code: 0 after a stop as requested, 1 if it had to kill a worker at the
+        deadline. Raises StartError when the server cannot begin (then nothing was changed), or when no worker ever
+        got ready."""
         self._notifier = Notifier(os.environ)
         self._host = socket.gethostname()
         self._page = StatsPage(MAX_WORKERS)
         datadir.refuse_if_held(self.data)
         self._listeners = Listeners(self.settings.server.host, self.settings.server.port)
-        self._scale = Scale(self._listeners, self.settings.worker_count())
+        self._pool = WorkerPool(self._listeners, self.settings.worker_count())
         lock_fd = datadir.lock(self.data)
         try:
-            self._control = ControlServer(self.data, self._command)
+            self._control = ControlServer(self.data, self._handle_request)
         except OSError as error:
-            raise StartError(f"control socket in {self.data} cannot be made: {error.strerror}") from error
+            raise StartError(f"cannot create the control socket in {self.data}: {error.strerror}") from error
         self._parent_read, self._parent_write = os.pipe()
-        self._signals()
+        self._install_signal_handlers()
         self._raise_file_limit()
-        # What was made so far is for ever: the collector need not touch, and so copy, its pages in workers.
+        # All objects so far live until the end. Frozen, the collector does not touch them, so that their pages stay
+        # shared between the workers.
         gc.collect()
         gc.freeze()
-        log.debug("starting %d workers on %s, data in %s", self._scale.target, self._listeners.url, self.data)
+        log.debug("starting %d workers on %s, data in %s", self._pool.target, self._listeners.url, self.data)
         try:
             self._loop()
         finally:
-            self._end(lock_fd)
-        if self._halted:
-            raise StartError(f"no worker could start: {self._halted}")
+            self._shut_down(lock_fd)
+        if self._start_failure:
+            raise StartError(f"no worker could start: {self._start_failure}")
         log.info("stopped")
         return 1 if self._had_to_kill else 0
 
     def _raise_file_limit(self) -> None:
-        """Let workers, which inherit it, open as many files as the system permits."""
+        """Raise the limit of open files, which workers inherit, to what the system permits."""
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         if soft != hard:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         needed = self.settings.limits.connections_per_worker + SPARE_FILES
         if hard != resource.RLIM_INFINITY and hard < needed:
-            log.warning("a worker may open %d files, but limits.connections_per_worker asks for %d", hard, needed)
+            log.warning("a worker may open only %d files, but limits.connections_per_worker needs %d", hard, needed)
 
-    def _signals(self) -> None:
+    def _install_signal_handlers(self) -> None:
         self._wake_read, wake_write = os.pipe()
         os.set_blocking(self._wake_read, False)
         os.set_blocking(wake_write, False)
@@ -139,8 +139,8 @@ class Supervisor:
         for number in SIGNALS:
             signal.signal(number, lambda number, frame: None)
 
-    def _end(self, lock_fd: int) -> None:
-        """Leave nothing behind, whatever ended the loop; the lock goes last but for the answers."""
+    def _shut_down(self, lock_fd: int) -> None:
+        """Leave nothing behind, whatever ended the loop. Callers of drain are answered after the lock is released."""
         for worker in self._workers():
             worker.kill("the supervisor ends")
             os.waitpid(worker.pid, 0)
@@ -149,75 +149,75 @@ class Supervisor:
         signal.set_wakeup_fd(-1)
         self._control.close()
         os.close(lock_fd)
-        for caller in self._drainers:
+        for caller in self._drain_callers:
             caller.answer({"ok": True})
         self._notifier.close()
 
     def _loop(self) -> None:
         while True:
             self._round(time.monotonic_ns())
-            if (self._stopping or self._halted) and not any(self._workers()):
+            if (self._stopping or self._start_failure) and not any(self._workers()):
                 return
             poll = select.poll()
             for fd in (self._wake_read, *self._control.filenos()):
                 poll.register(fd, select.POLLIN)
-            for fd, _ in poll.poll(self._patience_ms(time.monotonic_ns())):
+            for fd, _ in poll.poll(self._poll_timeout_ms(time.monotonic_ns())):
                 if fd == self._wake_read:
-                    self._signalled()
+                    self._handle_signals()
                 else:
                     self._control.readable(fd)
             self._control.sweep()
 
-    def _patience_ms(self, now: int) -> int:
-        """How long nothing needs to be done unless something happens."""
+    def _poll_timeout_ms(self, now: int) -> int:
+        """How long to wait for an event before the next round."""
         if self._reload or any(worker.starting() for worker in self._workers()):
             return ROUND_BUSY_MS
         due = [now + ROUND_IDLE_MS * MS]
         due += [slot.restart_ns for slot in self._slots if slot.restart_ns > now]
-        due += [worker.kill_ns for worker in self._workers() if worker.kill_ns and not worker.killed]
+        due += [worker.kill_ns for worker in self._workers() if worker.kill_ns and not worker.kill_reason]
         return max(0, min(ROUND_IDLE_MS, -((now - min(due)) // MS)))
 
     def _round(self, now: int) -> None:
-        """Look at everything, do what is due."""
+        """Check everything, and do what is due."""
         late = now - self._last_round_ns - ROUND_IDLE_MS * MS
-        if self._last_round_ns and late > STOOD_STILL_NS:
-            log.warning("the supervisor stood still for %d ms; nobody is judged by that time", late // MS)
+        if self._last_round_ns and late > SUSPENDED_NS:
+            log.warning("the supervisor was suspended for %d ms; the deadlines of all workers are extended", late // MS)
             for worker in self._workers():
-                worker.spare(now, late)
+                worker.excuse(now, late)
         self._last_round_ns = now
         for slot in self._slots:
             for worker in list(slot.workers()):
                 code = worker.reap()
                 if code is not None:
-                    self._died(slot, worker, code, now)
+                    self._on_exit(slot, worker, code, now)
                 else:
-                    self._judge(slot, worker, now)
-        if self._halted:
+                    self._check_worker(slot, worker, now)
+        if self._start_failure:
             return
         if not self._stopping:
-            self._scale.step(now, self._kill_at(now), self.settings.timeouts, reloading=self._reload is not None)
+            self._pool.step(now, self._kill_at(now), self.settings.timeouts, reloading=self._reload is not None)
             self._fork_missing(now)
             if self._reload and self._reload.step(now, self._spawn, self._kill_at(now)):
                 self._reloaded(self._reload)
-            self._tell_ready()
-        self._tell_systemd(now)
+            self._announce_ready()
+        self._notify_systemd(now)
 
     # -- workers
 
     @property
-    def _slots(self) -> list[Slot]:
-        return self._scale.slots
+    def _slots(self) -> list[WorkerSlot]:
+        return self._pool.slots
 
     def _workers(self) -> Iterator[Worker]:
         for slot in self._slots:
             yield from slot.workers()
 
-    def _spawn(self, slot: Slot, settings: Settings) -> Worker | None:
-        """Fork a worker for `slot`; None if that is not possible now."""
-        which = slot.free_cell()
-        if which is None:
+    def _spawn(self, slot: WorkerSlot, settings: Settings) -> Worker | None:
+        """Fork a worker for `slot`; None if that is not possible now. Logs why the fork failed."""
+        cell_index = slot.free_cell()
+        if cell_index is None:
             return None
-        cell = self._page.cell(slot.index, which)
+        cell = self._page.cell(slot.index, cell_index)
         nonce = secrets.randbelow(2**53 - 1) + 1
         cell.reset(nonce)
         context = WorkerContext(
@@ -231,15 +231,15 @@ class Supervisor:
             version=__version__,
         )
         try:
-            pid = fork_worker(context, self._main, lambda: self._close_in_child(slot))
+            pid = fork_worker(context, self._worker_main, lambda: self._close_in_child(slot))
         except OSError as error:
-            log.error("no process for worker %d: %s", slot.index, error.strerror)
+            log.error("cannot fork worker %d: %s", slot.index, error.strerror)
             return None
         log.debug("worker %d is process %d", slot.index, pid)
-        return Worker(pid, nonce, which, cell, time.monotonic_ns())
+        return Worker(pid, nonce, cell_index, cell, time.monotonic_ns())
 
-    def _close_in_child(self, own: Slot) -> None:
-        """What a worker must not hold: with the pipe's writing end it would never see the supervisor die."""
+    def _close_in_child(self, own: WorkerSlot) -> None:
+        """Close what a worker must not hold: with the write end of the pipe it would never see the supervisor die."""
         os.close(self._parent_write)
         os.close(self._wake_read)
         os.close(self._wake_write)
@@ -252,76 +252,75 @@ class Supervisor:
     def _kill_at(self, now: int) -> int:
         return now + self.settings.server.drain_timeout_ms * MS + KILL_GRACE_NS
 
-    def _judge(self, slot: Slot, worker: Worker, now: int) -> None:
-        """Notice that a living worker got ready, is stuck, or has had its time."""
+    def _check_worker(self, slot: WorkerSlot, worker: Worker, now: int) -> None:
+        """Notice that a living worker got ready, is stuck, or has reached its deadline."""
         if worker.starting() and worker.cell.state == State.READY:
             worker.ready_ns = now
             self._ever_ready = True
             log.info("worker %d (process %d) is ready", slot.index, worker.pid)
-        why = "" if worker.killed else worker.overdue(now, self.settings.timeouts)
-        if why:
-            log.error("worker %d (process %d) is killed: %s", slot.index, worker.pid, why)
+        reason = "" if worker.kill_reason else worker.overdue(now, self.settings.timeouts)
+        if reason:
+            log.error("worker %d (process %d) is killed: %s", slot.index, worker.pid, reason)
             self._had_to_kill = self._had_to_kill or self._stopping
-            worker.kill(why)
+            worker.kill(reason)
 
-    def _died(self, slot: Slot, worker: Worker, code: int, now: int) -> None:
+    def _on_exit(self, slot: WorkerSlot, worker: Worker, code: int, now: int) -> None:
         how = how_it_ended(code)
-        error = worker.killed or worker.cell.error or how
+        error = worker.kill_reason or worker.cell.error or how
         asked = worker.kill_ns != 0
-        was = "coming" if worker is slot.coming else "current" if worker is slot.current else "leaving"
+        was_successor = worker is slot.successor
         slot.remove(worker)
         if asked or slot.retire_ns:
             log.info("worker %d (process %d) has left: %s", slot.index, worker.pid, how)
             return
-        if was == "coming":
+        if was_successor:
             log.error("the new worker %d (process %d) died: %s", slot.index, worker.pid, error)
             if self._reload:
                 self._reload.failed(slot, error)
             return
         pause = slot.failed(worker, now, error)
-        if self._halted:
+        if self._start_failure:
             return
         if not self._ever_ready and (code == EXIT_START_ERROR or all(other.ever_failed for other in self._slots)):
-            self._halted = error
+            self._start_failure = error
             for other in self._workers():
                 other.kill("no worker can start")
             return
         if not worker.ready_ns:
-            # It is tried again, for ever if need be; nobody should have to wait for that.
-            self._scale.fail(f"worker {slot.index} died before it was ready: {error}")
-        log.error(
-            "worker %d (process %d) died: %s; the next one comes in %d ms", slot.index, worker.pid, error, pause // MS
-        )
+            # The slot is tried again, without a limit; a caller of scale should not have to wait for that.
+            self._pool.fail(f"worker {slot.index} died before it was ready: {error}")
+        log.error("worker %d (process %d) died: %s; restarting it in %d ms", slot.index, worker.pid, error, pause // MS)
 
     def _fork_missing(self, now: int) -> None:
-        """A worker for every slot that has none and may have one by now."""
+        """Fork a worker for every slot that has none and whose pause is over."""
         for slot in self._slots:
-            if slot.current is slot.coming is None and not slot.retire_ns and now >= slot.restart_ns:
+            if slot.current is slot.successor is None and not slot.retire_ns and now >= slot.restart_ns:
                 slot.current = self._spawn(slot, self.settings)
                 if slot.current is None:
                     slot.restart_ns = now + ROUND_IDLE_MS * MS
 
-    def _tell_ready(self) -> None:
-        if not self._announced and self._scale.reached():
+    def _announce_ready(self) -> None:
+        if not self._announced and self._pool.complete():
             self._announced = True
             self._announce(self._listeners.url, self.settings, len(self._slots))
             self._notifier.ready()
 
-    def _tell_systemd(self, now: int) -> None:
+    def _notify_systemd(self, now: int) -> None:
         ready = sum(slot.is_ready() for slot in self._slots)
-        what = "stopping" if self._stopping else "reloading" if self._reload else "serving"
-        self._notifier.status(f"{what}: {ready} of {len(self._slots)} workers ready")
+        state = "stopping" if self._stopping else "reloading" if self._reload else "serving"
+        self._notifier.status(f"{state}: {ready} of {len(self._slots)} workers ready")
         if self._notifier.watchdog_s and now >= self._ping_ns:
-            # A worker that gets stuck is killed in time; that one stays stuck or none serves is for systemd.
+            # The supervisor kills a stuck worker in time. When a worker stays stuck, or none serves, it sends no
+            # ping, so that systemd steps in.
             fresh_ns = self.settings.timeouts.stuck_worker_ms * MS
             serving = [worker for worker in self._workers() if worker.ready_ns]
-            if serving and all(now - worker.heard_ns() <= fresh_ns for worker in serving):
+            if serving and all(now - worker.last_tick_ns() <= fresh_ns for worker in serving):
                 self._notifier.watchdog()
             self._ping_ns = now + int(self._notifier.watchdog_s * 1e9)
 
-    # -- what is asked from outside
+    # -- requests from signals and the control socket
 
-    def _signalled(self) -> None:
+    def _handle_signals(self) -> None:
         for number in os.read(self._wake_read, 4096):
             if number == signal.SIGTERM or (number == signal.SIGINT and not self._stopping):
                 self._stop()
@@ -332,19 +331,19 @@ class Supervisor:
             elif number == signal.SIGHUP and not self._stopping:
                 self._start_reload(())
             elif number == signal.SIGTTIN:
-                self._scale.to(self._scale.target + 1)
+                self._pool.resize(self._pool.target + 1)
             elif number == signal.SIGTTOU:
-                self._scale.to(self._scale.target - 1)
+                self._pool.resize(self._pool.target - 1)
 
-    def _command(self, request: Json, caller: Caller) -> None:
+    def _handle_request(self, request: Json, caller: Caller) -> None:
         match request.get("cmd"):
             case "status":
                 caller.answer(
-                    {"ok": True, **report(self._slots, self._scale.target, self._listeners.url, self._stopping)}
+                    {"ok": True, **report(self._slots, self._pool.target, self._listeners.url, self._stopping)}
                 )
             case "drain":
                 if request.get("wait", True):
-                    self._drainers.append(caller)
+                    self._drain_callers.append(caller)
                 else:
                     caller.answer({"ok": True})
                 self._stop()
@@ -359,7 +358,7 @@ class Supervisor:
                         f"workers = {workers!r} is not allowed: it must be a whole number from 1 to {MAX_WORKERS}"
                     )
                     return
-                self._scale.to(workers, caller)
+                self._pool.resize(workers, caller)
             case other:
                 caller.fail(f"unknown command {other!r}")
 
@@ -374,29 +373,29 @@ class Supervisor:
             self._reload = None
         for caller in self._reload_again or ():
             caller.fail("the server is stopping")
-        self._scale.fail("the server is stopping")
+        self._pool.fail("the server is stopping")
         kill_ns = self._kill_at(time.monotonic_ns())
         for slot in self._slots:
-            # Whoever comes from now on is refused at once and tries elsewhere or later, instead of waiting.
+            # The kernel refuses clients from now on, so that they try elsewhere or later instead of waiting.
             slot.listener.close()
             for worker in slot.workers():
                 worker.drain(kill_ns)
 
     def _start_reload(self, callers: Sequence[Caller]) -> None:
         if self._reload:
-            # The one under way may have read the settings before they were changed: once more after it.
+            # The reload under way may have read the settings before they were changed, so another one follows it.
             self._reload_again = [*(self._reload_again or ()), *callers]
             return
         try:
             settings = self._reread() if self._reread else self.settings
         except ConfigError as error:
-            log.error("not reloaded, the server goes on as it was: %s", error)
+            log.error("reload refused, the settings stay as they were: %s", error)
             for caller in callers:
                 caller.fail(str(error))
             return
         fixed = self.settings.server
         if (settings.server.host, settings.server.port, settings.server.data) != (fixed.host, fixed.port, fixed.data):
-            log.warning("host, port and data stay as they are until the server is started anew")
+            log.warning("host, port and data stay as they are until the server is restarted")
             server = replace(settings.server, host=fixed.host, port=fixed.port, data=fixed.data)
             settings = replace(settings, server=server)
         log.info("reloading %d workers", len(self._slots))
@@ -405,14 +404,14 @@ class Supervisor:
         self._reload = Reload(settings, self._slots, callers)
 
     def _reloaded(self, reload: Reload) -> None:
-        """A reload is over, well or not."""
+        """Take over the result of a reload that is over, successful or not."""
         self._reload = None
         if reload.adopted:
             if reload.settings.worker_count() != self.settings.worker_count():
-                self._scale.to(reload.settings.worker_count())
+                self._pool.resize(reload.settings.worker_count())
             self.settings = reload.settings
         if reload.error:
-            log.error("not reloaded, the old workers stay: %s", reload.error)
+            log.error("reload failed, the old workers stay: %s", reload.error)
         else:
             log.info("reloaded")
         reload.finish()

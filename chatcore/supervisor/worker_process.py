@@ -1,18 +1,21 @@
-"""What a worker process is given, and what happens between the fork and its first own line.
+"""The contract between the supervisor and a worker process, and the fork that starts one.
 
 The contract of ``worker_main(context) -> exit code``:
 
-- It runs in a process of its own, forked by the supervisor. Loops, threads and clients are made in it.
-- It calls ``context.stats.ready()`` when it serves clients and ``context.stats.beat()`` from its own loop a
-  few times each second ever after, draining included: a worker that does not is killed as stuck.
-- SIGTERM means drain: say so (``stats.state = State.DRAINING``), take what waits in the listener's queue, close
-  ``listener`` (in a reload others still hold it; in a stop late clients are refused at once instead of
-  waiting), be gone within ``settings.server.drain_timeout_ms``, return 0. Until the worker installs a handler,
-  SIGTERM simply ends it.
-- SIGINT, SIGQUIT, SIGHUP, SIGTTIN, SIGTTOU and SIGPIPE are ignored already: a terminal sends the first ones
-  to the whole group, and what they mean is for the supervisor to say.
-- When ``parent_fd`` becomes readable (end of file) the supervisor is dead: drain and return as for SIGTERM.
-- :class:`StartError` says in one line why this server cannot start (a broken database file).
+- The supervisor forks a process for each worker. The worker creates its loops, threads and clients there.
+- The worker calls ``context.stats.ready()`` when it serves clients, and from then on ``context.stats.beat()`` from
+  its own loop a few times each second, also while it drains. The supervisor kills a worker without heartbeats as
+  stuck.
+- SIGTERM asks the worker to drain: it sets ``stats.state = State.DRAINING``, accepts the connections that wait in the
+  listener's queue, closes ``listener``, and returns 0 within ``settings.server.drain_timeout_ms``. (In a reload the
+  supervisor and the new worker still hold the listener; in a stop, closing it makes the kernel refuse late clients
+  at once instead of letting them wait.) Until the worker installs a handler, SIGTERM ends it.
+- The worker starts with SIGINT, SIGQUIT, SIGHUP, SIGTTIN, SIGTTOU and SIGPIPE ignored: a terminal sends the first ones
+  to the whole process group, and only the supervisor decides what they mean.
+- ``parent_fd`` becomes readable (end of file) when the supervisor has died: the worker drains and returns as after
+  SIGTERM.
+- The worker raises :class:`StartError`, with the reason in one line, when the server cannot start (for example, the
+  database file is broken).
 """
 
 from __future__ import annotations
@@ -32,10 +35,10 @@ from .stats import State, StatsCell
 
 log = logging.getLogger("chatcore.process")
 
-#: Exit code of a worker that raised StartError; a retry would fail the same way.
+#: Exit code of a worker that raised StartError; a retry would fail in the same way.
 EXIT_START_ERROR: Final = 3
 
-#: Sent to the whole group by a terminal, or meant for the supervisor alone.
+#: Signals that a terminal sends to the whole process group, or that are meant for the supervisor alone.
 IGNORED_BY_WORKERS: Final = (
     signal.SIGINT,
     signal.SIGQUIT,
@@ -47,19 +50,19 @@ IGNORED_BY_WORKERS: Final = (
 
 
 class StartError(Exception):
-    """This server cannot start; the message is one line that tells the operator why."""
+    """This server cannot start; the message is one line for the operator that says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """Everything that a worker gets from outside."""
+    """Everything that a worker gets from the supervisor."""
 
     settings: Settings
-    host: str  # the machine's name; (host, slot, nonce) names a worker for ever
-    slot: int  # from 0; a replacement has the same slot and listener
+    host: str  # the name of the machine; (host, slot, nonce) identifies a worker for ever
+    slot: int  # index of the worker slot, from 0; a replacement has the same slot and listener
     nonce: int  # random, new for every fork; below 2^53
-    listener: socket.socket  # bound, listening, non-blocking; the supervisor's too, so closing it resets nobody
-    parent_fd: int  # end of file here: the supervisor is dead
+    listener: socket.socket  # bound, listening, non-blocking; the supervisor holds it too: closing it resets nothing
+    parent_fd: int  # readable (end of file) when the supervisor is dead
     stats: StatsCell
     version: str
 
@@ -75,12 +78,11 @@ WorkerMain = Callable[[WorkerContext], int]
 def fork_worker(context: WorkerContext, main: WorkerMain, in_child: Callable[[], None]) -> int:
     """Fork a child that runs `main`; returns its pid (in the parent only).
 
-    `in_child` is called there first, to close what the parent holds and the child must not. Raises OSError if
-    there can be no process.
+    The child first calls `in_child`, which closes what only the parent may hold. Raises OSError if the fork fails.
     """
     sys.stdout.flush()
     sys.stderr.flush()
-    # A signal that came between fork and the child's own handlers would run the parent's handlers there.
+    # Between the fork and the child's own handlers, a signal would run the parent's handlers in the child.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
@@ -94,12 +96,12 @@ def fork_worker(context: WorkerContext, main: WorkerMain, in_child: Callable[[],
 def _child(
     context: WorkerContext, main: WorkerMain, in_child: Callable[[], None], mask: set[int | signal.Signals]
 ) -> NoReturn:
-    """Never returns and never lets an exception reach the code that called fork, which is the parent's."""
+    """Run the child. It never returns to, or raises into, the code that called fork: that code is the parent's."""
     code = 1
     try:
         signal.set_wakeup_fd(-1)
         for number in signal.valid_signals():
-            # The interpreter's own INT handler counts as none: INT is ignored just below.
+            # This resets the interpreter's own SIGINT handler, too; SIGINT is ignored just below.
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL)
         for ignored in IGNORED_BY_WORKERS:
@@ -113,7 +115,7 @@ def _child(
         context.stats.error = str(error)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    except BaseException as error:  # whatever it was, the supervisor hears of it
+    except BaseException as error:  # the supervisor reads the reason, whatever it was, from the cell
         context.stats.error = f"{type(error).__name__}: {error}".splitlines()[0]
         log.critical("worker %d failed\n%s", context.slot, traceback.format_exc().rstrip())
     finally:
@@ -122,5 +124,5 @@ def _child(
             sys.stdout.flush()
             sys.stderr.flush()
         finally:
-            # Not sys.exit: the parent's finally blocks and exit handlers are not the child's to run.
+            # Not sys.exit: the child must not run the parent's finally blocks and exit handlers.
             os._exit(code)

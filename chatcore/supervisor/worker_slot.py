@@ -1,4 +1,4 @@
-"""One slot: a listener, the worker that serves it, and while it is replaced the next or the last one."""
+"""One worker slot: a listener, the worker that serves it, and during a replacement the worker after or before it."""
 
 from __future__ import annotations
 
@@ -15,85 +15,86 @@ from .stats import CELLS_PER_SLOT, State, StatsCell
 
 MS: Final = 1_000_000  # nanoseconds
 
-#: A worker that dies within this after getting ready died young: its replacement waits longer and longer.
-YOUNG_NS: Final = 3_000 * MS
-#: The first pause; it doubles with each young death in a row.
+#: A worker that dies sooner than this after it got ready counts as an early exit: each one in a row makes the pause
+#: before the next start longer.
+EARLY_EXIT_NS: Final = 3_000 * MS
+#: The pause after the first early exit; it doubles with each further one in a row.
 BACKOFF_NS: Final = 100 * MS
-#: Longest pause after workers that did get ready: the slot's queue is waiting, and they did serve.
+#: Longest pause after workers that did get ready: they served for a moment, and clients wait in the slot's queue.
 BACKOFF_READY_MAX_NS: Final = 1_000 * MS
-#: Longest pause after workers that never got ready; each try costs a start.
+#: Longest pause after workers that never got ready; each try costs a whole start.
 BACKOFF_START_MAX_NS: Final = 10_000 * MS
 
 
 @dataclass(slots=True)
 class Worker:
-    """One process, as the supervisor sees it. Times are CLOCK_MONOTONIC nanoseconds, 0: not yet."""
+    """One worker process, as the supervisor sees it. Times are CLOCK_MONOTONIC nanoseconds; 0 means not yet."""
 
     pid: int
     nonce: int
-    which: int  # its cell in the slot's pair
+    cell_index: int  # which cell of the slot's pair it writes to
     cell: StatsCell
     forked_ns: int
     ready_ns: int = 0
-    kill_ns: int = 0  # asked to drain; killed at this time
-    killed: str = ""  # why the supervisor killed it
-    spared_ns: int = 0  # its heartbeat is judged from here, if that was earlier
-    held_ns: int = 0  # when it was last seen held by a debugger
+    kill_ns: int = 0  # set when it is asked to drain: the time at which it is killed
+    kill_reason: str = ""  # why the supervisor killed it
+    excused_ns: int = 0  # the age of its heartbeat counts from here if the heartbeat is older
+    traced_ns: int = 0  # when a debugger was last seen holding it
 
     def starting(self) -> bool:
         return self.ready_ns == 0 and self.kill_ns == 0
 
-    def heard_ns(self) -> int:
-        """When its loop last ticked, got ready, or was last spared."""
-        return max(self.cell.heartbeat_ns, self.ready_ns, self.spared_ns)
+    def last_tick_ns(self) -> int:
+        """When its loop last ticked, it got ready, or it was last excused."""
+        return max(self.cell.heartbeat_ns, self.ready_ns, self.excused_ns)
 
     def state(self) -> str:
-        """For people: what it says of itself, or draining as soon as it was asked."""
+        """The state to display: the one in its cell, but "draining" as soon as it was asked to drain."""
         if self.kill_ns:
             return "draining"
         return State(min(self.cell.state, State.STOPPED)).name.lower()
 
-    def spare(self, now: int, ns: int) -> None:
-        """The last `ns` do not count: the supervisor, and likely everything, stood still."""
-        self.spared_ns = now
+    def excuse(self, now: int, ns: int) -> None:
+        """Extend its deadlines by `ns`: the supervisor, and probably the whole machine, did not run for that long."""
+        self.excused_ns = now
         self.forked_ns += ns
         if self.kill_ns:
             self.kill_ns += ns
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal. The pid is ours until it is reaped, so it cannot be another process."""
+        """Send a signal. The pid stays reserved until the worker is reaped, so it cannot name another process."""
         os.kill(self.pid, number)
 
     def drain(self, kill_ns: int) -> None:
-        """Ask it to drain; it is killed at `kill_ns`. Asking again changes nothing."""
+        """Ask it to drain, and kill it at `kill_ns`. Asking again changes nothing."""
         if not self.kill_ns:
             self.kill_ns = kill_ns
             self.send(signal.SIGTERM)
 
-    def kill(self, why: str) -> None:
-        if not self.killed:
-            self.killed = why
+    def kill(self, reason: str) -> None:
+        if not self.kill_reason:
+            self.kill_reason = reason
             self.send(signal.SIGKILL)
 
     def reap(self) -> int | None:
-        """Its exit code (negative: a signal) once it is dead, None before."""
+        """Its exit code (negative: the signal that killed it) once it is dead, None before."""
         pid, status = os.waitpid(self.pid, os.WNOHANG)
         return os.waitstatus_to_exitcode(status) if pid else None
 
     def overdue(self, now: int, timeouts: Timeouts) -> str:
-        """Why it has to be killed now; empty if it has not."""
+        """The reason to kill it now; empty if there is none."""
         if self.kill_ns and now >= self.kill_ns:
             return "it had not drained at the deadline"
         if self.starting() and now - self.forked_ns > timeouts.worker_start_ms * MS:
             return f"it was not ready after {timeouts.worker_start_ms} ms"
-        # A worker under a debugger or profiler stands still because it is told to: let go, it has time again to
-        # tick. It is looked at well before the limit, as it may be let go at any moment. One that somebody
-        # stopped with SIGSTOP is not spared: clients wait in its queue.
+        # A debugger or profiler stops a worker on purpose: once released, the worker gets the whole limit again to
+        # tick. The check starts at half the limit, since the debugger may release the worker at any moment. A worker
+        # stopped by SIGSTOP is not excused: clients wait in its queue.
         limit_ns = timeouts.stuck_worker_ms * MS
-        if self.ready_ns and now - self.heard_ns() > limit_ns // 2:
+        if self.ready_ns and now - self.last_tick_ns() > limit_ns // 2:
             if self.traced():
-                self.held_ns = now
-            elif now - max(self.heard_ns(), self.held_ns) > limit_ns:
+                self.traced_ns = now
+            elif now - max(self.last_tick_ns(), self.traced_ns) > limit_ns:
                 return f"its loop has not ticked for {timeouts.stuck_worker_ms} ms"
         return ""
 
@@ -106,72 +107,77 @@ class Worker:
             return False
 
 
-class Slot:
-    """At most one worker serves (`current`); at most one more is on its way in (`coming`) or out (`leaving`)."""
+class WorkerSlot:
+    """A listener and its workers: `current` serves; during a replacement `successor` starts, or `predecessor` drains.
+
+    There is never a successor and a predecessor at the same time, so two cells of the stats page are enough.
+    """
 
     def __init__(self, index: int, listener: socket.socket) -> None:
         self.index = index
         self.listener = listener
         self.current: Worker | None = None
-        self.coming: Worker | None = None
-        self.leaving: Worker | None = None
-        self.retire_ns = 0  # the slot is to go: its worker is told at this time
-        self.failures = 0  # young deaths in a row
+        self.successor: Worker | None = None
+        self.predecessor: Worker | None = None
+        self.retire_ns = 0  # set when the slot is to be removed: its worker starts to drain at this time
+        self.failures = 0  # early exits in a row
         self.ever_failed = False
-        self.restart_ns = 0  # no new worker before this time
+        self.restart_ns = 0  # no new worker is forked before this time
         self.error = ""  # why the last worker died
 
     def workers(self) -> Iterator[Worker]:
-        for worker in (self.current, self.coming, self.leaving):
+        for worker in (self.current, self.successor, self.predecessor):
             if worker is not None:
                 yield worker
 
     def free_cell(self) -> int | None:
-        """A cell that no living worker writes to; None if both are taken."""
-        taken = {worker.which for worker in self.workers()}
-        return next((which for which in range(CELLS_PER_SLOT) if which not in taken), None)
+        """The index of a cell that no living worker writes to; None if both are taken."""
+        taken = {worker.cell_index for worker in self.workers()}
+        return next((index for index in range(CELLS_PER_SLOT) if index not in taken), None)
 
-    def stands_still(self, now: int, timeouts: Timeouts) -> bool:
-        """Whether its worker, which got ready, does not tick: who is given to it waits for nothing."""
+    def is_stalled(self, now: int, timeouts: Timeouts) -> bool:
+        """Whether the worker got ready but does not tick, so that a new connection would wait for its answer."""
         worker = self.current
-        return worker is not None and worker.ready_ns != 0 and now - worker.heard_ns() > timeouts.still_worker_ms * MS
+        return (
+            worker is not None and worker.ready_ns != 0 and now - worker.last_tick_ns() > timeouts.still_worker_ms * MS
+        )
 
     def is_ready(self) -> bool:
         return self.current is not None and self.current.ready_ns != 0
 
     def remove(self, worker: Worker) -> None:
-        """Forget a worker that was reaped. If the serving one died, the coming one takes its place."""
+        """Forget a worker that was reaped. The successor takes over if it was the serving one."""
         if worker is self.current:
-            self.current, self.coming = self.coming, None
-        elif worker is self.coming:
-            self.coming = None
+            self.current, self.successor = self.successor, None
+        elif worker is self.successor:
+            self.successor = None
         else:
-            self.leaving = None
+            self.predecessor = None
 
     def promote(self, kill_ns: int) -> None:
-        """The coming worker is ready: it serves, and the one before drains."""
-        self.leaving, self.current, self.coming = self.current, self.coming, None
-        if self.leaving is not None:
-            self.leaving.drain(kill_ns)
+        """Let the successor, which is ready, serve, and drain the worker before it."""
+        self.predecessor, self.current, self.successor = self.current, self.successor, None
+        if self.predecessor is not None:
+            self.predecessor.drain(kill_ns)
 
     def failed(self, worker: Worker, now: int, error: str) -> int:
-        """Note an unasked death; returns how long to wait before the next try, in ns."""
+        """Note that a worker died unasked; returns how long to wait before the next start, in ns."""
         self.error = error
         self.ever_failed = True
-        if worker.ready_ns and now - worker.ready_ns >= YOUNG_NS:
+        if worker.ready_ns and now - worker.ready_ns >= EARLY_EXIT_NS:
             self.failures = 0
             pause = 0
         else:
             self.failures += 1
-            most = BACKOFF_READY_MAX_NS if worker.ready_ns else BACKOFF_START_MAX_NS
-            # Jitter, so that slots that die of the same cause do not start again in step.
-            pause = int(min(BACKOFF_NS << min(self.failures - 1, 20), most) * random.uniform(0.5, 1.0))
+            longest = BACKOFF_READY_MAX_NS if worker.ready_ns else BACKOFF_START_MAX_NS
+            # Jitter, so that workers that die of the same cause do not start again in step.
+            pause = int(min(BACKOFF_NS << min(self.failures - 1, 20), longest) * random.uniform(0.5, 1.0))
         self.restart_ns = now + pause
         return pause
 
 
 def how_it_ended(code: int) -> str:
-    """An exit code as :meth:`Worker.reap` gives it, for people."""
+    """An exit code, as :meth:`Worker.reap` returns it, in words."""
     if code >= 0:
         return f"exit code {code}"
     try:

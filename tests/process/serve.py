@@ -1,8 +1,8 @@
-"""A server whose workers are small but real: run as a program, one per test.
+"""A server whose workers are small but real processes; each test runs it as a program.
 
-Each worker accepts on its listener and answers one line per connection: the name of the worker and what it got.
-CHATCORE_TEST_WORKER chooses how it behaves, as a JSON object; the file it may name is read at each fork, so a
-test can change the behaviour of the workers to come.
+Each worker accepts on its listener and answers each connection with one line: its own name and the line it read.
+CHATCORE_TEST_WORKER names a file with a JSON object that says how workers behave. Each new worker reads it, so a test
+can change the behaviour of later workers.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BEAT_S = 0.05
 
 
 def behaviour(slot: int) -> dict[str, Any]:
-    """For this slot: all of it, or with "slot" for that one only and "others" for the rest."""
+    """The behaviour of a worker slot: the whole object; with "slot" in it, other slots behave as its "others"."""
     path = os.environ.get("CHATCORE_TEST_WORKER", "")
     how: dict[str, Any] = json.loads(Path(path).read_text()) if path else {}
     return how if how.get("slot", slot) == slot else how.get("others", {})
@@ -55,7 +55,7 @@ def tiny_worker(context: WorkerContext) -> int:
     selector.register(context.listener, selectors.EVENT_READ)
     context.stats.store_health = context.stats.bus_health = context.stats.queue_health = Health.OK
     context.stats.cache_health = Health.NONE
-    context.stats.figures = how.get("figures", {})
+    context.stats.metrics = how.get("metrics", {})
     context.stats.ready()
     while True:
         events = [key.fileobj for key, _ in selector.select(BEAT_S)]
@@ -75,7 +75,7 @@ def tiny_worker(context: WorkerContext) -> int:
 
 
 def take(context: WorkerContext) -> None:
-    """Answer everybody who waits."""
+    """Answer all connections that wait."""
     while True:
         try:
             connection, _ = context.listener.accept()

@@ -70,7 +70,7 @@ def test_a_table_for_people(server: MakeServer) -> None:
     assert [line.split()[2] for line in lines[3:]] == ["ready", "ready"]
 
 
-def figures(l1: int, l2: int, missed: int, breaker: str = "closed") -> dict[str, Any]:
+def metrics(l1: int, l2: int, missed: int, breaker: str = "closed") -> dict[str, Any]:
     """What a worker with MongoDB and Redis tells of its parts, in part."""
     roles = {"l1": l1, "l2": l2, "missed": missed, "refreshed": 0, "ratio": 0}
     return {
@@ -88,9 +88,9 @@ def figures(l1: int, l2: int, missed: int, breaker: str = "closed") -> dict[str,
 
 
 def test_what_workers_tell_of_their_parts(server: MakeServer) -> None:
-    one = server(workers=2, worker={"figures": figures(6, 2, 2)}).ready()
+    one = server(workers=2, worker={"metrics": metrics(6, 2, 2)}).ready()
     status = one.call("status")
-    assert [worker["figures"] for worker in status["workers"]] == [figures(6, 2, 2)] * 2
+    assert [worker["figures"] for worker in status["workers"]] == [metrics(6, 2, 2)] * 2
     assert (status["store"], status["cache"], status["queue"]) == ("ok", "none", "ok")
     assert status["reads"]["roles"] == {"l1": 12, "l2": 4, "missed": 4, "refreshed": 0, "ratio": 0.8}
     lines = chatcore("ctl", "status", "--data", str(one.data)).stdout.splitlines()
@@ -100,7 +100,7 @@ def test_what_workers_tell_of_their_parts(server: MakeServer) -> None:
         " 4 gave up",
     ]
     assert lines[4].split()[0] == "SLOT"
-    one.behave(figures=figures(0, 0, 0, "half_open"))
+    one.behave(metrics=metrics(0, 0, 0, "half_open"))
     chatcore("ctl", "reload", "--data", str(one.data))
     assert "not asked for now: cache (breaker half open)" in chatcore("ctl", "status", "--data", str(one.data)).stdout
 

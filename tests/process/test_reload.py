@@ -106,7 +106,7 @@ def test_the_settings_are_read_anew_and_bad_ones_change_nothing(server: MakeServ
     file.write_text("[server]\nworkers = 'many'\n")
     with pytest.raises(control.ControlError, match=r"server.workers = 'many' \(file .*\) is not allowed"):
         one.call("reload")
-    one.logged("not reloaded, the server goes on as it was: server.workers = 'many'")
+    one.logged("reload refused, the settings stay as they were: server.workers = 'many'")
     assert one.worker(0)["pid"] == pid
     file.write_text("[server]\nworkers = 2\nhost = '127.0.0.2'\n")
     assert one.call("reload")["ok"]

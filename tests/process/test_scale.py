@@ -40,7 +40,7 @@ def test_a_slot_that_goes_gets_no_new_connections_but_answers_those_it_has(serve
     # Connected, not yet accepted by anybody: some of them wait for worker 1.
     waiting = [one.connect() for _ in range(20)]
     one.signal(signal.SIGTTOU)
-    one.logged("the number of workers is to be 1")
+    one.logged("changing the number of workers to 1")
     one.workers()  # answered in a later round than the one that steers
     answers = [one.ask_on(connection) for connection in waiting]
     assert all(answer.line == "hello" for answer in answers)

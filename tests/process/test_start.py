@@ -119,7 +119,7 @@ def test_a_bad_setting_is_one_line_and_exit_code_2(server: MakeServer, tmp_path:
 def test_an_unknown_host_is_one_line(server: MakeServer) -> None:
     one = server("--host", "no.such.host.invalid")
     assert one.ended() == 1
-    assert "chatcore: host 'no.such.host.invalid' is no address" in one.log()
+    assert "chatcore: host 'no.such.host.invalid' is neither an address" in one.log()
 
 
 def test_it_halts_when_a_worker_says_that_nothing_can_start(server: MakeServer) -> None:

@@ -15,15 +15,15 @@ import pytest
 
 from chatcore.settings import Timeouts
 from chatcore.supervisor.listeners import Listeners
-from chatcore.supervisor.scale import Scale
 from chatcore.supervisor.stats import StatsCell
+from chatcore.supervisor.worker_pool import WorkerPool
 from chatcore.supervisor.worker_slot import (
     BACKOFF_NS,
     BACKOFF_READY_MAX_NS,
     BACKOFF_START_MAX_NS,
     MS,
-    Slot,
     Worker,
+    WorkerSlot,
 )
 
 from .harness import Server, alive, eventually, held
@@ -82,7 +82,7 @@ def test_new_connections_go_past_a_worker_that_stands_still(server: MakeServer) 
     pid = one.worker(1)["pid"]
     os.kill(pid, signal.SIGSTOP)
     try:
-        one.logged("worker 1 stands still: new connections go to the others")
+        one.logged("worker 1 is stalled: new connections go to the other workers")
         assert {one.ask().slot for _ in range(40)} == {0, 2}
     finally:
         os.kill(pid, signal.SIGCONT)
@@ -130,14 +130,14 @@ def test_nobody_is_judged_by_the_time_that_everything_stood_still(server: MakeSe
             connection.recv(1)
         os.killpg(one.pid, signal.SIGCONT)
         assert one.read(connection).line == "hello"
-    one.logged("the supervisor stood still")
+    one.logged("the supervisor was suspended")
     assert one.ask().line == "hello"
     assert [worker["pid"] for worker in one.workers()] == before
 
 
 def test_young_deaths_make_the_pause_longer_up_to_a_limit() -> None:
     with socket.socket() as listener:  # plays no part
-        slot = Slot(0, listener)
+        slot = WorkerSlot(0, listener)
     never_ready = Worker(1, 1, 0, StatsCell.private(), forked_ns=0)
     pauses = [slot.failed(never_ready, 1000 * MS, "it broke") for _ in range(12)]
     for number, pause in enumerate(pauses):
@@ -153,19 +153,19 @@ def test_young_deaths_make_the_pause_longer_up_to_a_limit() -> None:
 def test_while_nobody_ticks_new_connections_go_where_they_went(monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole machine stood still for a moment: a worker that had been stopped got new connections again."""
     steered: list[tuple[int, ...]] = []
-    monkeypatch.setattr("chatcore.supervisor.scale.steer", lambda listener, chosen: steered.append(tuple(chosen)))
+    monkeypatch.setattr("chatcore.supervisor.worker_pool.steer", lambda listener, chosen: steered.append(tuple(chosen)))
     timeouts = Timeouts(still_worker_ms=300)
-    scale = Scale(Listeners("127.0.0.1", 0), 2)
+    pool = WorkerPool(Listeners("127.0.0.1", 0), 2)
     try:
-        for slot in scale.slots:
+        for slot in pool.slots:
             slot.current = Worker(os.getpid(), 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1 * MS)
 
         def step(now_ms: int, *ticked: int) -> None:
             for index in ticked:
-                worker = scale.slots[index].current
+                worker = pool.slots[index].current
                 assert worker is not None
                 worker.cell.heartbeat_ns = now_ms * MS
-            scale.step(now_ms * MS, 0, timeouts, reloading=False)
+            pool.step(now_ms * MS, 0, timeouts, reloading=False)
 
         step(100, 0, 1)
         step(500, 0)
@@ -175,7 +175,7 @@ def test_while_nobody_ticks_new_connections_go_where_they_went(monkeypatch: pyte
         step(2_100, 0, 1)
         assert steered == [(0,), ()]
     finally:
-        for slot in scale.slots:
+        for slot in pool.slots:
             slot.listener.close()
 
 
@@ -184,7 +184,7 @@ def test_what_makes_a_worker_overdue() -> None:
     starting = Worker(os.getpid(), 1, 0, StatsCell.private(), forked_ns=0)
     assert starting.overdue(30_000 * MS, timeouts) == ""
     assert "not ready" in starting.overdue(30_001 * MS, timeouts)
-    starting.spare(30_001 * MS, 10_000 * MS)
+    starting.excuse(30_001 * MS, 10_000 * MS)
     assert starting.overdue(30_001 * MS, timeouts) == ""
     serving = Worker(os.getpid(), 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1_000 * MS)
     assert serving.overdue(16_000 * MS, timeouts) == ""
@@ -192,7 +192,7 @@ def test_what_makes_a_worker_overdue() -> None:
     serving.cell.heartbeat_ns = 5_000 * MS
     assert serving.overdue(16_001 * MS, timeouts) == ""
     assert serving.overdue(90_000 * MS, timeouts) != ""
-    serving.spare(90_000 * MS, 70_000 * MS)
+    serving.excuse(90_000 * MS, 70_000 * MS)
     assert serving.overdue(90_000 * MS, timeouts) == ""
     serving.kill_ns = 10_000 * MS
     assert "deadline" in serving.overdue(10_000 * MS, timeouts)
