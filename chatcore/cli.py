@@ -1,8 +1,7 @@
-"""The command ``chatcore``: which commands there are, and what they print.
+"""The command ``chatcore``: its subcommands and their output.
 
-Whatever an operator can get wrong ends in one line on stderr. Exit codes: 0 done, 1 it failed, 2 the command
-or a setting is wrong, 130 interrupted. Parts are imported by the command that needs them, so that the small
-commands start fast.
+Every mistake of an operator ends in one line on stderr. Exit codes: 0 success, 1 failure, 2 the command line or a
+setting is wrong, 130 interrupted. Each subcommand imports the parts that it needs, so that small ones start fast.
 """
 
 from __future__ import annotations
@@ -34,18 +33,17 @@ LOG_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(process)d %(name)s: %(mess
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line instead of printing the usage too."""
+    """Reports an error in one line, without printing the usage as well."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None, *, worker_main: WorkerMain | None = None) -> int:
-    """Run one command; returns the exit code. `worker_main`: what `serve` runs in each worker instead of the
-    real thing (tests)."""
+    """Run one command; returns the exit code. `worker_main` replaces the worker that `serve` runs (in tests)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == ["chat"]:  # it has its own options
+        if arguments[:1] == ["chat"]:  # the terminal chat has its own options
             from .client.terminal import main as chat
 
             return chat(arguments[1:])
@@ -59,7 +57,7 @@ def main(argv: Sequence[str] | None = None, *, worker_main: WorkerMain | None = 
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read the output has seen enough; what is still buffered has nowhere to go.
+        # The reader of the output has closed the pipe; discard what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -71,15 +69,19 @@ def _fail(message: str, code: int) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     where = _Parser(add_help=False)
-    # Given before or after the last word of a command; SUPPRESS, so that the later parser does not reset it.
-    where.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="settings, as TOML")
-    where.add_argument("--data", metavar="DIR", default=argparse.SUPPRESS, help="directory of the server's data")
+    # Allowed before and after the last word of a command; with SUPPRESS the later parser does not reset the value.
+    where.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help="file with settings (TOML)")
+    where.add_argument("--data", metavar="DIR", default=argparse.SUPPRESS, help="data directory of the server")
     settings = _Parser(add_help=False, parents=[where])
     settings.add_argument("--host", help="address to listen on")
     settings.add_argument("--port", help="port to listen on")
-    settings.add_argument("--workers", help="number of worker processes; 0: one per core")
+    settings.add_argument("--workers", help="number of worker processes; 0 starts one per core")
     settings.add_argument(
-        "--set", metavar="NAME=VALUE", action="append", default=[], help="any setting, such as limits.history=50"
+        "--set",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        help="set any setting, for example limits.history=50",
     )
 
     parser = _Parser(prog="chatcore", description="A self-hosted chat server.")
@@ -89,75 +91,89 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", parents=[settings], help="run the server")
     serve.set_defaults(command=_serve)
 
-    commands.add_parser("chat", help="chat in this terminal")  # only to be listed; see main
+    commands.add_parser("chat", help="chat in this terminal")  # listed in the help only; main() runs it
 
     user = commands.add_parser("user", parents=[where], help="accounts: add, list, disable")
     users = user.add_subparsers(required=True, metavar="ACTION")
-    add = users.add_parser("add", parents=[where], help="make an account")
+    add = users.add_parser("add", parents=[where], help="create an account")
     add.add_argument("name")
     add.add_argument("--password-stdin", action="store_true", help="read the password from the first line of stdin")
     add.set_defaults(command=_user_add)
     listing = users.add_parser("list", parents=[where], help="list all accounts")
     listing.add_argument("--json", action="store_true")
     listing.set_defaults(command=_user_list)
-    disable = users.add_parser("disable", parents=[where], help="end an account's sessions and let it log in no more")
+    disable = users.add_parser(
+        "disable", parents=[where], help="end the sessions of an account and refuse further log-ins"
+    )
     disable.add_argument("name")
     disable.set_defaults(command=_user_disable)
 
-    ctl = commands.add_parser("ctl", parents=[where], help="a running server: status, drain, reload, scale")
+    ctl = commands.add_parser("ctl", parents=[where], help="control a running server: status, drain, reload, scale")
     actions = ctl.add_subparsers(required=True, metavar="ACTION")
-    status = actions.add_parser("status", parents=[where], help="how the workers are")
+    status = actions.add_parser("status", parents=[where], help="show the state of the server and its workers")
     status.add_argument("--json", action="store_true")
     status.set_defaults(command=_status)
-    drain = actions.add_parser("drain", parents=[where], help="let clients leave one by one, then stop")
-    drain.add_argument("--no-wait", action="store_true", help="do not wait until the server is down")
+    drain = actions.add_parser("drain", parents=[where], help="close the connections of clients one by one, then stop")
+    drain.add_argument(
+        "--no-wait", action="store_true", help="return at once instead of waiting until the server has stopped"
+    )
     drain.set_defaults(command=_drain)
-    reload = actions.add_parser("reload", parents=[where], help="replace all workers, one by one, with new settings")
+    reload = actions.add_parser(
+        "reload", parents=[where], help="read the settings again and replace all workers one by one"
+    )
     reload.set_defaults(command=_reload)
     scale = actions.add_parser("scale", parents=[where], help="change the number of workers")
     scale.add_argument("workers", type=int)
     scale.set_defaults(command=_scale)
 
-    queue = commands.add_parser("queue", parents=[where], help="background work: list, retry or drop dead letters")
-    does = queue.add_subparsers(required=True, metavar="ACTION")
-    several = _Parser(add_help=False, parents=[where])
-    several.add_argument("--of", metavar="NAME", help="which one, if several servers keep theirs in one Redis")
-    lists = does.add_parser("list", parents=[several], help="how much waits, and which messages were given up")
-    lists.add_argument("--dead", action="store_true", help="the messages that were given up, and why")
+    queue = commands.add_parser(
+        "queue", parents=[where], help="the queue of background work: list, retry or drop dead letters"
+    )
+    queue_actions = queue.add_subparsers(required=True, metavar="ACTION")
+    prefixed = _Parser(add_help=False, parents=[where])
+    prefixed.add_argument("--of", metavar="NAME", help="which queue, if several servers share one Redis")
+    lists = queue_actions.add_parser(
+        "list", parents=[prefixed], help="show the length of each topic, or the dead letters"
+    )
+    lists.add_argument("--dead", action="store_true", help="show the dead letters, with the reason of each")
     lists.add_argument("--json", action="store_true")
     lists.set_defaults(command=_queue_list)
-    for action, text in (("retry", "put dead letters back into line"), ("drop", "forget dead letters")):
-        change = does.add_parser(action, parents=[several], help=text)
+    for action, text in (("retry", "put dead letters back into the queue"), ("drop", "delete dead letters")):
+        change = queue_actions.add_parser(action, parents=[prefixed], help=text)
         which = change.add_mutually_exclusive_group(required=True)
-        which.add_argument("id", nargs="?", metavar="ID", help="as `queue list --dead` shows it")
+        which.add_argument("id", nargs="?", metavar="ID", help="id from `queue list --dead`")
         which.add_argument("--all", action="store_true")
         change.set_defaults(command=_queue_change, action=action)
 
-    database = commands.add_parser("db", parents=[where], help="MongoDB: check and make its indexes, plan its shards")
-    deeds = database.add_subparsers(required=True, metavar="ACTION")
-    checks = deeds.add_parser("check", parents=[where], help="each index: whether it is there, and what it is for")
+    database = commands.add_parser("db", parents=[where], help="MongoDB: check and create indexes, plan sharding")
+    database_actions = database.add_subparsers(required=True, metavar="ACTION")
+    checks = database_actions.add_parser(
+        "check", parents=[where], help="list the indexes: the state and the purpose of each"
+    )
     checks.add_argument("--json", action="store_true")
     checks.set_defaults(command=_db_check)
-    migrate = deeds.add_parser("migrate", parents=[where], help="make the indexes that are missing")
+    migrate = database_actions.add_parser("migrate", parents=[where], help="create the missing indexes")
     migrate.set_defaults(command=_db_migrate)
-    shards = deeds.add_parser("shard-plan", parents=[where], help="print the commands that shard it, and why these")
+    shards = database_actions.add_parser(
+        "shard-plan", parents=[where], help="print the commands that shard the database, with their reasons"
+    )
     shards.set_defaults(command=_db_shard_plan)
 
-    config = commands.add_parser("config", parents=[settings], help="print all settings, where they come from and why")
+    config = commands.add_parser("config", parents=[settings], help="print all settings with their origins and reasons")
     config.add_argument("--json", action="store_true")
     config.set_defaults(command=_config)
     return parser
 
 
 def _flags(parsed: argparse.Namespace) -> dict[str, object]:
-    """The settings among the options, by name."""
+    """The settings given as options, by name."""
     flags: dict[str, object] = {
         f"server.{key}": getattr(parsed, key, None) for key in ("host", "port", "workers", "data")
     }
     for assignment in getattr(parsed, "set", ()):
         name, equals, value = assignment.partition("=")
         if not equals:
-            raise ConfigError(f"--set {assignment} is not NAME=VALUE")
+            raise ConfigError(f"--set {assignment} is not of the form NAME=VALUE")
         flags[name.strip()] = value
     return flags
 
@@ -192,24 +208,24 @@ def _serve(parsed: argparse.Namespace) -> int:
 
 
 def _real_worker() -> WorkerMain:
-    """What a worker runs. Loaded before the fork, so that workers share its memory and a replacement starts at
-    once. Raises StartError when chatcore is not built."""
+    """The main function of a worker. It is loaded before the fork, so that workers share its memory and a replacement
+    starts at once. Raises StartError when the native modules are not built."""
     from .supervisor.worker_process import StartError
 
     try:
         from .server.worker import main as worker_main
     except ImportError as error:
-        raise StartError(f"the worker cannot be loaded; build chatcore first: {error}") from error
+        raise StartError(f"cannot load the worker; build chatcore first: {error}") from error
     return worker_main
 
 
 def _announce(url: str, settings: Settings, workers: int) -> None:
-    """The server is ready: where it is, and what to type next."""
+    """Print that the server is ready, its URL, and the commands to go on with."""
     data = "" if settings.server.data == Settings.default().server.data else f" --data {settings.server.data}"
-    # As seen from this machine; left out where the chat looks by itself.
+    # The URL from this machine; left out if it is the chat's default.
     here = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
     chat = f"{_program()} chat" + ("" if here == "http://127.0.0.1:8080" else f" {here}")
-    # Where strangers may make accounts the chat does it; elsewhere somebody has to begin.
+    # With open registration the chat creates accounts; otherwise the operator has to create the first one.
     following = [chat] if settings.registration_open() else [f"{_program()} user add NAME{data}", chat]
     lines = [
         f"chatcore {__version__} is ready: {workers} worker{'s' if workers != 1 else ''} on {url}",
@@ -222,7 +238,7 @@ def _announce(url: str, settings: Settings, workers: int) -> None:
 
 
 def _program() -> str:
-    """How to call this very program in the shell it was called from."""
+    """How to run this program from the shell that started it."""
     if shutil.which("chatcore"):
         return "chatcore"
     beside = Path(sys.executable).with_name("chatcore")
@@ -246,7 +262,7 @@ def _user_add(parsed: argparse.Namespace) -> int:
             if getpass.getpass("Again: ") != password:
                 return _fail("the two passwords differ", 1)
         except EOFError:
-            return _fail("nobody gave a password; --password-stdin takes it from a pipe", 1)
+            return _fail("no password was given; --password-stdin reads it from a pipe", 1)
     print(add_user(settings, parsed.name, password))
     return 0
 
@@ -286,7 +302,7 @@ def _ask(parsed: argparse.Namespace, request: dict[str, Any], timeout_s: float |
 
 
 def _controlled(command: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """`command`, with the errors of the control socket told in one line."""
+    """`command`, with errors of the control socket reported in one line."""
 
     def run(parsed: argparse.Namespace) -> int:
         from .supervisor.control import ControlError
@@ -299,7 +315,7 @@ def _controlled(command: Callable[[argparse.Namespace], int]) -> Callable[[argpa
     return run
 
 
-#: The supervisor answers at once whatever the workers do; longer means that it stands still itself.
+#: The supervisor answers at once, whatever its workers do; no answer within this time means that it is suspended.
 STATUS_TIMEOUT_S = 5.0
 
 
@@ -352,7 +368,7 @@ def _scale(parsed: argparse.Namespace) -> int:
 
 # -- queue
 
-#: Dead letters that `queue list --dead` shows at most; they carry payloads.
+#: The most dead letters that `queue list --dead` shows; each carries its payload.
 DEAD_SHOWN = 1000
 
 
@@ -387,7 +403,7 @@ def _queue_list(parsed: argparse.Namespace) -> int:
 
 
 def _letter(letter: DeadLetter) -> dict[str, Any]:
-    """A dead letter for JSON: its payload as text if it is some, else in base64."""
+    """A dead letter for JSON: the payload as text if it is UTF-8, else in base64."""
     fields = dataclasses.asdict(letter)
     payload: bytes = fields.pop("payload")
     try:

@@ -1,7 +1,7 @@
-"""Where the values of the settings come from: TOML file < environment < flags.
+"""Loads the settings from their sources; later ones win: TOML file, environment, flags.
 
-Unknown or out-of-range: :class:`ConfigError`, one line that names the setting, its value, what is allowed
-and where it came from. What settings there are is in ``settings.py``.
+An unknown setting or a value that is not allowed raises :class:`ConfigError`: one line with the setting, its value,
+the allowed values and the source. ``settings.py`` declares the settings.
 """
 
 from __future__ import annotations
@@ -15,29 +15,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from .settings import ORDERED, TOGETHER, Accounts, Bus, Limits, Rates, Server, Settings, Store, Timeouts
-
-__all__ = [
-    "Accounts",
-    "Bus",
-    "ConfigError",
-    "Limits",
-    "Loaded",
-    "Rates",
-    "Server",
-    "Settings",
-    "Store",
-    "Timeouts",
-    "as_json",
-    "as_toml",
-    "load",
-    "load_with_origins",
-]
+from .settings import ORDERED, TOGETHER, Settings
 
 ENV_PREFIX = "CHATCORE_"
-#: Not settings: what tests, the build and the terminal chat look at.
+#: Variables that are no settings: tests, the build and the terminal chat read them.
 ENV_IGNORED = ("CHATCORE_TEST_", "CHATCORE_DEBUG", "CHATCORE_SANITIZE", "CHATCORE_PASSWORD", "CHATCORE_USER")
-#: The common ones, by a short name too. The long name wins if both are set.
+#: Short names for common settings. The long name wins if both are set.
 ENV_SHORT = {
     "CHATCORE_HOST": "server.host",
     "CHATCORE_PORT": "server.port",
@@ -47,7 +30,7 @@ ENV_SHORT = {
 
 
 class ConfigError(Exception):
-    """A setting is unknown or not allowed, or the file cannot be read; the message is one line for people."""
+    """A setting is unknown, its value is not allowed, or the file cannot be read; the message is one line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +52,9 @@ class Spec:
         return ENV_PREFIX + self.name.replace(".", "_").upper()
 
     def value(self, given: object, origin: str, *, is_text: bool) -> Any:
-        """`given` as this setting's value. `is_text`: it comes from outside TOML and still has to be converted.
+        """The value of this setting for `given`; `is_text`: convert it, as the environment and flags only have text.
 
-        Raises ConfigError when it is of another type or out of range.
+        Raises ConfigError when the value has another type or is not allowed.
         """
         value = given
         try:
@@ -90,7 +73,7 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Settings, and for each name ("server.port") where its value came from."""
+    """Settings, and for each name ("server.port") the source of its value."""
 
     settings: Settings
     origins: Mapping[str, str]
@@ -110,7 +93,7 @@ def load(
     env: Mapping[str, str] | None = None,
     flags: Mapping[str, object] | None = None,
 ) -> Settings:
-    """The settings; see :func:`load_with_origins`."""
+    """The settings alone; see :func:`load_with_origins`."""
     return load_with_origins(config_path, env, flags).settings
 
 
@@ -121,9 +104,9 @@ def load_with_origins(
 ) -> Loaded:
     """Read and check all settings.
 
-    `config_path`: a TOML file with a table per group. `env`: an environment; None means empty, so that
-    tests do not depend on theirs. `flags`: by name ("server.port"), text or typed; None values are left out.
-    Raises ConfigError.
+    `config_path`: a TOML file with one table per group. `env`: the environment; None means empty, so that tests do
+    not depend on theirs. `flags`: values by name ("server.port"), as text or typed; None values are ignored. Raises
+    ConfigError.
     """
     known = {spec.name: spec for spec in specs()}
     values: dict[str, Any] = {name: spec.default for name, spec in known.items()}
@@ -132,7 +115,7 @@ def load_with_origins(
     def take(name: str, given: object, origin: str, *, is_text: bool) -> None:
         spec = known.get(name)
         if spec is None:
-            raise ConfigError(f"{name} = {given!r} ({origin}) is no setting: {_nearest(name, known)}")
+            raise ConfigError(f"{name} = {given!r} ({origin}) is not a setting: {_nearest(name, known)}")
         values[name] = spec.value(given, origin, is_text=is_text)
         origins[name] = origin
 
@@ -172,36 +155,36 @@ def _read_file(path: str | Path) -> Iterator[tuple[str, object]]:
     except OSError as error:
         raise ConfigError(f"config file {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config file {path} is not TOML: {error}") from error
+        raise ConfigError(f"config file {path} is not valid TOML: {error}") from error
     groups = [group.name for group in dataclasses.fields(Settings)]
     for name, table in tables.items():
         if name not in groups or not isinstance(table, dict):
-            raise ConfigError(f"{name} (file {path}) is no group of settings: allowed are {', '.join(groups)}")
+            raise ConfigError(f"{name} (file {path}) is not a group of settings: the groups are {', '.join(groups)}")
         for key, given in table.items():
             yield f"{name}.{key}", given
 
 
 def _read_env(env: Mapping[str, str], known: Mapping[str, Spec]) -> Iterator[tuple[str, str, str]]:
-    """(setting, text, variable) for each CHATCORE_ variable; short names first, so that long ones win."""
+    """(setting, text, variable) for each CHATCORE_ variable; short names come first, so that long ones win."""
     by_variable = dict(ENV_SHORT) | {spec.env: spec.name for spec in known.values()}
     for variable in sorted(env, key=lambda name: (name not in ENV_SHORT, name)):
         if not variable.startswith(ENV_PREFIX) or variable.startswith(ENV_IGNORED):
             continue
         if variable not in by_variable:
             nearest = _nearest(variable, by_variable)
-            raise ConfigError(f"{variable} = {env[variable]!r} (environment) is no setting: {nearest}")
+            raise ConfigError(f"{variable} = {env[variable]!r} (environment) is not a setting: {nearest}")
         yield by_variable[variable], env[variable], variable
 
 
 def _nearest(name: str, known: Mapping[str, object]) -> str:
     close = get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return hint + "`chatcore config` prints all that there are"
+    return hint + "`chatcore config` prints all settings"
 
 
 def as_toml(loaded: Loaded) -> str:
-    """The effective settings as a TOML file, each with its documentation and origin."""
-    lines = ["# Settings of chatcore. File < environment (the name in brackets) < flags."]
+    """The effective settings as a TOML file, each with its documentation and its source."""
+    lines = ["# Settings of chatcore. The environment (variable in brackets) overrides this file, flags override both."]
     group = ""
     for spec in specs():
         head, _, key = spec.name.partition(".")
@@ -211,7 +194,7 @@ def as_toml(loaded: Loaded) -> str:
         lines += [
             f"# {spec.doc}",
             f"# Allowed: {spec.allowed}. Default: {_toml(spec.default)}. [{spec.env}]",
-            # A path may hold what would end the comment.
+            # Escaped, since a path may contain a line break, which would end the comment.
             f"# From: {loaded.origins[spec.name].encode('unicode_escape').decode()}.",
             f"{key} = {_toml(_get(loaded.settings, spec.name))}",
         ]
@@ -242,6 +225,6 @@ def _get(settings: Settings, name: str) -> Any:
 
 
 def _toml(value: object) -> str:
-    # A JSON string is a TOML basic string but for escapes outside ASCII (surrogate pairs), so it keeps those
-    # characters; what is not printable was refused when the value was checked.
+    # A JSON string is a TOML basic string, except for escaped characters outside ASCII (surrogate pairs), so those
+    # stay unescaped. The check of the value has refused unprintable characters.
     return json.dumps(value, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""The one tree of errors, mapped one to one to the protocol's error codes.
+"""The tree of errors: one class per error code of the protocol.
 
-A request that raises a :class:`ChatError` is answered with its ``code``;
-anything else that escapes is a bug and is answered with ``internal``.
+A request that raises a :class:`ChatError` is answered with its ``code``. Any other exception is a bug, and the answer
+is ``internal``.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import ClassVar
 class ChatError(Exception):
     """A request was refused.
 
-    ``message`` is for people; ``retry_after_ms`` is set exactly when repeating
-    the same request later can succeed (protocol: "repeat after it").
+    ``message`` is for people. ``retry_after_ms`` is set exactly when the same request can succeed later: the client
+    repeats it after that time.
     """
 
     code: ClassVar[str] = "internal"
@@ -47,14 +47,14 @@ class Forbidden(ChatError):
 
 
 class NotFound(ChatError):
-    """It does not exist, or this user may not know that it does."""
+    """The object does not exist, or this user may not know that it does."""
 
     code = "not_found"
     http_status = 404
 
 
 class Conflict(ChatError):
-    """A ``cid`` was used again for something else, or a name is taken."""
+    """A ``cid`` was used again for different content, or a name is taken."""
 
     code = "conflict"
     http_status = 409
@@ -68,14 +68,14 @@ class TooLarge(ChatError):
 
 
 class RateLimited(ChatError):
-    """Too many requests; ``retry_after_ms`` says when to come back."""
+    """The client sends too many requests; ``retry_after_ms`` says when it may repeat this one."""
 
     code = "rate_limited"
     http_status = 429
 
 
 class Unavailable(ChatError):
-    """A part is down, or the outcome is unknown: repeat with the same ``cid``."""
+    """A part of the server is down, or the outcome is unknown: the client repeats the request with the same ``cid``."""
 
     code = "unavailable"
     http_status = 503

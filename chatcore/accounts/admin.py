@@ -1,6 +1,6 @@
-"""Accounts from the command line: straight to the store, whether a server runs or not.
+"""Accounts from the command line: directly in the store, whether a server runs or not.
 
-A running server sees what was done here within its check interval.
+A running server sees these changes within its check interval.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from ..store.names import check_name
 from ..store.sqlite import accounts, ops
 from ..store.sqlite.schema import BrokenStore, connect, database_path, prepare
 from ..store.sqlite.threads import WriteLock
-from .passwords import Passwords
+from .passwords import Passwords, check_password
 
 T = TypeVar("T")
 
 
 @contextmanager
-def _database(settings: Settings, *, make: bool) -> Iterator[apsw.Connection]:
+def _database(settings: Settings, *, create: bool) -> Iterator[apsw.Connection]:
+    """The embedded database, under its write lock; with `create` it is made if there is none."""
     data = Path(settings.server.data)
     if not database_path(data).exists():
-        if not make:
+        if not create:
             raise BadRequest(f"there is no chatcore data in {data}")
         data.mkdir(parents=True, exist_ok=True, mode=0o700)
     lock = WriteLock(data)
@@ -50,8 +51,8 @@ def _database(settings: Settings, *, make: bool) -> Iterator[apsw.Connection]:
         lock.close()
 
 
-def _write(settings: Settings, op: ops.Op, *, make: bool) -> object:
-    with _database(settings, make=make) as db:
+def _write(settings: Settings, op: ops.Op, *, create: bool) -> object:
+    with _database(settings, create=create) as db:
         db.execute("BEGIN IMMEDIATE")
         try:
             result: object = op(ops.Transaction(db, b""))
@@ -63,8 +64,8 @@ def _write(settings: Settings, op: ops.Op, *, make: bool) -> object:
         return result
 
 
-class _Deaf:
-    """Hears nothing on the bus: the command line only tells."""
+class _IgnoreBus:
+    """Ignores all messages of the bus: the command line only publishes."""
 
     def on_bus(self, channel: str, payload: bytes) -> None: ...
     def on_resync_needed(self, why: str) -> None: ...
@@ -73,15 +74,15 @@ class _Deaf:
 
 
 def _with_hosts(settings: Settings, work: Callable[[Store], Awaitable[T]]) -> T:
-    """Do it as a worker would: in MongoDB, and told to the caches of all hosts."""
-    # Here, as the embedded default needs none of it.
+    """Run `work` as a worker would: on MongoDB, with invalidations for the caches of all hosts."""
+    # Not at the top of the file, as the embedded default needs neither.
     from ..bus.redis import RedisBus
     from ..server.backends import make_store
 
-    quiet = replace(settings, cache=replace(settings.cache, warm_conversations=0, prefetch_conversations=0))
+    no_prefetch = replace(settings, cache=replace(settings.cache, warm_conversations=0, prefetch_conversations=0))
 
     async def main() -> T:
-        backends = make_store(quiet, lambda entries: None, lambda conv: None)
+        backends = make_store(no_prefetch, lambda entries: None, lambda conv: None)
         await backends.store.start()
         bus = RedisBus(
             settings.redis.url,
@@ -92,7 +93,7 @@ def _with_hosts(settings: Settings, work: Callable[[Store], Awaitable[T]]) -> T:
             confirm_timeout_ms=settings.bus.confirm_timeout_ms,
         )
         try:
-            await bus.start(_Deaf())
+            await bus.start(_IgnoreBus())
             if backends.cache is not None:
                 await backends.cache.listen(bus)
             return await work(backends.store)
@@ -106,48 +107,41 @@ def _with_hosts(settings: Settings, work: Callable[[Store], Awaitable[T]]) -> T:
 
 
 def add_user(settings: Settings, name: str, password: str) -> str:
-    """Make an account; returns its id.
+    """Create an account; returns its id.
 
-    :raises BadRequest: name or password are not usable.
+    :raises BadRequest: the name or the password is not allowed.
     :raises Conflict: the name is taken.
     """
     name = check_name(name, settings.limits.name_chars)
-    limits, a = settings.limits, settings.accounts
-    if not limits.password_chars_min <= len(password) <= limits.password_chars_max:
-        raise BadRequest(f"password: {limits.password_chars_min} to {limits.password_chars_max} characters")
-    hasher = Passwords(
-        memory_kib=a.password_hash_memory_kib,
-        time_cost=a.password_hash_time,
-        parallel=a.password_hash_parallel,
-        queue=1,
-    )
+    check_password(password, settings)
+    hasher = Passwords.configured(settings, queue=1)
     try:
         hashed = hasher.hash_now(password)
     finally:
         hasher.close()
     if settings.store.mongodb_url:
         return _with_hosts(settings, lambda store: store.add_user(name, hashed)).id
-    user = _write(settings, accounts.add_user(name, hashed), make=True)
+    user = _write(settings, accounts.add_user(name, hashed), create=True)
     return str(getattr(user, "id", ""))
 
 
 def list_users(settings: Settings) -> list[tuple[str, str, int, bool]]:
-    """All accounts by name: (id, name, created in Unix ms, disabled)."""
+    """All accounts in the order of their names: (id, name, created in Unix ms, disabled)."""
     if settings.store.mongodb_url:
         from ..store.mongo.admin import accounts as list_accounts
 
         return list_accounts(settings)
-    with _database(settings, make=False) as db:
+    with _database(settings, create=False) as db:
         rows: list[Any] = db.execute("SELECT id, name, created, disabled FROM users ORDER BY name_key").fetchall()
     return [(id, name, created, bool(disabled)) for id, name, created, disabled in rows]
 
 
 def disable_user(settings: Settings, name: str) -> None:
-    """Disable an account and end its sessions.
+    """Disable an account and revoke its tokens, which ends its sessions.
 
-    :raises NotFound: there is none of this name.
+    :raises NotFound: there is no account of this name.
     """
     if settings.store.mongodb_url:
         _with_hosts(settings, lambda store: store.set_disabled(name, True))
         return
-    _write(settings, accounts.set_disabled(name, True), make=False)
+    _write(settings, accounts.set_disabled(name, True), create=False)

@@ -1,26 +1,28 @@
-"""Accounts: registration, login, and the tokens of sessions."""
+"""Accounts: registration, log-in, and session tokens."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-import time
 from dataclasses import dataclass
+from typing import Final
 
-from ..errors import BadRequest, Forbidden, Unauthenticated
+from ..common.clock import now_ms
+from ..errors import Forbidden, Unauthenticated
 from ..settings import Settings
 from ..store.base import Store, User
 from ..store.names import check_name
-from .passwords import Passwords
+from .passwords import Passwords, check_password
 
-# A token is extended when this part of its life has gone: one write for many uses.
-EXTEND_AFTER = 0.1
-TOKEN_BYTES = 32
+#: A token is extended after this part of its life, so that many uses cost one write.
+EXTEND_AFTER: Final = 0.1
+#: 256 random bits cannot be guessed.
+TOKEN_BYTES: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """A fresh token (shown once: only its hash is kept), for how long, and whose."""
+    """A fresh token (the store keeps only its hash), its life from now in ms, and its user."""
 
     token: str
     expires_ms: int
@@ -29,7 +31,7 @@ class Login:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who a valid token belongs to, and for how long it is valid from now."""
+    """The user of a valid token, and the rest of the token's life in ms."""
 
     user: User
     token_hash: bytes
@@ -37,55 +39,45 @@ class Identity:
 
 
 def token_hash(token: str) -> bytes:
-    """What the store keeps of a token: it has 256 random bits, so a plain hash is enough."""
+    """The hash of a token that the store keeps; a token has 256 random bits, so one round of SHA-256 is enough."""
     return hashlib.sha256(token.encode()).digest()
 
 
-def now_ms() -> int:
-    """Unix time in ms (what tokens expire by: they outlive processes)."""
-    return time.time_ns() // 1_000_000
-
-
 class Accounts:
-    """One per worker."""
+    """The accounts service; there is one per worker.
+
+    Tokens expire by the wall clock, since they outlive processes.
+    """
 
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
         self._store = store
-        accounts = settings.accounts
-        self._passwords = Passwords(
-            memory_kib=accounts.password_hash_memory_kib,
-            time_cost=accounts.password_hash_time,
-            parallel=accounts.password_hash_parallel,
-            queue=accounts.password_hash_queue,
-        )
+        self._passwords = Passwords.configured(settings)
 
     def close(self) -> None:
         """End the hashing thread."""
         self._passwords.close()
 
-    def check_password(self, password: str) -> None:
-        """:raises BadRequest: too short or too long."""
-        limits = self._settings.limits
-        if not limits.password_chars_min <= len(password) <= limits.password_chars_max:
-            raise BadRequest(f"password: {limits.password_chars_min} to {limits.password_chars_max} characters")
-
     async def register(self, name: str, password: str) -> Login:
-        """Make an account and log it in.
+        """Create an account and log it in.
 
         :raises Forbidden: registration is closed.
-        :raises BadRequest: name or password are not usable.
+        :raises BadRequest: the name or the password is not allowed.
         :raises Conflict: the name is taken.
         """
         if not self._settings.registration_open():
             raise Forbidden("registration is closed: ask the operator for an account")
         name = check_name(name, self._settings.limits.name_chars)
-        self.check_password(password)
+        check_password(password, self._settings)
         hashed = await self._passwords.hash(password)
         return await self._issue(await self._store.add_user(name, hashed), hashed)
 
     async def login(self, name: str, password: str) -> Login:
-        """:raises Unauthenticated: unknown user, wrong password or disabled: one answer, one duration."""
+        """Log in with name and password.
+
+        :raises Unauthenticated: the user is unknown or disabled, or the password is wrong; the answer and the time
+            that it takes are the same.
+        """
         account = await self._store.account(name[: self._settings.limits.name_chars * 4])
         usable = account is not None and len(password) <= self._settings.limits.password_chars_max
         hashed = account.password if account is not None and usable else None
@@ -101,9 +93,9 @@ class Accounts:
         return Login(token, ttl, user)
 
     async def identify(self, token: str) -> Identity:
-        """Whose token this is; using it extends it.
+        """The user of a token. Using a token extends it.
 
-        :raises Unauthenticated: it is unknown, expired or revoked, or its user is disabled.
+        :raises Unauthenticated: the token is unknown, expired or revoked, or its user is disabled.
         """
         key = token_hash(token)
         found = await self._store.token(key)
@@ -122,12 +114,17 @@ class Accounts:
         await self._store.revoke_token(identity.token_hash)
 
     async def update(self, identity: Identity, name: str | None, password: str | None, old: str | None) -> User:
-        """Change one's name, or one's password (which needs the old one, and logs out everywhere else)."""
+        """Change the user's name, password or both. A new password needs the `old` one and revokes all other tokens.
+
+        :raises Forbidden: the old password is wrong.
+        :raises BadRequest: the name or the password is not allowed.
+        :raises Conflict: the name is taken.
+        """
         if name is not None:
             name = check_name(name, self._settings.limits.name_chars)
         hashed: str | None = None
         if password is not None:
-            self.check_password(password)
+            check_password(password, self._settings)
             account = await self._store.account_by_id(identity.user.id)
             if account is None or not await self._passwords.verify(account.password, old or ""):
                 raise Forbidden("the old password is wrong")

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatcore.config import ConfigError, Settings, as_json, as_toml, load, load_with_origins, specs
-from chatcore.settings import Server, is_loopback
+from chatcore.config import ConfigError, as_json, as_toml, load, load_with_origins, specs
+from chatcore.settings import Server, Settings, is_loopback
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
@@ -54,9 +54,9 @@ def test_tests_the_build_and_the_chat_have_variables_of_their_own() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("[server]\nprot = 1", "server.prot = 1 (file FILE) is no setting: did you mean server.port"),
-        ("[sever]\nport = 1", "sever (file FILE) is no group of settings: allowed are server, limits"),
-        ("port = 1", "port (file FILE) is no group of settings"),
+        ("[server]\nprot = 1", "server.prot = 1 (file FILE) is not a setting: did you mean server.port"),
+        ("[sever]\nport = 1", "sever (file FILE) is not a group of settings: the groups are server, limits"),
+        ("port = 1", "port (file FILE) is not a group of settings"),
         (
             "[server]\nport = 65536",
             "server.port = 65536 (file FILE) is not allowed: it must be a whole number from 0 to",
@@ -70,7 +70,7 @@ def test_tests_the_build_and_the_chat_have_variables_of_their_own() -> None:
         ("[rates]\nmessages_per_s = nan", "rates.messages_per_s = nan (file FILE) is not allowed"),
         ("[rates]\nmessages_per_s = inf", "rates.messages_per_s = inf (file FILE) is not allowed"),
         ("[rates]\nmessages_per_s = false", "rates.messages_per_s = False (file FILE) is not allowed"),
-        ("[server", "config file FILE is not TOML: "),
+        ("[server", "config file FILE is not valid TOML: "),
         (
             "[timeouts]\nping_ms = 5000\nping_min_ms = 6000",
             "ping_min_ms = 6000 (file FILE) is not allowed: it must be at most timeouts.ping_ms = 5000 (file FILE)",
@@ -91,7 +91,7 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Is a directory"):
         load(tmp_path)
     (tmp_path / "latin").write_bytes(b"# \xe9\n")
-    with pytest.raises(ConfigError, match="is not TOML"):
+    with pytest.raises(ConfigError, match="is not valid TOML"):
         load(tmp_path / "latin")
 
 

@@ -236,13 +236,13 @@ def test_mistakes_in_commands_are_one_line() -> None:
         assert done.returncode == 2
         assert done.stderr.count("\n") == 1
         assert "--help" in done.stderr
-    assert chatcore("serve", "--set", "history").stderr == "chatcore: --set history is not NAME=VALUE\n"
+    assert chatcore("serve", "--set", "history").stderr == "chatcore: --set history is not of the form NAME=VALUE\n"
 
 
 def test_a_password_that_nobody_gives_is_no_traceback(tmp_path: Path) -> None:
     done = chatcore("user", "add", "alice", "--data", str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.splitlines()[-1].endswith("nobody gave a password; --password-stdin takes it from a pipe")
+    assert done.stderr.splitlines()[-1].endswith("no password was given; --password-stdin reads it from a pipe")
     assert "Traceback" not in done.stderr
 
 

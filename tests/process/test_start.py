@@ -106,7 +106,7 @@ def test_a_bad_setting_is_one_line_and_exit_code_2(server: MakeServer, tmp_path:
     for arguments, env, expected in (
         (("--set", "limits.history=0"), {}, "limits.history = '0' (flag --limits.history) is not allowed"),
         ((), {"CHATCORE_RATES_MESSAGES_PER_S": "fast"}, "rates.messages_per_s = 'fast' (environment CHATCORE_RATES"),
-        ((), {"CHATCORE_PROT": "1"}, "CHATCORE_PROT = '1' (environment) is no setting: did you mean CHATCORE_PORT"),
+        ((), {"CHATCORE_PROT": "1"}, "CHATCORE_PROT = '1' (environment) is not a setting: did you mean CHATCORE_PORT"),
         (("--config", str(tmp_path / "none.toml")), {}, "none.toml cannot be read: No such file or directory"),
     ):
         one = server(*arguments, env=env)
