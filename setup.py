@@ -1,9 +1,8 @@
-"""The extension modules of chatcore._fast; everything else about the package is in pyproject.toml.
+"""Builds the extension modules of chatcore._fast; pyproject.toml has all other metadata of the package.
 
-``CHATCORE_DEBUG=1`` builds with the internal checks (CC_CHECK, bounds, asserts) and without
-optimisation that hides lines; ``CHATCORE_SANITIZE=undefined`` (or ``address,undefined``) adds
-sanitizers (the latter needs LD_PRELOAD of libasan and libubsan). Use ``build_ext --force`` when
-changing between them.
+``CHATCORE_DEBUG=1`` enables internal checks (CC_CHECK, bounds, asserts) and disables optimisation that
+hides lines. ``CHATCORE_SANITIZE=undefined`` (or ``address,undefined``) adds sanitizers; the latter needs
+LD_PRELOAD of libasan and libubsan. Use ``build_ext --force`` when changing between these builds.
 """
 
 import os
@@ -14,8 +13,8 @@ from setuptools import Extension, setup
 DEBUG = os.environ.get("CHATCORE_DEBUG", "") not in ("", "0")
 SANITIZE = os.environ.get("CHATCORE_SANITIZE", "")
 
-# No -march: wheels run on any x86-64 or arm64. -g costs nothing at run time and lets
-# `py-spy --native` and gdb name the functions.
+# No -march, so that a wheel runs on any x86-64 or arm64. -g costs nothing at run time, and lets `py-spy --native` and
+# gdb name the functions.
 CFLAGS = ["-O1", "-g", "-UNDEBUG", "-fno-omit-frame-pointer"] if DEBUG else ["-O3", "-g"]
 MACROS = [("CHATCORE_DEBUG", "1")] if DEBUG else [("CYTHON_WITHOUT_ASSERTIONS", "1")]
 LDFLAGS = []
@@ -24,7 +23,7 @@ if SANITIZE:
     LDFLAGS += [f"-fsanitize={SANITIZE}"]
 
 setup(
-    # What Cython made is in the modules; the .pyx stay, so that a debugger and a profiler show them.
+    # The modules contain the generated C code. The .pyx stay, so that debuggers and profilers can show their lines.
     exclude_package_data={"chatcore._fast": ["*.c"]},
     ext_modules=cythonize(
         [
