@@ -1,11 +1,11 @@
-# chatcore. `make help` says what there is.
+# chatcore. `make help` lists the targets.
 #
-# Everything is built into .venv here; a stamp in it makes a second start fast. The package is installed
-# editable: Python files count at once, the C parts are built again when one of their sources is newer.
+# All targets build into .venv; a stamp file in it makes the next start fast. The package is installed editable: a
+# changed Python file takes effect at once, and make compiles the C parts again when one of their sources is newer.
 
 PYTHON ?= python3
 ARGS ?=
-# Tests at a time; more than cores, as most of them wait.
+# Tests that run at the same time; more than cores, as most tests wait.
 JOBS ?= 3
 
 VENV := .venv
@@ -15,7 +15,7 @@ BUILT_DEV := $(VENV)/.built-dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install
 NATIVE := setup.py pyproject.toml $(wildcard chatcore/_fast/*.pyx chatcore/_fast/*.pxd chatcore/_fast/*.pxi chatcore/_fast/*.h)
 
-# What is missing on this machine, in one line; empty if nothing is. Debian's names of the packages.
+# What this machine lacks, in one line, with Debian's names of the packages; empty if it lacks nothing.
 MISSING = $(shell \
 	command -v $(PYTHON) >/dev/null || { echo 'Python is missing: apt install python3'; exit; }; \
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -34,15 +34,15 @@ help:
 	@echo 'make serve   build, and serve on 127.0.0.1:8080 (ARGS="--port 9000 --workers 2 --data ./data")'
 	@echo 'make test    run all tests (ARGS="-k name -x")'
 ifneq ($(wildcard perf/__main__.py),)
-	@echo 'make bench-setup   install and build what is compared with'
-	@echo 'make bench   run all benchmarks and write perf/REPORT.md (ARGS="fanout --quick": one of them)'
+	@echo 'make bench-setup   install and build the servers to compare with'
+	@echo 'make bench   run all benchmarks and write perf/REPORT.md (ARGS="fanout --quick": only one of them)'
 endif
 	@echo 'make faults  run the fault campaign, an hour (ARGS="--backend sqlite-local --seed 1"; --help says more)'
 	@echo 'make lint    check style and types'
 	@echo 'make build   build into .venv only'
-	@echo 'make clean   remove everything that was built (not ./data)'
+	@echo 'make clean   remove all build results (not ./data)'
 
-# Ctrl-C reaches the server, too: it drains and ends with 0, and make has nothing to complain about.
+# Ctrl-C reaches the server, too; it drains and exits with 0, so that make reports no error.
 .PHONY: serve
 serve: $(BUILT)
 	@exec $(BIN)/chatcore serve $(ARGS)
