@@ -1,4 +1,4 @@
-"""Which names are none."""
+"""Names of users: which are refused."""
 
 from __future__ import annotations
 

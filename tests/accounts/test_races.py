@@ -1,4 +1,4 @@
-"""Passwords and tokens that change while they are being checked, and what a login costs."""
+"""Passwords and tokens that change while the server checks them, and the cost of a log-in."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_no_token_is_given_for_a_password_that_was_changed_since_it_was_verified
     run(tmp_path, work)
 
 
-def test_no_token_is_given_to_somebody_disabled_meanwhile(tmp_path: Path) -> None:
-    """The account was looked at before the hash was computed, and not again."""
+def test_an_account_disabled_meanwhile_gets_no_token(tmp_path: Path) -> None:
+    """The server checked the account before it computed the hash, and not again afterwards."""
 
     async def work(o: Opened) -> None:
         alice = await o.user("alice")
@@ -98,7 +98,7 @@ def test_no_token_is_given_to_somebody_disabled_meanwhile(tmp_path: Path) -> Non
     run(tmp_path, work)
 
 
-def test_a_revoked_token_cannot_be_extended_and_that_is_told(tmp_path: Path) -> None:
+def test_extending_a_revoked_token_fails_and_returns_false(tmp_path: Path) -> None:
     async def work(o: Opened) -> None:
         alice = await o.user("alice")
         await o.store.add_token(b"token", alice.id, FAR, "hash")
@@ -132,8 +132,8 @@ def test_a_login_that_the_change_of_the_password_overtakes_fails(tmp_path: Path)
     with_accounts(tmp_path, work)
 
 
-def test_a_token_revoked_while_it_is_looked_at_lets_nobody_in(tmp_path: Path) -> None:
-    """It was found valid, revoked, and then "extended", of which nobody saw that there was nothing to extend."""
+def test_a_token_revoked_while_it_is_checked_is_refused(tmp_path: Path) -> None:
+    """The server found it valid, and did not notice that it could not extend it any more after it was revoked."""
 
     async def work(store: Raced, accounts: Accounts) -> None:
         user = (await accounts.register("alice", "correct horse")).user
@@ -151,19 +151,19 @@ def test_a_token_revoked_while_it_is_looked_at_lets_nobody_in(tmp_path: Path) ->
     with_accounts(tmp_path, work)
 
 
-def test_the_first_login_of_somebody_unknown_costs_as_much_as_any_other() -> None:
-    """The hash of nobody's password was made when it was first needed: the first unknown name on each worker took
-    twice as long, which told a stranger who had just seen a restart that a name is not taken.
+def test_the_first_log_in_with_an_unknown_name_costs_as_much_as_any_other() -> None:
+    """The dummy hash was computed when it was first needed: the first unknown name on each worker took twice as long,
+    so that a stranger who had just seen a restart could learn that a name is not taken.
     """
 
     async def work() -> None:
         firsts, others = [], []
-        for _ in range(20):  # one round in quiet will do; that it costs twice as much shows in every one
+        for _ in range(20):  # one undisturbed round is enough: twice the cost would show in every round
             passwords = Passwords(memory_kib=8192, time_cost=4, parallel=1, queue=10)
             try:
-                known = await passwords.hash("correct horse")  # whatever is made at the start is made by now
+                known = await passwords.hash("correct horse")  # all that is computed at the start is there by now
                 for hashed, durations in ((None, firsts), (known, others)):
-                    begin = time.process_time()  # what it costs, whoever else uses the machine
+                    begin = time.process_time()  # CPU time does not depend on other users of the machine
                     assert not await passwords.verify(hashed, "wrong horse")
                     durations.append(time.process_time() - begin)
             finally:

@@ -117,7 +117,7 @@ class Server:
         fresh.write_text(json.dumps(how))
         fresh.rename(self._behaviour)
 
-    # -- what it says
+    # -- its output
 
     def printed(self) -> str:
         return self.out.read_text()
@@ -130,7 +130,7 @@ class Server:
         eventually(lambda: re.search(pattern, self.log()), f"{pattern!r} in the log:\n{self.log()}")
 
     def ready(self) -> Server:
-        """Wait until it says that it is ready."""
+        """Wait until it prints that it is ready."""
 
         def says_so() -> bool:
             assert self.process.poll() is None, f"it ended with {self.process.returncode}:\n{self.log()}"
@@ -167,7 +167,7 @@ class Server:
 
         return eventually(is_replaced, f"worker {slot} replaced; {self.log()}")
 
-    # -- what clients do
+    # -- clients
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)

@@ -1,4 +1,4 @@
-"""Settings: which value wins, and what is refused how."""
+"""Settings: which source wins, and the error for a value that is not allowed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_nothing_given_is_the_default() -> None:
     assert load() == Settings.default() == Settings()
 
 
-def test_tests_the_build_and_the_chat_have_variables_of_their_own() -> None:
+def test_variables_of_the_tests_the_build_and_the_chat_are_ignored() -> None:
     assert (
         load(
             env={
@@ -77,7 +77,7 @@ def test_tests_the_build_and_the_chat_have_variables_of_their_own() -> None:
         ),
     ],
 )
-def test_what_a_file_may_not_say(tmp_path: Path, text: str, expected: str) -> None:
+def test_a_file_with_a_mistake_is_refused(tmp_path: Path, text: str, expected: str) -> None:
     file = tmp_path / "chatcore.toml"
     file.write_text(text)
     with pytest.raises(ConfigError) as error:

@@ -71,7 +71,7 @@ def test_a_table_for_people(server: MakeServer) -> None:
 
 
 def metrics(l1: int, l2: int, missed: int, breaker: str = "closed") -> dict[str, Any]:
-    """What a worker with MongoDB and Redis tells of its parts, in part."""
+    """Some of the metrics of a worker with MongoDB and Redis."""
     roles = {"l1": l1, "l2": l2, "missed": missed, "refreshed": 0, "ratio": 0}
     return {
         "cache": {"kinds": {"roles": roles, "profiles": dict.fromkeys(roles, 0)}},
@@ -87,7 +87,7 @@ def metrics(l1: int, l2: int, missed: int, breaker: str = "closed") -> dict[str,
     }
 
 
-def test_what_workers_tell_of_their_parts(server: MakeServer) -> None:
+def test_status_shows_the_metrics_of_the_workers(server: MakeServer) -> None:
     one = server(workers=2, worker={"metrics": metrics(6, 2, 2)}).ready()
     status = one.call("status")
     assert [worker["figures"] for worker in status["workers"]] == [metrics(6, 2, 2)] * 2
@@ -169,7 +169,7 @@ def test_no_server_there_is_one_line(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
-def test_a_dead_servers_socket_is_no_server_and_in_nobodys_way(server: MakeServer) -> None:
+def test_the_socket_of_a_dead_server_is_no_server_and_does_not_stop_a_new_one(server: MakeServer) -> None:
     one = server().ready()
     one.process.kill()
     one.ended()
@@ -205,13 +205,13 @@ def test_a_path_longer_than_an_address_may_be(server: MakeServer, tmp_path: Path
         (b'{"cmd":["status"]}\n', "unknown command ['status']"),
     ],
 )
-def test_what_cannot_be_understood_is_refused(server: MakeServer, request_: bytes, expected: str) -> None:
+def test_a_malformed_request_is_refused(server: MakeServer, request_: bytes, expected: str) -> None:
     one = server(workers=1).ready()
     assert json.loads(raw(control.socket_path(one.data), request_)) == {"ok": False, "error": expected}
     assert one.call("status")["ok"]
 
 
-def test_silent_and_endless_callers_harm_nobody(server: MakeServer) -> None:
+def test_silent_and_endless_callers_do_no_harm(server: MakeServer) -> None:
     one = server(workers=1).ready()
     path = control.socket_path(one.data)
     silent = [socket.socket(socket.AF_UNIX) for _ in range(10)]
@@ -239,7 +239,7 @@ def test_mistakes_in_commands_are_one_line() -> None:
     assert chatcore("serve", "--set", "history").stderr == "chatcore: --set history is not of the form NAME=VALUE\n"
 
 
-def test_a_password_that_nobody_gives_is_no_traceback(tmp_path: Path) -> None:
+def test_a_missing_password_is_one_line_without_a_traceback(tmp_path: Path) -> None:
     done = chatcore("user", "add", "alice", "--data", str(tmp_path))
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1].endswith("no password was given; --password-stdin reads it from a pipe")

@@ -1,4 +1,4 @@
-"""Rolling reload: nobody notices, whether it goes well or not."""
+"""Rolling reload: clients do not notice it, whether it succeeds or fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MakeServer = Callable[..., Server]
 
 
 class Traffic:
-    """Asks without pause on a thread, and keeps what was answered and what was not."""
+    """Sends requests without pause on a thread; counts the answered ones, and keeps the errors of the others."""
 
     def __init__(self, server: Server) -> None:
         self.server = server

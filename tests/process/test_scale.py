@@ -37,7 +37,7 @@ def test_growing_and_shrinking_lose_no_connection(server: MakeServer) -> None:
 def test_a_slot_that_goes_gets_no_new_connections_but_answers_those_it_has(server: MakeServer) -> None:
     one = server(workers=2, worker={"drain_s": 1}).ready()
     leaving = one.worker(1)["pid"]
-    # Connected, not yet accepted by anybody: some of them wait for worker 1.
+    # Connected but not accepted yet: some of them wait in the queue of worker 1.
     waiting = [one.connect() for _ in range(20)]
     one.signal(signal.SIGTTOU)
     one.logged("changing the number of workers to 1")
@@ -63,14 +63,14 @@ def test_signals_add_and_take_one(server: MakeServer) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 129, -1, "2", 1.5, True, None])
-def test_numbers_that_make_no_sense_are_refused(server: MakeServer, workers: object) -> None:
+def test_impossible_numbers_of_workers_are_refused(server: MakeServer, workers: object) -> None:
     one = server(workers=1).ready()
     with pytest.raises(control.ControlError, match="it must be a whole number from 1 to 128"):
         one.call("scale", workers=workers)
     assert slots(one) == [0]
 
 
-def test_growing_by_workers_that_cannot_start_is_said(server: MakeServer) -> None:
+def test_scaling_reports_workers_that_cannot_start(server: MakeServer) -> None:
     one = server(workers=1).ready()
     one.behave(crash="boom")
     with pytest.raises(control.ControlError, match="worker 1 died before it was ready: RuntimeError: boom"):

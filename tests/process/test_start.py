@@ -1,4 +1,4 @@
-"""A start that succeeds, and every way in which it does not: one line, an exit code, nothing touched."""
+"""Starts: one that succeeds, and all that fail with one line and an exit code, and change nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MakeServer = Callable[..., Server]
 DEBUG = {"CHATCORE_DEBUG": "1"}  # logs every fork
 
 
-def test_it_says_where_it_is_once_every_worker_is_ready(server: MakeServer, tmp_path: Path) -> None:
+def test_it_prints_its_address_once_every_worker_is_ready(server: MakeServer, tmp_path: Path) -> None:
     go = tmp_path / "go"
     one = server(workers=3, worker={"never_ready": str(go), "slot": 1})
     one.logged(r"worker 0 \(process \d+\) is ready")
@@ -53,7 +53,7 @@ def test_a_worker_does_not_hold_its_siblings_listeners_nor_the_supervisors_pipes
     one = server(workers=3).ready()
     for worker in one.workers():
         links = [os.readlink(fd) for fd in Path(f"/proc/{worker['pid']}/fd").iterdir()]
-        # Its own listener; of the supervisor's pipes only the end that tells of its death, beside its own pipe.
+        # Its own listener, its own pipe, and the one end of the supervisor's pipes that shows the supervisor's death.
         assert sum(link.startswith("socket:") for link in links) == 1
         assert len({link for link in links if link.startswith("pipe:")}) == 2
 
@@ -122,7 +122,7 @@ def test_an_unknown_host_is_one_line(server: MakeServer) -> None:
     assert "chatcore: host 'no.such.host.invalid' is neither an address" in one.log()
 
 
-def test_it_halts_when_a_worker_says_that_nothing_can_start(server: MakeServer) -> None:
+def test_it_halts_when_a_worker_raises_starterror(server: MakeServer) -> None:
     one = server(worker={"start_error": "the database is broken"})
     assert one.ended() == 1
     assert one.log() == "chatcore: no worker could start: the database is broken\n"

@@ -1,4 +1,4 @@
-"""The shared page: what a worker writes, its parent sees."""
+"""The shared stats page: the parent reads what a worker writes."""
 
 from __future__ import annotations
 

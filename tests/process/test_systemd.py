@@ -1,4 +1,4 @@
-"""What systemd is told, over a real socket."""
+"""The messages to systemd, over a real socket."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_reload_that_fails_ends_for_systemd_too(server: MakeServer, manager: M
 def test_the_watchdog_is_fed_only_while_every_worker_ticks(
     server: MakeServer, manager: Manager, tmp_path: Path
 ) -> None:
-    """A worker that a debugger holds is not killed as stuck; that the server stands still is told all the same."""
+    """The supervisor does not kill a worker that a debugger holds, but it stops feeding the watchdog."""
     one = server("--set", "timeouts.stuck_worker_ms=1000", workers=2, env=env(tmp_path, WATCHDOG_USEC="200000")).ready()
     manager.until("WATCHDOG=1")
     manager.until("WATCHDOG=1")

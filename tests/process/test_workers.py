@@ -76,8 +76,8 @@ def test_a_stuck_worker_is_killed_and_replaced_while_the_others_serve(server: Ma
     one.logged(rf"worker {fresh['slot']} \(process {pids[fresh['slot']]}\) is killed: its loop has not ticked for 2500")
 
 
-def test_new_connections_go_past_a_worker_that_stands_still(server: MakeServer) -> None:
-    """Whoever came back from it was given to it again, one time in as many as there are workers."""
+def test_a_stalled_worker_gets_no_new_connections(server: MakeServer) -> None:
+    """With N workers, one in N clients that left it and reconnected was given to the stalled worker again."""
     one = server("--set", "timeouts.still_worker_ms=300", workers=3).ready()
     pid = one.worker(1)["pid"]
     os.kill(pid, signal.SIGSTOP)
@@ -90,8 +90,8 @@ def test_new_connections_go_past_a_worker_that_stands_still(server: MakeServer) 
     assert one.worker(1)["pid"] == pid
 
 
-def test_the_last_worker_that_stands_still_keeps_its_connections(server: MakeServer) -> None:
-    """There is nobody else: they wait in its queue until it goes on."""
+def test_when_all_workers_are_stalled_connections_wait(server: MakeServer) -> None:
+    """No other worker could take them: they wait in the queue until their worker goes on."""
     one = server("--set", "timeouts.still_worker_ms=300", workers=2).ready()
     pids = [one.worker(slot)["pid"] for slot in (0, 1)]
     for pid in pids:
@@ -108,21 +108,21 @@ def test_the_last_worker_that_stands_still_keeps_its_connections(server: MakeSer
             assert one.read(connection).line == "hello"
 
 
-def test_a_worker_that_somebody_stopped_is_stuck(server: MakeServer) -> None:
+def test_a_worker_stopped_by_a_signal_is_stuck(server: MakeServer) -> None:
     one = server("--set", "timeouts.stuck_worker_ms=500", workers=1).ready()
     pid = one.worker(0)["pid"]
     os.kill(pid, signal.SIGSTOP)
     one.replaced(0, pid)
 
 
-def test_nobody_is_judged_by_the_time_that_everything_stood_still(server: MakeServer) -> None:
-    """Ctrl-Z and fg: the whole group stops, and every heartbeat is old when it goes on."""
+def test_the_time_of_a_suspension_of_all_processes_does_not_count(server: MakeServer) -> None:
+    """Ctrl-Z and fg: the whole process group stops, and every heartbeat is old when it continues."""
     one = server("--set", "timeouts.stuck_worker_ms=1500", workers=2).ready()
     before = [worker["pid"] for worker in one.workers()]
     os.killpg(one.pid, signal.SIGSTOP)
     stopped = Path(f"/proc/{one.pid}/stat")
     eventually(lambda: stopped.read_text().rpartition(")")[2].split()[0] == "T")
-    # The very thing to show is time that passes: the kernel takes a connection, and nobody answers it.
+    # Time must pass here: the kernel accepts a connection, and no process answers it.
     with one.connect() as connection:
         connection.sendall(b"hello\n")
         connection.settimeout(3.0)
@@ -135,7 +135,7 @@ def test_nobody_is_judged_by_the_time_that_everything_stood_still(server: MakeSe
     assert [worker["pid"] for worker in one.workers()] == before
 
 
-def test_young_deaths_make_the_pause_longer_up_to_a_limit() -> None:
+def test_early_exits_make_the_pause_longer_up_to_a_limit() -> None:
     with socket.socket() as listener:  # plays no part
         slot = WorkerSlot(0, listener)
     never_ready = Worker(1, 1, 0, StatsCell.private(), forked_ns=0)
@@ -150,8 +150,8 @@ def test_young_deaths_make_the_pause_longer_up_to_a_limit() -> None:
     assert slot.failures == 0
 
 
-def test_while_nobody_ticks_new_connections_go_where_they_went(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The whole machine stood still for a moment: a worker that had been stopped got new connections again."""
+def test_while_no_worker_ticks_new_connections_go_where_they_went_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole machine was suspended for a moment; then a worker that was stalled before got new connections again."""
     steered: list[tuple[int, ...]] = []
     monkeypatch.setattr("chatcore.supervisor.worker_pool.steer", lambda listener, chosen: steered.append(tuple(chosen)))
     timeouts = Timeouts(still_worker_ms=300)
@@ -216,7 +216,7 @@ def test_workers_outlive_their_supervisor_only_to_drain_and_hold_the_lock_until_
 
 
 @pytest.mark.parametrize("until", [800, 3_200])
-def test_a_worker_that_a_debugger_let_go_has_time_to_tick(until: int) -> None:
+def test_a_worker_released_by_a_debugger_has_time_to_tick(until: int) -> None:
     timeouts = Timeouts(stuck_worker_ms=1_000)
     with subprocess.Popen(["sleep", "60"]) as process:
         try:
