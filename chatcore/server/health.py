@@ -17,8 +17,7 @@ from ..common.tasks import Tasks
 from ..errors import ChatError
 from ..queue.base import Queue
 from ..store.base import Store
-from ..supervisor.stats import Health as State
-from ..supervisor.stats import StatsCell
+from ..supervisor.stats import PartHealth, StatsCell
 
 log = logging.getLogger("chatcore.health")
 
@@ -57,12 +56,12 @@ class Health:
         """Stop writing."""
         await self._tasks.close()
 
-    def parts(self) -> dict[str, State]:
+    def parts(self) -> dict[str, PartHealth]:
         """The health of each part, in the order in which they are shown."""
         return {
             "store": _state(self._store.healthy),
             "bus": _state(self._bus.healthy),
-            "cache": State.NONE if self._l2 is None else _state(self._l2.ready),
+            "cache": PartHealth.NONE if self._l2 is None else _state(self._l2.ready),
             "queue": _state(self._queue.healthy),
         }
 
@@ -87,5 +86,5 @@ class Health:
             await asyncio.sleep(METRICS_S)
 
 
-def _state(well: bool) -> State:
-    return State.OK if well else State.DOWN
+def _state(well: bool) -> PartHealth:
+    return PartHealth.OK if well else PartHealth.DOWN

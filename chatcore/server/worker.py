@@ -28,7 +28,7 @@ from ..chat.user_events import UserEvents
 from ..common.tasks import Tasks
 from ..queue.base import HandlerRegistry
 from ..store.base import CommitHooks, Store
-from ..supervisor.stats import State
+from ..supervisor.stats import WorkerState
 from ..supervisor.worker_process import WorkerContext
 from .api import Api
 from .backends import bus_metrics, make_bus, make_store, shares_user_channel, start_store
@@ -182,7 +182,7 @@ class Worker:
 
     async def drain(self) -> None:
         """Accept the backlog, stop listening, answer what is outstanding, send all clients away, end."""
-        self.context.stats.state = State.DRAINING
+        self.context.stats.state = WorkerState.DRAINING
         deadline = self._loop.time() + self.settings.server.drain_timeout_ms / 1000
         self.connections.stop_accepting()
         self.context.listener.close()

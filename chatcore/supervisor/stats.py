@@ -30,7 +30,7 @@ CELL_BYTES: Final = METRICS_OFFSET + METRICS_BUFFERS * METRICS_BYTES
 _METRICS_HEAD: Final = struct.Struct("<QII")
 
 
-class State(IntEnum):
+class WorkerState(IntEnum):
     """The state of a worker, as it declares it."""
 
     STARTING = 0
@@ -39,7 +39,7 @@ class State(IntEnum):
     STOPPED = 3
 
 
-class Health(IntEnum):
+class PartHealth(IntEnum):
     """The health of a part that a worker uses, as the worker sees it."""
 
     UNKNOWN = 0
@@ -73,7 +73,7 @@ class StatsCell:
 
     pid = _Field(0)
     nonce = _Field(1)
-    state = _Field(2)  # State
+    state = _Field(2)  # WorkerState
     heartbeat_ns = _Field(3)  # CLOCK_MONOTONIC, written by the worker's own loop
     started_ns = _Field(4)  # CLOCK_MONOTONIC
     connections = _Field(5)  # client sockets open now
@@ -83,11 +83,11 @@ class StatsCell:
     messages_in = _Field(9)  # requests since the start
     entries_appended = _Field(10)  # since the start
     deliveries = _Field(11)  # frames queued to clients since the start
-    store_health = _Field(12)  # Health
-    bus_health = _Field(13)  # Health
+    store_health = _Field(12)  # PartHealth
+    bus_health = _Field(13)  # PartHealth
     loop_lag_max_ns = _Field(14)  # longest delay of a tick since the start
-    cache_health = _Field(15)  # Health of the second level of the cache
-    queue_health = _Field(16)  # Health
+    cache_health = _Field(15)  # PartHealth of the second level of the cache
+    queue_health = _Field(16)  # PartHealth
 
     def __init__(self, memory: memoryview) -> None:
         """`memory`: CELL_BYTES writable bytes, 8-byte aligned."""
@@ -117,7 +117,7 @@ class StatsCell:
     def ready(self) -> None:
         """Declare that the worker serves clients from now on."""
         self.beat()
-        self.state = State.READY
+        self.state = WorkerState.READY
 
     @property
     def error(self) -> str:

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from .. import __version__
-from .stats import Health
-from .worker_slot import Worker, WorkerSlot
+from .stats import PartHealth
+from .worker_slot import WorkerProcess, WorkerSlot
 
 #: The parts whose health is shown, in this order.
 PARTS: Final = ("store", "bus", "cache", "queue")
@@ -40,7 +40,7 @@ def report(slots: Sequence[WorkerSlot], target: int, url: str, stopping: bool) -
     }
 
 
-def _worker(slot: WorkerSlot, worker: Worker, now: int) -> dict[str, Any]:
+def _worker(slot: WorkerSlot, worker: WorkerProcess, now: int) -> dict[str, Any]:
     cell = worker.cell
     return {
         "slot": slot.index,
@@ -78,9 +78,9 @@ def _health(of_workers: Iterable[int]) -> str:
     """ "down" if one worker reports it, "ok" if all do, "none" if no worker has the part, else "unknown" (not
     checked yet)."""
     reported = list(of_workers)
-    if Health.DOWN in reported:
+    if PartHealth.DOWN in reported:
         return "down"
-    for same in (Health.OK, Health.NONE):
+    for same in (PartHealth.OK, PartHealth.NONE):
         if reported and all(one == same for one in reported):
             return same.name.lower()
     return "unknown"

@@ -29,11 +29,11 @@ from . import datadir
 from .control import Caller, ControlServer, Json
 from .listeners import Listeners
 from .sdnotify import Notifier
-from .stats import State, StatsPage
+from .stats import StatsPage, WorkerState
 from .status import report
 from .worker_pool import Reload, WorkerPool
 from .worker_process import EXIT_START_ERROR, StartError, WorkerContext, WorkerMain, fork_worker
-from .worker_slot import MS, Worker, WorkerSlot, how_it_ended
+from .worker_slot import MS, WorkerProcess, WorkerSlot, how_it_ended
 
 log = logging.getLogger("chatcore.supervisor")
 
@@ -208,11 +208,11 @@ class Supervisor:
     def _slots(self) -> list[WorkerSlot]:
         return self._pool.slots
 
-    def _workers(self) -> Iterator[Worker]:
+    def _workers(self) -> Iterator[WorkerProcess]:
         for slot in self._slots:
             yield from slot.workers()
 
-    def _spawn(self, slot: WorkerSlot, settings: Settings) -> Worker | None:
+    def _spawn(self, slot: WorkerSlot, settings: Settings) -> WorkerProcess | None:
         """Fork a worker for `slot`; None if that is not possible now. Logs why the fork failed."""
         cell_index = slot.free_cell()
         if cell_index is None:
@@ -236,7 +236,7 @@ class Supervisor:
             log.error("cannot fork worker %d: %s", slot.index, error.strerror)
             return None
         log.debug("worker %d is process %d", slot.index, pid)
-        return Worker(pid, nonce, cell_index, cell, time.monotonic_ns())
+        return WorkerProcess(pid, nonce, cell_index, cell, time.monotonic_ns())
 
     def _close_in_child(self, own: WorkerSlot) -> None:
         """Close what a worker must not hold: with the write end of the pipe it would never see the supervisor die."""
@@ -252,9 +252,9 @@ class Supervisor:
     def _kill_at(self, now: int) -> int:
         return now + self.settings.server.drain_timeout_ms * MS + KILL_GRACE_NS
 
-    def _check_worker(self, slot: WorkerSlot, worker: Worker, now: int) -> None:
+    def _check_worker(self, slot: WorkerSlot, worker: WorkerProcess, now: int) -> None:
         """Notice that a living worker got ready, is stuck, or has reached its deadline."""
-        if worker.starting() and worker.cell.state == State.READY:
+        if worker.starting() and worker.cell.state == WorkerState.READY:
             worker.ready_ns = now
             self._ever_ready = True
             log.info("worker %d (process %d) is ready", slot.index, worker.pid)
@@ -264,7 +264,7 @@ class Supervisor:
             self._had_to_kill = self._had_to_kill or self._stopping
             worker.kill(reason)
 
-    def _on_exit(self, slot: WorkerSlot, worker: Worker, code: int, now: int) -> None:
+    def _on_exit(self, slot: WorkerSlot, worker: WorkerProcess, code: int, now: int) -> None:
         how = how_it_ended(code)
         error = worker.kill_reason or worker.cell.error or how
         asked = worker.kill_ns != 0

@@ -14,7 +14,7 @@ from ..settings import MAX_WORKERS, Settings, Timeouts
 from .control import Caller
 from .listeners import Listeners, steer
 from .worker_process import StartError
-from .worker_slot import MS, Worker, WorkerSlot
+from .worker_slot import MS, WorkerProcess, WorkerSlot
 
 log = logging.getLogger("chatcore.worker_pool")
 
@@ -118,9 +118,9 @@ class Reload:
         self.error = ""
         self._pending = list(slots)
         self._total = len(slots)
-        self._new: Worker | None = None  # the replacement for the first pending slot's worker
+        self._new: WorkerProcess | None = None  # the replacement for the first pending slot's worker
 
-    def step(self, now: int, spawn: Callable[[WorkerSlot, Settings], Worker | None], kill_ns: int) -> bool:
+    def step(self, now: int, spawn: Callable[[WorkerSlot, Settings], WorkerProcess | None], kill_ns: int) -> bool:
         """Do what can be done now; True when the reload is over. `spawn` forks a worker for a slot, or fails with
         None; old workers are killed at `kill_ns`."""
         while self._pending and not self.error:

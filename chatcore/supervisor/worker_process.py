@@ -6,8 +6,8 @@ The contract of ``worker_main(context) -> exit code``:
 - The worker calls ``context.stats.ready()`` when it serves clients, and from then on ``context.stats.beat()`` from
   its own loop a few times each second, also while it drains. The supervisor kills a worker without heartbeats as
   stuck.
-- SIGTERM asks the worker to drain: it sets ``stats.state = State.DRAINING``, accepts the connections that wait in the
-  listener's queue, closes ``listener``, and returns 0 within ``settings.server.drain_timeout_ms``. (In a reload the
+- SIGTERM asks the worker to drain: it sets ``stats.state = WorkerState.DRAINING``, accepts the connections that wait in
+  the listener's queue, closes ``listener``, and returns 0 within ``settings.server.drain_timeout_ms``. (In a reload the
   supervisor and the new worker still hold the listener; in a stop, closing it makes the kernel refuse late clients
   at once instead of letting them wait.) Until the worker installs a handler, SIGTERM ends it.
 - The worker starts with SIGINT, SIGQUIT, SIGHUP, SIGTTIN, SIGTTOU and SIGPIPE ignored: a terminal sends the first ones
@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Final, NoReturn
 
 from ..settings import Settings
-from .stats import State, StatsCell
+from .stats import StatsCell, WorkerState
 
 log = logging.getLogger("chatcore.process")
 
@@ -119,7 +119,7 @@ def _child(
         context.stats.error = f"{type(error).__name__}: {error}".splitlines()[0]
         log.critical("worker %d failed\n%s", context.slot, traceback.format_exc().rstrip())
     finally:
-        context.stats.state = State.STOPPED
+        context.stats.state = WorkerState.STOPPED
         try:
             sys.stdout.flush()
             sys.stderr.flush()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ..settings import Timeouts
-from .stats import CELLS_PER_SLOT, State, StatsCell
+from .stats import CELLS_PER_SLOT, StatsCell, WorkerState
 
 MS: Final = 1_000_000  # nanoseconds
 
@@ -27,7 +27,7 @@ BACKOFF_START_MAX_NS: Final = 10_000 * MS
 
 
 @dataclass(slots=True)
-class Worker:
+class WorkerProcess:
     """One worker process, as the supervisor sees it. Times are CLOCK_MONOTONIC nanoseconds; 0 means not yet."""
 
     pid: int
@@ -52,7 +52,7 @@ class Worker:
         """The state to display: the one in its cell, but "draining" as soon as it was asked to drain."""
         if self.kill_ns:
             return "draining"
-        return State(min(self.cell.state, State.STOPPED)).name.lower()
+        return WorkerState(min(self.cell.state, WorkerState.STOPPED)).name.lower()
 
     def excuse(self, now: int, ns: int) -> None:
         """Extend its deadlines by `ns`: the supervisor, and probably the whole machine, did not run for that long."""
@@ -116,16 +116,16 @@ class WorkerSlot:
     def __init__(self, index: int, listener: socket.socket) -> None:
         self.index = index
         self.listener = listener
-        self.current: Worker | None = None
-        self.successor: Worker | None = None
-        self.predecessor: Worker | None = None
+        self.current: WorkerProcess | None = None
+        self.successor: WorkerProcess | None = None
+        self.predecessor: WorkerProcess | None = None
         self.retire_ns = 0  # set when the slot is to be removed: its worker starts to drain at this time
         self.failures = 0  # early exits in a row
         self.ever_failed = False
         self.restart_ns = 0  # no new worker is forked before this time
         self.error = ""  # why the last worker died
 
-    def workers(self) -> Iterator[Worker]:
+    def workers(self) -> Iterator[WorkerProcess]:
         for worker in (self.current, self.successor, self.predecessor):
             if worker is not None:
                 yield worker
@@ -145,7 +145,7 @@ class WorkerSlot:
     def is_ready(self) -> bool:
         return self.current is not None and self.current.ready_ns != 0
 
-    def remove(self, worker: Worker) -> None:
+    def remove(self, worker: WorkerProcess) -> None:
         """Forget a worker that was reaped. The successor takes over if it was the serving one."""
         if worker is self.current:
             self.current, self.successor = self.successor, None
@@ -160,7 +160,7 @@ class WorkerSlot:
         if self.predecessor is not None:
             self.predecessor.drain(kill_ns)
 
-    def failed(self, worker: Worker, now: int, error: str) -> int:
+    def failed(self, worker: WorkerProcess, now: int, error: str) -> int:
         """Note that a worker died unasked; returns how long to wait before the next start, in ns."""
         self.error = error
         self.ever_failed = True
@@ -177,7 +177,7 @@ class WorkerSlot:
 
 
 def how_it_ended(code: int) -> str:
-    """An exit code, as :meth:`Worker.reap` returns it, in words."""
+    """An exit code, as :meth:`WorkerProcess.reap` returns it, in words."""
     if code >= 0:
         return f"exit code {code}"
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from chatcore import cli
-from chatcore.supervisor.stats import Health, State
+from chatcore.supervisor.stats import PartHealth, WorkerState
 from chatcore.supervisor.worker_process import StartError, WorkerContext
 
 BEAT_S = 0.05
@@ -53,8 +53,8 @@ def tiny_worker(context: WorkerContext) -> int:
     selector.register(drain, selectors.EVENT_READ)
     selector.register(context.parent_fd, selectors.EVENT_READ)
     selector.register(context.listener, selectors.EVENT_READ)
-    context.stats.store_health = context.stats.bus_health = context.stats.queue_health = Health.OK
-    context.stats.cache_health = Health.NONE
+    context.stats.store_health = context.stats.bus_health = context.stats.queue_health = PartHealth.OK
+    context.stats.cache_health = PartHealth.NONE
     context.stats.metrics = how.get("metrics", {})
     context.stats.ready()
     while True:
@@ -64,7 +64,7 @@ def tiny_worker(context: WorkerContext) -> int:
             take(context)
         if drain in events or context.parent_fd in events:
             break
-    context.stats.state = State.DRAINING
+    context.stats.state = WorkerState.DRAINING
     take(context)
     context.listener.close()
     until = time.monotonic() + float(how.get("drain_s", 0))

@@ -14,10 +14,10 @@ from chatcore.supervisor.stats import (
     ERROR_BYTES,
     METRICS_BYTES,
     METRICS_OFFSET,
-    Health,
-    State,
+    PartHealth,
     StatsCell,
     StatsPage,
+    WorkerState,
     _Field,
 )
 
@@ -34,14 +34,14 @@ def test_what_a_child_writes_its_parent_reads() -> None:
     if pid == 0:
         cell.pid = os.getpid()
         cell.messages_in += 5
-        cell.store_health = Health.OK
+        cell.store_health = PartHealth.OK
         cell.error = "it broke"
         cell.metrics = {"cache": {"l1": 7}}
         cell.ready()
         signal.pause()
     try:
-        eventually(lambda: cell.state == State.READY)
-        assert (cell.pid, cell.nonce, cell.messages_in, cell.store_health) == (pid, 77, 5, Health.OK)
+        eventually(lambda: cell.state == WorkerState.READY)
+        assert (cell.pid, cell.nonce, cell.messages_in, cell.store_health) == (pid, 77, 5, PartHealth.OK)
         assert cell.error == "it broke"
         assert cell.metrics == {"cache": {"l1": 7}}
         assert abs(time.monotonic_ns() - cell.heartbeat_ns) < 20e9

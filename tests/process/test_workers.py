@@ -22,7 +22,7 @@ from chatcore.supervisor.worker_slot import (
     BACKOFF_READY_MAX_NS,
     BACKOFF_START_MAX_NS,
     MS,
-    Worker,
+    WorkerProcess,
     WorkerSlot,
 )
 
@@ -138,14 +138,14 @@ def test_the_time_of_a_suspension_of_all_processes_does_not_count(server: MakeSe
 def test_early_exits_make_the_pause_longer_up_to_a_limit() -> None:
     with socket.socket() as listener:  # plays no part
         slot = WorkerSlot(0, listener)
-    never_ready = Worker(1, 1, 0, StatsCell.private(), forked_ns=0)
+    never_ready = WorkerProcess(1, 1, 0, StatsCell.private(), forked_ns=0)
     pauses = [slot.failed(never_ready, 1000 * MS, "it broke") for _ in range(12)]
     for number, pause in enumerate(pauses):
         most = min(BACKOFF_NS << number, BACKOFF_START_MAX_NS)
         assert most / 2 <= pause <= most
-    served_briefly = Worker(1, 1, 0, StatsCell.private(), forked_ns=0, ready_ns=900 * MS)
+    served_briefly = WorkerProcess(1, 1, 0, StatsCell.private(), forked_ns=0, ready_ns=900 * MS)
     assert slot.failed(served_briefly, 1000 * MS, "it broke") <= BACKOFF_READY_MAX_NS
-    served_long = Worker(1, 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1)
+    served_long = WorkerProcess(1, 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1)
     assert slot.failed(served_long, 10_000 * MS, "it broke") == 0
     assert slot.failures == 0
 
@@ -158,7 +158,7 @@ def test_while_no_worker_ticks_new_connections_go_where_they_went_before(monkeyp
     pool = WorkerPool(Listeners("127.0.0.1", 0), 2)
     try:
         for slot in pool.slots:
-            slot.current = Worker(os.getpid(), 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1 * MS)
+            slot.current = WorkerProcess(os.getpid(), 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1 * MS)
 
         def step(now_ms: int, *ticked: int) -> None:
             for index in ticked:
@@ -181,12 +181,12 @@ def test_while_no_worker_ticks_new_connections_go_where_they_went_before(monkeyp
 
 def test_what_makes_a_worker_overdue() -> None:
     timeouts = Timeouts(stuck_worker_ms=15_000, worker_start_ms=30_000)
-    starting = Worker(os.getpid(), 1, 0, StatsCell.private(), forked_ns=0)
+    starting = WorkerProcess(os.getpid(), 1, 0, StatsCell.private(), forked_ns=0)
     assert starting.overdue(30_000 * MS, timeouts) == ""
     assert "not ready" in starting.overdue(30_001 * MS, timeouts)
     starting.excuse(30_001 * MS, 10_000 * MS)
     assert starting.overdue(30_001 * MS, timeouts) == ""
-    serving = Worker(os.getpid(), 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1_000 * MS)
+    serving = WorkerProcess(os.getpid(), 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1_000 * MS)
     assert serving.overdue(16_000 * MS, timeouts) == ""
     assert "not ticked" in serving.overdue(16_001 * MS, timeouts)
     serving.cell.heartbeat_ns = 5_000 * MS
@@ -220,7 +220,7 @@ def test_a_worker_released_by_a_debugger_has_time_to_tick(until: int) -> None:
     timeouts = Timeouts(stuck_worker_ms=1_000)
     with subprocess.Popen(["sleep", "60"]) as process:
         try:
-            worker = Worker(process.pid, 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1 * MS)
+            worker = WorkerProcess(process.pid, 1, 0, StatsCell.private(), forked_ns=0, ready_ns=1 * MS)
             with held(process.pid):
                 for now in range(600, until + 200, 200):
                     assert worker.overdue(now * MS, timeouts) == ""
