@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import os
 import re
@@ -11,8 +12,10 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,25 @@ def test_the_wheel_has_all_modules_and_only_the_package(built: tuple[Path, Path]
     assert modules == {path.stem for path in (ROOT / "chatcore/_fast").glob("*.pyx")}
     assert not [name for name in names if name.endswith(".c")]
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"chatcore"}
+
+
+def _imported() -> Iterator[str]:
+    """The top-level modules that chatcore imports."""
+    for path in (ROOT / "chatcore").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                yield from (alias.name.partition(".")[0] for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                yield node.module.partition(".")[0]
+
+
+def test_chatcore_imports_each_base_dependency() -> None:
+    """A package that only the tests or perf/ use belongs to an extra."""
+    required = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    names = {re.split(r"[^\w-]", line)[0].lower().replace("_", "-") for line in required}
+    providers = packages_distributions()
+    used = {name.lower().replace("_", "-") for module in _imported() for name in providers.get(module, ())}
+    assert names - used == set()
 
 
 @pytest.mark.parametrize("what", ["source tree", "wheel"])
