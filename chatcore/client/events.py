@@ -13,6 +13,29 @@ import msgspec
 
 from ..entries import ENTRY_TYPES
 
+#: What :mod:`chatcore.client` exports of this module.
+__all__ = [
+    "Conversation",
+    "ConversationChanged",
+    "ConversationGone",
+    "Disconnected",
+    "Entry",
+    "Event",
+    "Gap",
+    "MemberChanged",
+    "Message",
+    "MetaChanged",
+    "Presence",
+    "ReadMark",
+    "Ready",
+    "Refused",
+    "Reset",
+    "Sent",
+    "Typing",
+    "User",
+    "UserChanged",
+]
+
 Kind = Literal["dm", "group", "channel"]
 Level = Literal["all", "mentions", "none"]
 State = Literal["online", "offline"]

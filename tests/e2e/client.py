@@ -15,8 +15,11 @@ from websockets.typing import Subprotocol
 from ..server import PATIENCE_S
 
 Message = dict[str, Any]
-#: What the entries of a log are.
-ENTRIES = ("msg", "member", "meta")
+
+
+def is_entry(message: Message) -> bool:
+    """Whether it is an entry of a log, of whatever type."""
+    return "s" in message and "from" in message
 
 
 class Closed(NamedTuple):
@@ -134,7 +137,7 @@ class Client:
 
     def log(self, conv: str) -> list[Message]:
         """The entries of a conversation that were pushed, in order of arrival."""
-        return [m for m in self.received if m["t"] in ENTRIES and m["c"] == conv]
+        return [m for m in self.received if is_entry(m) and m["c"] == conv]
 
     def seqs(self, conv: str) -> list[int]:
         """Their seqs."""

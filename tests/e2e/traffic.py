@@ -15,7 +15,7 @@ import websockets
 from websockets.asyncio.client import ClientConnection, connect
 
 from ..server import PATIENCE_S, Server
-from .client import ENTRIES, Message
+from .client import Message, is_entry
 from .world import User, World, new_cid
 
 
@@ -74,7 +74,7 @@ class Talker:
 
     def _take(self, ws: ClientConnection, message: Message, resumed: bool) -> None:
         t = message["t"]
-        if t in ENTRIES:
+        if is_entry(message):
             held = self._held(message["c"])
             assert message["s"] == held + 1, f"{self.user.name}: {message} came where {held + 1} was due"
             self.record[message["c"]].append(message)
