@@ -261,9 +261,9 @@ class Cache:
     l1_entries: int = _int(
         50_000, 16, 10_000_000, "Sessions, profiles and roles that a worker caches, of each kind; about 300 bytes each."
     )
-    tail_entries: int = _int(50, 1, 500, "Recent entries cached for a conversation; what an app shows at first.")
-    tail_conversations: int = _int(5_000, 16, 1_000_000, "Conversations whose recent entries a worker caches.")
-    tail_bytes: int = _int(67_108_864, 1_048_576, 17_179_869_184, "Bytes of all recent entries that a worker caches.")
+    recent_entries: int = _int(50, 1, 500, "Recent entries cached for a conversation; what an app shows at first.")
+    recent_conversations: int = _int(5_000, 16, 1_000_000, "Conversations whose recent entries a worker caches.")
+    recent_bytes: int = _int(67_108_864, 1_048_576, 17_179_869_184, "Bytes of all recent entries that a worker caches.")
     session_ttl_ms: int = _int(
         60_000, 1, 3_600_000, "Life of a session in a worker; bounds the effect of a lost revocation."
     )
@@ -274,13 +274,13 @@ class Cache:
     count_ttl_ms: int = _int(
         30_000, 1, 3_600_000, "Life of a member count in a worker; typing signals are sent or not according to it."
     )
-    tail_ttl_ms: int = _int(
+    recent_ttl_ms: int = _int(
         60_000, 1, 3_600_000, "Life of recent entries in a worker; bounds how long a missed deletion stays visible."
     )
     l2_session_ttl_ms: int = _int(300_000, 1, 86_400_000, "Life of a session in Redis; adds to the life in a worker.")
     l2_profile_ttl_ms: int = _int(900_000, 1, 86_400_000, "Life of a name in Redis; adds to the life in a worker.")
     l2_role_ttl_ms: int = _int(300_000, 1, 86_400_000, "Life of a role in Redis; adds to the life in a worker.")
-    l2_tail_ttl_ms: int = _int(
+    l2_recent_ttl_ms: int = _int(
         1_800_000, 1, 86_400_000, "Life of recent entries in Redis; long, as only deletion changes them."
     )
     negative_ttl_ms: int = _int(

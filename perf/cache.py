@@ -252,7 +252,7 @@ async def measure(data: Path, people: list[Person], load: Load, settings: Cache,
         l2_session_ttl_ms=int(settings.l2_session_ttl_ms / load.speed),
         l2_profile_ttl_ms=int(settings.l2_profile_ttl_ms / load.speed),
         l2_role_ttl_ms=int(settings.l2_role_ttl_ms / load.speed),
-        l2_tail_ttl_ms=int(settings.l2_tail_ttl_ms / load.speed),
+        l2_recent_ttl_ms=int(settings.l2_recent_ttl_ms / load.speed),
     )
     if redis is not None:
         client = RedisClient(parse_url(redis))
@@ -322,7 +322,7 @@ def row(run: Run, workers: list[Worker], new: Worker, cpu_s: float) -> dict[str,
         result[f"{kind}_ratio"] = round(c.ratio(), 4)
     first = counts([new], "last_entries")
     result["new_worker"] = f"{first.ratio():6.1%} of its last_entries, L1 {first.l1 / max(1, first.reads):6.1%}"
-    ahead = [w.cache.stats()["ahead"] for w in workers]
+    ahead = [w.cache.stats()["prefetch"] for w in workers]
     result["loaded_ahead"] = ", ".join(
         f"{sum(a[what] for a in ahead)} {text}"
         for what, text in (("warmed", "at starts"), ("prefetched", "at log-ins"), ("store", "of these from the store"))

@@ -120,7 +120,7 @@ async def in_worker(
     calls = 20 if opts.tiny else CALLS
     on = replace(Cache(), warm_conversations=0, prefetch_conversations=0, refresh=False)
     # Memory's part is over before the next call; Redis' is not.
-    short = replace(on, tail_ttl_ms=1)
+    short = replace(on, recent_ttl_ms=1)
     try:
         with redis_server() as url:
             await level(data, "chatcore, L1", on, None, origin, sizes, calls, results)

@@ -80,10 +80,10 @@ class CachedStore(ForwardingStore):
         self._context = CacheContext(settings, l2, self._invalidations, spawn, clock, wall, chance)
         self.activity = Activity(l2, wall)
         entries_l1 = EntriesL1(
-            settings.tail_conversations,
-            settings.tail_entries,
-            settings.tail_bytes,
-            ttl_s=settings.tail_ttl_ms / 1000,
+            settings.recent_conversations,
+            settings.recent_entries,
+            settings.recent_bytes,
+            ttl_s=settings.recent_ttl_ms / 1000,
             clock=clock,
             chance=chance,
         )
@@ -126,9 +126,9 @@ class CachedStore(ForwardingStore):
         l1, l2 = self.recent.l1, self.l2
         return {
             "kinds": {"last_entries": self.recent.counts.shown()},
-            "l1": {"tails": len(l1), "tail_bytes": l1.bytes},
+            "l1": {"conversations": len(l1), "recent_bytes": l1.bytes},
             "l2": None if l2 is None else {"ready": l2.ready, "outages": l2.outages, "shed": l2.shed},
-            "ahead": {"warmed": self.prefetcher.warmed},
+            "prefetch": {"warmed": self.prefetcher.warmed},
         }
 
     # --- events --------------------------------------------------------------------
@@ -221,9 +221,9 @@ class SharedCachedStore(CachedStore):
                 TOKEN: settings.l2_session_ttl_ms,
                 PROFILE: settings.l2_profile_ttl_ms,
                 ROLE: settings.l2_role_ttl_ms,
-                ENTRIES: settings.l2_tail_ttl_ms,
+                ENTRIES: settings.l2_recent_ttl_ms,
             }
-            l2 = L2(redis, lives_ms=lives_ms, negative_ms=settings.negative_ttl_ms, keep=settings.tail_entries)
+            l2 = L2(redis, lives_ms=lives_ms, negative_ms=settings.negative_ttl_ms, keep=settings.recent_entries)
         super().__init__(store, settings, l2, clock=clock, wall=wall, chance=chance)
         self.cached_accounts = CachedAccounts(store, self._context)
         self.cached_members = CachedMembers(store, self._context)
@@ -238,7 +238,7 @@ class SharedCachedStore(CachedStore):
         }
         return shown | {
             "kinds": {name: counts.shown() for name, counts in kinds.items()} | shown["kinds"],
-            "ahead": {
+            "prefetch": {
                 "l2": self.recent.prefetched_l2,
                 "store": self.recent.prefetched_store,
                 "warmed": self.prefetcher.warmed,

@@ -34,7 +34,7 @@ def report(slots: Sequence[WorkerSlot], target: int, url: str, stopping: bool) -
         "bus": _health(worker.cell.bus_health for worker in ready),
         "cache": _health(worker.cell.cache_health for worker in ready),
         "queue": _health(worker.cell.queue_health for worker in ready),
-        "reads": _cache_reads(worker["figures"] for worker in workers if worker["figures"]),
+        "reads": _cache_reads(worker["metrics"] for worker in workers if worker["metrics"]),
         "target": target,
         "workers": workers,
     }
@@ -58,7 +58,7 @@ def _worker(slot: WorkerSlot, worker: WorkerProcess, now: int) -> dict[str, Any]
         "entries_appended": cell.entries_appended,
         "deliveries": cell.deliveries,
         "error": slot.error or None,
-        "figures": cell.metrics,  # the key in `ctl status --json` keeps its name
+        "metrics": cell.metrics,
     }
 
 
@@ -70,7 +70,7 @@ def _vacant(slot: WorkerSlot) -> dict[str, Any]:
         "connections": 0,
         "uptime_s": 0.0,
         "error": slot.error or None,
-        "figures": None,
+        "metrics": None,
     }
 
 
@@ -104,7 +104,7 @@ def summary(status: dict[str, Any]) -> list[str]:
     """The lines above the table of workers that ``ctl status`` prints for an answer of :func:`report`."""
     parts = [f"{part} {status[part]}" for part in PARTS if status[part] != "none"]
     lines = [f"chatcore {status['version']} {status['state']} on {status['url']}", ", ".join(parts)]
-    metrics = [worker["figures"] for worker in status["workers"] if worker["figures"]]
+    metrics = [worker["metrics"] for worker in status["workers"] if worker["metrics"]]
     hit_ratios = [
         f"{kind.replace('_', ' ')} {100 * counts['ratio']:.1f} % of {counts['l1'] + counts['l2'] + counts['missed']}"
         for kind, counts in status["reads"].items()

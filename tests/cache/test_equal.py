@@ -15,7 +15,7 @@ from ..services.redis import RedisServer
 from .parts import SETTINGS, Clock, Worker, until, within, workers
 
 STEPS = 70
-QUICK = replace(SETTINGS, l2_timeout_ms=300, tail_entries=8, tail_conversations=16, l1_entries=16, refresh=True)
+QUICK = replace(SETTINGS, l2_timeout_ms=300, recent_entries=8, recent_conversations=16, l1_entries=16, refresh=True)
 ROLES = ("member", "none", "banned", "admin")
 
 

@@ -32,14 +32,14 @@ async def test_a_new_worker_warms_the_most_active_conversations(tmp_path: Path, 
         for conv in convs[:3] * 5:  # the older ones are read often
             await w.last(conv, ann)
     async with workers(tmp_path, redis=redis_url, settings=WARM) as (w,):
-        assert w.cache.stats()["ahead"]["warmed"] == 3
+        assert w.cache.stats()["prefetch"]["warmed"] == 3
         for conv in convs[:3]:
             assert len(seqs(await w.last(conv, ann))) == 7
         assert w.calls["entries"] == 0
         assert w.cache.recent.counts.l1 == 3
         w.calls.clear()
     async with workers(tmp_path, redis=redis_url, settings=SETTINGS) as (w,):
-        assert w.cache.stats()["ahead"]["warmed"] == 0, "switched off"
+        assert w.cache.stats()["prefetch"]["warmed"] == 0, "switched off"
         await w.last(convs[0], ann)
         assert w.cache.recent.counts.l1 == 0
 
@@ -65,7 +65,7 @@ async def test_without_redis_the_conversations_last_written_to_are_warmed(tmp_pa
         ann = await w.user("ann")
         convs = await conversations(w, ann, 6)
     async with workers(tmp_path, settings=replace(WARM, warm_conversations=100)) as (w,):
-        assert w.cache.stats()["ahead"]["warmed"] == 6
+        assert w.cache.stats()["prefetch"]["warmed"] == 6
         await w.last(convs[5], ann)
         assert w.calls["entries"] == 0
 
@@ -76,7 +76,7 @@ async def test_warming_ends_with_its_budget(tmp_path: Path, settings: Cache) -> 
         ann = await w.user("ann")
         await conversations(w, ann, 3)
     async with workers(tmp_path, settings=settings) as (w,):
-        assert w.cache.stats()["ahead"]["warmed"] == 0
+        assert w.cache.stats()["prefetch"]["warmed"] == 0
 
 
 async def test_a_store_that_does_not_answer_ends_the_warming(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ async def test_a_log_in_prefetches_the_newest_conversations(tmp_path: Path) -> N
         mine = list((await w.cache.memberships(ann.id)).revs)
         await w.cache.views(ann.id, mine)
         await within(w.cache.prefetcher.idle.wait(), "the end of the prefetch")
-        assert w.cache.stats()["ahead"]["prefetched"] == 2
+        assert w.cache.stats()["prefetch"]["prefetched"] == 2
         assert w.calls["entries"] == 2
         for conv in convs[-2:]:
             await w.last(conv, ann)
@@ -124,7 +124,7 @@ async def test_a_log_in_prefetches_nothing_that_is_cached(tmp_path: Path) -> Non
             await w.cache.views(ann.id, mine)
             await within(w.cache.prefetcher.idle.wait(), "the end of the prefetch")
         assert w.calls["entries"] == 0
-        assert w.cache.stats()["ahead"]["prefetched"] == 0
+        assert w.cache.stats()["prefetch"]["prefetched"] == 0
 
 
 async def test_prefetch_can_be_switched_off(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from chatcore.errors import NotFound, Unavailable
 
 from .parts import SETTINGS, Clock, seqs, until, within, workers
 
-KEEP = SETTINGS.tail_entries
+KEEP = SETTINGS.recent_entries
 
 
 async def test_the_newest_page_asks_the_store_once(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ async def test_a_failure_reaches_all_waiting_callers_and_no_later_one(tmp_path: 
 
 async def test_values_with_many_hits_are_refreshed_before_they_expire(tmp_path: Path) -> None:
     clock = Clock()
-    settings = replace(SETTINGS, refresh=True, role_ttl_ms=30_000, tail_ttl_ms=60_000)
+    settings = replace(SETTINGS, refresh=True, role_ttl_ms=30_000, recent_ttl_ms=60_000)
     async with workers(tmp_path, clock=clock, settings=settings) as (w,):
         ann, bob = await w.user("ann"), await w.user("bob")
         conv = await w.conversation(ann, bob)

@@ -90,7 +90,7 @@ def metrics(l1: int, l2: int, missed: int, breaker: str = "closed") -> dict[str,
 def test_status_shows_the_metrics_of_the_workers(server: MakeServer) -> None:
     one = server(workers=2, worker={"metrics": metrics(6, 2, 2)}).ready()
     status = one.call("status")
-    assert [worker["figures"] for worker in status["workers"]] == [metrics(6, 2, 2)] * 2
+    assert [worker["metrics"] for worker in status["workers"]] == [metrics(6, 2, 2)] * 2
     assert (status["store"], status["cache"], status["queue"]) == ("ok", "none", "ok")
     assert status["reads"]["roles"] == {"l1": 12, "l2": 4, "missed": 4, "refreshed": 0, "ratio": 0.8}
     lines = chatcore("ctl", "status", "--data", str(one.data)).stdout.splitlines()
@@ -106,7 +106,7 @@ def test_status_shows_the_metrics_of_the_workers(server: MakeServer) -> None:
 
 
 def test_an_answer_longer_than_a_socket_takes_at_once(tmp_path: Path) -> None:
-    answer = {"ok": True, "figures": "x" * 3_000_000}
+    answer = {"ok": True, "metrics": "x" * 3_000_000}
     server = control.ControlServer(tmp_path, lambda request, caller: caller.answer(answer))
     silent = socket.socket(socket.AF_UNIX)
     try:

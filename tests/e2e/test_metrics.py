@@ -27,21 +27,21 @@ async def test_status_shows_what_the_cache_the_store_and_the_bus_did(world: Worl
         reads = status["reads"]
         return status if all(reads[kind]["l1"] >= 3 for kind in kinds - {"profiles", "member_counts"}) else None
 
-    status = await until(shown, "the figures of what was read")
+    status = await until(shown, "the metrics of what was read")
     assert {kind: set(counts) for kind, counts in status["reads"].items()} == {
         kind: {"l1", "l2", "missed", "refreshed", "ratio"} for kind in kinds
     }
     assert (status["store"], status["bus"], status["queue"]) == ("ok", "ok", "ok")
     assert status["cache"] == ("ok" if shared else "none")
-    assert sum(worker["figures"]["bus"]["published"] for worker in status["workers"]) > 0
+    assert sum(worker["metrics"]["bus"]["published"] for worker in status["workers"]) > 0
     for worker in status["workers"]:
-        figures = worker["figures"]
-        assert figures["bus"]["peers"] == 1
-        assert figures["store"]["name"] == ("mongodb" if shared else "sqlite")
+        metrics = worker["metrics"]
+        assert metrics["bus"]["peers"] == 1
+        assert metrics["store"]["name"] == ("mongodb" if shared else "sqlite")
         if shared:
-            assert figures["store"]["pool"]["connections"] > 0
-            assert figures["store"]["commands"]["find"] > 0
-            assert {name: breaker["state"] for name, breaker in figures["breakers"].items()} == {
+            assert metrics["store"]["pool"]["connections"] > 0
+            assert metrics["store"]["commands"]["find"] > 0
+            assert {name: breaker["state"] for name, breaker in metrics["breakers"].items()} == {
                 "cache": "closed",
                 "queue": "closed",
             }
