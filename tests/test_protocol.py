@@ -82,13 +82,10 @@ def test_unknown_fields_are_ignored(t: str) -> None:
 def test_null_is_as_good_as_absent_where_a_field_is_optional() -> None:
     for kind in p.REQUESTS:
         t = str(kind.__struct_config__.tag)
-        defaults = {
-            field.encode_name: None
-            for field in msgspec.structs.fields(kind)
-            if not field.required and not field.default
-        }
-        defaults.pop("raw", None)  # a bool, not an option
+        defaults = {field.encode_name: None for field in msgspec.structs.fields(kind) if not field.required}
         assert decode(t, **defaults) == decode(t)
+        for name in defaults:
+            assert decode(t, **{name: None}) == decode(t), f"{t}.{name}"
 
 
 def test_defaults() -> None:
@@ -102,9 +99,32 @@ def test_defaults() -> None:
         assert getattr(decode(t), "limit") == 50  # noqa: B009
 
 
-def test_the_type_may_stand_anywhere_and_the_last_of_two_keys_counts() -> None:
+def test_the_type_may_stand_anywhere() -> None:
     assert p.decode(b' {"id":1,"c":"c1","t":"typing"} ') == p.Typing(c="c1", id=1)
-    assert p.decode(b'{"t":"ping","id":1,"id":2}') == p.Ping(id=2)
+
+
+@pytest.mark.parametrize(
+    ("data", "request_"),
+    [
+        (b'{"t":"ping","id":1,"id":2}', p.Ping(id=2)),
+        # The first is of another request, or wrong: the decoder alone refused it, whatever came after it.
+        (b'{"t":"ping","id":"x","id":2}', p.Ping(id=2)),
+        (b'{"t":"ping","t":"typing","c":"c1"}', p.Typing(c="c1")),
+        (b'{"t":"nope","c":"c1","t":"typing"}', p.Typing(c="c1")),
+        (b'{"t":"typing","c":["c1"],"c":"c1"}', p.Typing(c="c1")),
+        (b'{"t":"typing","c":"c1","id":5,"id":null}', p.Typing(c="c1")),
+        (b'{"t":"history","c":"c1","limit":5,"limit":null}', p.History(c="c1")),
+        (b'{"t":"history","c":"c1","limit":null,"limit":5}', p.History(c="c1", limit=5)),
+        (b'{"t":"attach","have":{"c1":1,"c1":2}}', p.Attach(have={"c1": 2})),
+    ],
+)
+def test_of_two_fields_of_one_name_the_last_counts(data: bytes, request_: p.AnyRequest) -> None:
+    assert p.decode(data) == request_
+
+
+def test_a_wrong_field_is_wrong_though_a_right_one_came_before_it() -> None:
+    assert refused(b'{"t":"ping","id":2,"id":"x"}').id is None
+    assert refused(b'{"t":"ping","id":2,"t":"nope"}').message == "t: no such request: nope"
 
 
 # --- bounds ---------------------------------------------------------------------
@@ -193,7 +213,7 @@ def test_choices(t: str, field: str, allowed: list[str]) -> None:
 @pytest.mark.parametrize(("t", "field"), [("history", "raw"), ("block", "on")])
 def test_truth_is_true_or_false(t: str, field: str) -> None:
     assert getattr(decode(t, **{field: True}), field) is True
-    for bad in (0, 1, "true", None):
+    for bad in (0, 1, "true", []):
         refused(orjson.dumps({"t": t, **LEAST[t], field: bad}))
 
 
@@ -266,6 +286,57 @@ def test_the_id_of_an_invalid_request_is_saved_if_it_is_one(data: bytes, id: int
     assert refusal.id == id
     assert refusal.code == "bad_request"
     assert refusal.retry_after_ms is None
+
+
+ID_SAID: Final = "an id, 1 to 64 of A-Z a-z 0-9 _ -"
+SEQ_SAID: Final = "a whole number from 0 to 9007199254740991"
+COUNT_SAID: Final = "a whole number from 1 to 9007199254740991"
+WRONG: Final[list[tuple[str, dict[str, Any], str]]] = [
+    ("edit", {}, "t: no such request: edit"),
+    ("send", {"c": "a b"}, f"c: {ID_SAID}"),
+    ("send", {"cid": 5}, f"cid: {ID_SAID}"),
+    ("send", {"body": None}, "body: text"),
+    ("send", {"re": 0}, f"re: {COUNT_SAID}"),
+    ("send", {"files": ["a b"]}, f"files: an array, each of it {ID_SAID}"),
+    ("history", {"c": ""}, f"c: {ID_SAID}"),
+    ("history", {"limit": 0}, f"limit: {COUNT_SAID}"),
+    ("history", {"before": -1}, f"before: {SEQ_SAID}"),
+    ("history", {"raw": 1}, "raw: true or false"),
+    ("ping", {"id": 0}, "id: a whole number from 1 to 2147483647"),
+    ("auth", {"v": "1"}, "v: a whole number"),
+    ("auth", {"token": 5}, "token: text"),
+    ("auth", {"have": {"c1": "1"}}, f"have: an object, each key {ID_SAID}, each value {SEQ_SAID}"),
+    ("attach", {"only": "c1"}, f"only: an array, each of it {ID_SAID}"),
+    ("open", {"kind": "room"}, "kind: one of dm, group, channel"),
+    ("member", {"role": "king"}, "role: one of none, banned, member, admin, owner"),
+    ("block", {"on": "yes"}, "on: true or false"),
+]
+
+
+@pytest.mark.parametrize(("t", "fields", "message"), WRONG)
+def test_an_error_names_the_field_and_what_is_allowed(t: str, fields: dict[str, Any], message: str) -> None:
+    """It was the decoder's own text: Expected `int | null`, regular expressions, Invalid value 'edit' - at `$.t`."""
+    assert refused(orjson.dumps({"t": t, **LEAST.get(t, {}), **fields})).message == message
+
+
+def test_every_field_can_be_said_in_words() -> None:
+    for kind in p.REQUESTS:
+        for field in msgspec.structs.fields(kind):
+            words = p.expected(field.type)
+            assert not set(words) & set("`|$[]'"), f"{kind.__name__}.{field.name}: {words}"
+
+
+def test_a_missing_field_is_named() -> None:
+    assert refused(b'{"t":"typing","id":1}').message == f"c: missing; {ID_SAID}"
+    assert refused(b'{"id":1}').message == "t: missing; the name of the request"
+    assert refused(b'{"t":["ping"],"id":1}').message == "t: text, the name of the request"
+
+
+def test_why_it_is_no_json_is_said_without_the_decoders_names() -> None:
+    for data in (b"", b"{", b"[]", b'{"t":"ping","x":' + b"[" * 100_000, b'{"t":"auth","token":"\xff"}'):
+        with pytest.raises(p.Malformed) as caught:
+            p.decode(data)
+        assert not re.search(r"codec|recursion|str|dict|deserializ", str(caught.value)), caught.value
 
 
 def test_the_id_of_a_request_that_is_not_looked_at() -> None:

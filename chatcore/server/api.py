@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import msgspec
 import orjson
@@ -20,7 +20,6 @@ from .health import Health
 from .http import WEBSOCKET_PATH, HttpRequest, HttpResponse, bearer, error_response, json_response, not_modified
 from .session import conv_push
 
-T = TypeVar("T")
 Handler = Callable[[HttpRequest, str], Awaitable[HttpResponse]]
 
 _IDEMPOTENCY_KEY: Final = "idempotency-key"
@@ -42,11 +41,12 @@ class Profile(msgspec.Struct):
 
 
 class NewMessage(msgspec.Struct):
-    """Body of POST /v1/conversations/{id}/messages."""
+    """Body of POST /v1/conversations/{id}/messages: a :class:`~..protocol.Send` without its ids."""
 
     body: str
-    re: int | None = None
+    re: p.Count | None = None
     data: str | None = None
+    files: list[p.Id] | None = None
 
 
 class Api:
@@ -126,19 +126,17 @@ class Api:
         return await self._accounts.identify(token)
 
     @staticmethod
-    def _body(request: HttpRequest, kind: type[T]) -> T:
-        try:
-            return msgspec.json.decode(request.body, type=kind)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as exc:
-            raise BadRequest(f"body: {exc}") from None
+    def _number(request: HttpRequest, name: str, least: int = 0) -> int | None:
+        """A parameter of the query, None if it is absent.
 
-    @staticmethod
-    def _number(request: HttpRequest, name: str) -> int | None:
+        :raises BadRequest: it is no number from ``least``.
+        """
         text = request.query.get(name)
         if text is None:
             return None
-        if not (text.isascii() and text.isdigit()) or len(text) > 16:
-            raise BadRequest(f"{name}: a whole number")
+        # 16 digits: as many as the largest number has, so that int() has little to do.
+        if not (text.isascii() and text.isdigit()) or len(text) > 16 or not least <= int(text) <= p.MAX_INT:
+            raise BadRequest(f"{name}: a whole number from {least} to {p.MAX_INT}")
         return int(text)
 
     # --- health -----------------------------------------------------------------
@@ -155,11 +153,11 @@ class Api:
 
     # --- accounts -----------------------------------------------------------------
     async def _register(self, request: HttpRequest, arg: str) -> HttpResponse:
-        asked = self._body(request, Credentials)
+        asked = p.decode_body(request.body, Credentials)
         return _logged_in(201, await self._accounts.register(asked.name, asked.password))
 
     async def _login(self, request: HttpRequest, arg: str) -> HttpResponse:
-        asked = self._body(request, Credentials)
+        asked = p.decode_body(request.body, Credentials)
         return _logged_in(201, await self._accounts.login(asked.name, asked.password))
 
     async def _logout(self, request: HttpRequest, arg: str) -> HttpResponse:
@@ -173,7 +171,7 @@ class Api:
 
     async def _update_me(self, request: HttpRequest, arg: str) -> HttpResponse:
         who = await self._identify(request)
-        asked = self._body(request, Profile)
+        asked = p.decode_body(request.body, Profile)
         if asked.name is None and asked.password is None:
             raise BadRequest("nothing to change: name, or password with old_password")
         user = await self._accounts.update(who, asked.name, asked.password, asked.old_password)
@@ -221,30 +219,26 @@ class Api:
 
     async def _history(self, request: HttpRequest, arg: str) -> HttpResponse:
         who = await self._identify(request)
-        limit = self._number(request, "limit")
+        limit = self._number(request, "limit", 1)
         asked = p.History(
             c=arg,
             before=self._number(request, "before"),
             after=self._number(request, "after"),
             limit=50 if limit is None else limit,
         )
-        if asked.limit < 1:
-            raise BadRequest("limit: at least 1")
         page = await self._chat.history(who.user.id, asked)
         entries = [orjson.Fragment(e.wire) for e in page.entries]
         return json_response(200, {"entries": entries, "more": page.more, "at": page.head})
 
     async def _send(self, request: HttpRequest, arg: str) -> HttpResponse:
         who = await self._identify(request)
-        asked = self._body(request, NewMessage)
+        asked = p.decode_body(request.body, NewMessage)
         cid = request.headers.get(_IDEMPOTENCY_KEY) or secrets.token_urlsafe(16)
-        fields = {"c": arg, "cid": cid, "body": asked.body, "re": asked.re, "data": asked.data}
-        try:
-            send = msgspec.convert(fields, p.Send)
-        except msgspec.ValidationError as exc:
-            raise BadRequest(str(exc)) from None
-        if (why := p.bad_ids(send)) is not None:
-            raise BadRequest(why)
+        if not p.is_id(cid):
+            raise BadRequest(f"Idempotency-Key: {p.ID_WORDS}")
+        if not p.is_id(arg):
+            raise NotFound("no such conversation")
+        send = p.Send(c=arg, cid=cid, body=asked.body, re=asked.re, data=asked.data, files=asked.files)
         done = await self._chat.send(who.user.id, send)
         return json_response(200 if done.dup else 201, {"s": done.seq, "ts": done.ts, "cid": cid, "dup": done.dup})
 
