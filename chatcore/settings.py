@@ -138,8 +138,14 @@ class Limits:
 class Rates:
     """How often one client may send."""
 
-    messages_per_s: float = _float(50.0, 0.1, 100_000.0, "Messages per second of one connection; far above any typist.")
-    messages_burst: int = _int(200, 1, 100_000, "Messages at once; an app that reconnects sends many together.")
+    messages_per_s: float = _float(50.0, 0.1, 100_000.0, "Frames per second of one connection; far above any typist.")
+    messages_burst: int = _int(200, 1, 100_000, "Frames at once; an app that reconnects sends many together.")
+    messages_refused: int = _int(
+        10_000,
+        1,
+        1_000_000,
+        "Refused frames of one connection that have not come back; more are a flood. A large outbox, sent at once.",
+    )
     typing_interval_ms: int = _int(3_000, 0, 60_000, "Shortest time between typing signals; clients show each for 6 s.")
 
 
@@ -155,6 +161,9 @@ class Timeouts:
     )
     close_ms: int = _int(
         2_000, 0, 60_000, "Wait for the client's end of stream after a close; the last replies arrive."
+    )
+    slow_ms: int = _int(
+        10_000, 0, 600_000, "The same for a client that was too slow, to read why; the kernel holds megabytes for it."
     )
     ping_ms: int = _int(
         25_000, 1_000, 600_000, "Interval of pings; below the 30 s after which mobile carriers drop idle connections."

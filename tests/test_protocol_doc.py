@@ -164,6 +164,7 @@ TYPES: Final[dict[str, Callable[[Any], bool]]] = {
     "seq": lambda v: is_int(v, 0),
     "count": lambda v: is_int(v, 1),
     "integer": is_int,
+    "number": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
     "request id": lambda v: is_int(v, 1, 2**31 - 1),
     "time": lambda v: is_int(v, 1_500_000_000_000, 5_000_000_000_000),
     "ms": lambda v: is_int(v, 0),

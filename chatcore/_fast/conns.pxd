@@ -12,11 +12,14 @@ cdef extern from "Python.h":
 cdef enum:
     TICK_NS = 100000000         # the wheel's step; deadlines are never early and one step late
     WHEEL_SLOTS = 512           # 51 s: a ping interval fits; longer deadlines go round
-    CHUNK_CONNS = 256           # 32 KiB of structs at a time
+    CHUNK_CONNS = 256           # 34 KiB at a time: the structs, then their promises (conn_promised)
     CHUNK_SHIFT = 8
     # What a topic holds at most before it goes to the members' outboxes.
     HELD_MAX = 256
     HELD_BYTES = 65536
+
+cdef enum:
+    CLOSE_TOO_SLOW = 4002
 
 cdef enum State:
     FREE                        # in the free list (zeroed memory)
@@ -82,7 +85,7 @@ cdef struct Conn:
     Conn **timer_prev           # what points to this; NULL: no timer runs
     uint32_t due                # the timer's tick
     uint32_t heard_ms           # when bytes came last (milliseconds since the start, mod 2^32)
-    int64_t bucket              # see bucket.pxd
+    int64_t bucket              # when it is full again, see bucket.pxd
     Rx *rx                      # owned; NULL when no frame or message is incomplete
     PyObject *session           # owned reference; NULL before the upgrade and after on_closed
     Topics *topics              # owned; NULL when in none
@@ -124,6 +127,7 @@ cdef struct Hub:
     uint32_t outbox_limit
     uint32_t low_water
     uint32_t close_ms
+    uint32_t slow_ms            # instead of close_ms, for a peer that was too slow
     uint32_t handshake_ms
     uint32_t max_connections
     bint allow_binary
@@ -166,6 +170,11 @@ cdef inline Conn *conn_get(const Hub *h, uint64_t handle) noexcept nogil:
         return NULL
     return c
 
+cdef inline int64_t *conn_promised(const Hub *h, const Conn *c) noexcept nogil:
+    """The other half of the connection's bucket (bucket.pxd). It is needed only when a message is
+    refused, so it lies behind the structs of the chunk, which keep their two cache lines."""
+    return <int64_t *>(h.chunks[c.slot >> CHUNK_SHIFT] + CHUNK_CONNS) + (c.slot & (CHUNK_CONNS - 1))
+
 cdef inline void conn_touch(Hub *h, Conn *c) noexcept nogil:
     """Have flush look at the connection."""
     if c.flags & DIRTY:
@@ -184,9 +193,9 @@ cdef void conn_ended(Hub *h, Conn *c, uint16_t code) noexcept nogil
 cdef void conn_kill(Hub *h, Conn *c, uint16_t code) noexcept nogil
 cdef void conn_reset(Hub *h, Conn *c) noexcept nogil
 cdef void conn_linger(Hub *h, Conn *c) noexcept nogil
-cdef void conn_close(Hub *h, Conn *c, uint16_t code, const uint8_t *reason, size_t size,
-                     uint16_t told) noexcept nogil
-cdef void conn_too_slow(Hub *h, Conn *c) noexcept nogil
+cdef void conn_close(Hub *h, Conn *c, uint16_t code, const uint8_t *reason, size_t size) noexcept nogil
+cdef void conn_close_because(Hub *h, Conn *c, uint16_t code, const char *reason) noexcept nogil
+cdef void conn_too_slow(Hub *h, Conn *c, const char *reason) noexcept nogil
 cdef void conn_interest(Hub *h, Conn *c) noexcept nogil
 cdef void conn_settle(Hub *h, Conn *c) noexcept nogil
 
@@ -210,7 +219,7 @@ cdef inline bint conn_send(Hub *h, Conn *c, FrameBuf *f) noexcept nogil:
     if not conn_queue(h, c, f):
         return False
     if c.out.bytes > h.outbox_limit and (c.flags & BLOCKED or c.out.bytes // BURST > h.outbox_limit):
-        conn_too_slow(h, c)
+        conn_too_slow(h, c, NULL)
         return False
     return True
 

@@ -17,7 +17,7 @@ The rules that everything in this package relies on:
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy, memset
+from libc.string cimport memcpy, memset, strlen
 
 from chatcore._fast.frames cimport CLOSE_BROKEN, FrameBuf, frame_close, frame_drop, frame_join, rx_free
 from chatcore._fast.outbox cimport outbox_clear, outbox_drop_unsent
@@ -32,7 +32,6 @@ cdef extern from "stdlib.h" nogil:
 cdef enum:
     CACHE_LINE = 64
     # Close codes of the protocol (protocol.md) that are decided here.
-    CLOSE_TOO_SLOW = 4002
     CLOSE_NO_PONG = 4003
     CLOSE_NO_AUTH = 4005
     # Arrays of memberships grow by a quarter: what is unused stays small beside what is used.
@@ -69,7 +68,7 @@ cdef Conn *conn_new(Hub *h, int fd) noexcept nogil:
             if chunks == NULL:
                 return NULL
             h.chunks = chunks
-            chunk = <Conn *>aligned_alloc(CACHE_LINE, CHUNK_CONNS * sizeof(Conn))
+            chunk = <Conn *>aligned_alloc(CACHE_LINE, CHUNK_CONNS * (sizeof(Conn) + sizeof(int64_t)))
             if chunk == NULL:
                 return NULL
             memset(chunk, 0, CHUNK_CONNS * sizeof(Conn))
@@ -82,6 +81,7 @@ cdef Conn *conn_new(Hub *h, int fd) noexcept nogil:
     c.next = NULL
     c.fd = fd
     c.state = HTTP
+    conn_promised(h, c)[0] = 0
     h.open += 1
     return c
 
@@ -156,25 +156,42 @@ cdef void conn_linger(Hub *h, Conn *c) noexcept nogil:
         conn_touch(h, c)
 
 
-cdef void conn_close(Hub *h, Conn *c, uint16_t code, const uint8_t *reason, size_t size,
-                     uint16_t told) noexcept nogil:
-    """Queue a close frame on an OPEN connection and await the peer's. `told`: for on_closed."""
+cdef void conn_close(Hub *h, Conn *c, uint16_t code, const uint8_t *reason, size_t size) noexcept nogil:
+    """Queue a close frame on an OPEN connection and await the peer's; on_closed gets the same code."""
     cdef FrameBuf *f
     CC_CHECK(c.state == OPEN)
-    conn_ended(h, c, told)
+    conn_ended(h, c, code)
     c.state = CLOSING
     timer_set(h, c, h.close_ms)
     f = frame_close(code, reason, size)
     if f == NULL:
-        conn_kill(h, c, told)
+        conn_kill(h, c, code)
     else:
         conn_queue(h, c, f)
 
 
-cdef void conn_too_slow(Hub *h, Conn *c) noexcept nogil:
+cdef void conn_close_because(Hub *h, Conn *c, uint16_t code, const char *reason) noexcept nogil:
+    """conn_close with a reason that is text."""
+    conn_close(h, c, code, <const uint8_t *>reason, strlen(reason))
+
+
+cdef void conn_too_slow(Hub *h, Conn *c, const char *reason) noexcept nogil:
+    """Close a connection whose peer does not read (4002), so that the peer learns why if it reads on.
+
+    What is queued is dropped, but for the rest of a frame of which a part was sent: the close frame
+    is the next thing that the socket takes, and FIN follows it. The socket is full, so that may take
+    until slow_ms, far longer than a closing handshake. The handler and the topics forget the
+    connection at once; until then it costs its struct and what the kernel holds for it.
+    `reason` NULL: the outbox is full.
+    """
     h.stats.too_slow += 1
     outbox_drop_unsent(&c.out)
-    conn_close(h, c, CLOSE_TOO_SLOW, NULL, 0, CLOSE_TOO_SLOW)
+    if reason == NULL:
+        reason = b"too slow: too much was waiting to be read"
+    conn_close_because(h, c, CLOSE_TOO_SLOW, reason)
+    if c.state == CLOSING:
+        conn_linger(h, c)
+        timer_set(h, c, h.slow_ms)
 
 
 cdef void conn_no_memory(Hub *h, Conn *c, FrameBuf *f) noexcept nogil:
@@ -260,13 +277,13 @@ cdef void expired(Hub *h, Conn *c) noexcept nogil:
     """The timer went off: what that means depends on the state."""
     cdef uint32_t silent, next_ms
     if c.state == OPEN and not c.flags & AUTHED:
-        conn_close(h, c, CLOSE_NO_AUTH, NULL, 0, CLOSE_NO_AUTH)
+        conn_close_because(h, c, CLOSE_NO_AUTH, b"no successful auth in time")
     elif c.state == OPEN:
         silent = hub_ms(h) - c.heard_ms
         if silent >= 2 * c.ping_ms and c.flags & PINGED:
             # (After a pause of the whole process nobody was pinged: then they are first.)
             h.stats.no_pong += 1
-            conn_close(h, c, CLOSE_NO_PONG, NULL, 0, CLOSE_NO_PONG)
+            conn_close_because(h, c, CLOSE_NO_PONG, b"no sign of life for two intervals of pings")
             return
         h.ping.refs += 1
         if conn_send(h, c, h.ping):

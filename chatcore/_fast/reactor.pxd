@@ -56,6 +56,7 @@ cdef class Reactor(Core):
     cdef int received_end(self, Conn *c) except -1
     cdef int feed(self, Conn *c, uint8_t *data, size_t n) except -1
     cdef int handle_event(self, Conn *c, Event *ev) except -1
+    cdef int flooded(self, Conn *c)
     cdef int deliver(self, Conn *c, Event *ev, int64_t wait) except -1
     cdef int flush_batch(self) except -1
     cdef int wrote(self, Send *s, Conn *c) except -1

@@ -38,7 +38,8 @@ class Handler(Protocol):
         refused already by everything else."""
     def on_message(self, session: Any, data: bytes, wait_ms: int) -> None:
         """One complete text message, UTF-8 checked. ``wait_ms`` > 0: the connection is
-        over its rate; answer `rate_limited` with it and do nothing else."""
+        over its rate; answer `rate_limited` with it and do nothing else. The time is this message's
+        own: repeated then, it finds a token, unless another message took it."""
     def on_writable(self, session: Any) -> None:
         """The outbox fell to its low-water mark after `notify_writable` was called (once per call)."""
     def on_closed(self, session: Any, code: int) -> None:
@@ -58,9 +59,11 @@ class Reactor(Core):
         outbox_limit_bytes: int = 1048576,  # queued and unsent (4002); a WebSocket's, HTTP answers are not limited
         outbox_low_water_bytes: int = 65536,
         rate_per_s: float = 50.0,  # token bucket: frames per second, control frames included; 0: no limit
-        rate_burst: int = 200,  # below 0: wait_ms > 0; below -burst: close 4004
+        rate_burst: int = 200,  # tokens in a full bucket; without one: wait_ms > 0, and none is taken
+        rate_refused: int = 10000,  # refused frames whose wait is not over, at most; one more: close 4004
         handshake_timeout_ms: int = 10000,  # from accept to upgrade, in all; also an idle keep-alive HTTP connection
         close_timeout_ms: int = 2000,  # from our close frame / SHUT_WR to the end
+        slow_timeout_ms: int = 10000,  # the same for a peer that was too slow (4002), to read why
         max_connections: int = 15000,  # accepted and at once closed beyond (fd exhaustion safe)
         io_uring: bool = True,  # many sends in one system call, where the kernel allows it; send() otherwise
         allow_binary: bool = False,  # for conformance suites: on_message gets str for text, bytes for binary
@@ -85,6 +88,9 @@ class Reactor(Core):
         Sets TCP_NODELAY on it, which Linux hands on to the accepted sockets."""
     def unlisten(self) -> None:
         """Take no more (idempotent). `accept_pending()` first, to empty the queues."""
+    def shorten_lingering(self) -> None:
+        """From now on a connection that was too slow ends after close_timeout, not slow_timeout: for a worker that
+        stops."""
     def accept_pending(self) -> int:
         """Empty the queues of all listeners; returns how many were in them."""
     # -- a connection before its upgrade
@@ -118,7 +124,13 @@ class Reactor(Core):
         False, and no call will come either, if gone or closing."""
     def close(self, conn: int, code: int, reason: bytes = b"") -> None:
         """After what is queued: a close frame; wait for the peer's (close_timeout), SHUT_WR, read to the end, close.
-        A reason of over 123 bytes is cut. Before the upgrade: flush, SHUT_WR, read to the end, close."""
+        A reason of over 123 bytes is cut. Before the upgrade: flush, SHUT_WR, read to the end, close.
+        With 4002 the peer does not read: what is queued is dropped, and it has slow_timeout to read why."""
+    def defer(self, conn: int) -> int:
+        """The message that the handler was given last (its ``wait_ms`` was 0) is refused all the same, since too
+        many are unanswered: give its token back. Returns the ms after which to repeat it, its own as with
+        ``wait_ms``; 0 if the connection is gone or closing, or is closed with 4004 now: more than rate_refused
+        messages were refused and their time has not come."""
     def abort(self, conn: int) -> None:
         """RST, now."""
     def topics_of(self, conn: int) -> list[Topic]: ...

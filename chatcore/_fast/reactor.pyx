@@ -20,16 +20,18 @@ from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy
 
-from chatcore._fast.bucket cimport BUCKET_FLOOD, bucket_rate, bucket_take
+from chatcore._fast.bucket cimport (
+    BUCKET_FLOOD, bucket_ms, bucket_rate, bucket_refuse, bucket_return, bucket_take,
+)
 from chatcore._fast.conns cimport (
-    ARMED_OUT, AUTHED, BLOCKED, CHUNK_CONNS, CHUNK_SHIFT, CLOSING, DEAD, DIRTY, EOF_SEEN, FREE,
+    ARMED_OUT, AUTHED, BLOCKED, CHUNK_CONNS, CHUNK_SHIFT, CLOSE_TOO_SLOW, CLOSING, DEAD, DIRTY, EOF_SEEN, FREE,
     HTTP, HTTP_ASKED, HTTP_SEEN, LINGER, NO_IN, OPEN, PINGED, TICK_NS, TELL_CLOSED, TELL_WRITABLE, Conn,
-    Core, Hub, conn_close, conn_ended, conn_free, conn_get, conn_handle, conn_interest, conn_kill,
+    Core, Hub, conn_close, conn_close_because, conn_ended, conn_free, conn_get, conn_handle, conn_interest, conn_kill,
     conn_linger, conn_new, conn_queue, conn_reset, conn_send, conn_settle, conn_current,
-    conn_touch, hub_ms, hub_settle, members_drop, timer_set, timer_stop, topics_members, wheel_turn,
+    conn_promised, conn_too_slow, conn_touch, hub_ms, hub_settle, members_drop, timer_set, timer_stop, topics_members, wheel_turn,
 )
 from chatcore._fast.frames cimport (
-    CLOSE_BROKEN, CLOSE_NO_STATUS, EV_BINARY, EV_CLOSE, EV_FAIL, EV_NONE, EV_PING, EV_TEXT,
+    CLOSE_BROKEN, CLOSE_NO_STATUS, CLOSE_TOO_BIG, EV_BINARY, EV_CLOSE, EV_FAIL, EV_NONE, EV_PING, EV_TEXT,
     OP_BINARY, OP_PING, OP_PONG, OP_TEXT, RAW, Event, Frame as CFrame, FrameBuf, Rx, frame_drop,
     frame_new, rx_done, rx_parse,
 )
@@ -125,8 +127,10 @@ cdef class Reactor(Core):
         outbox_low_water_bytes=65536,
         double rate_per_s=50.0,
         int rate_burst=200,
+        int rate_refused=10000,
         handshake_timeout_ms=10000,
         close_timeout_ms=2000,
+        slow_timeout_ms=10000,
         uint32_t max_connections=15000,
         bint allow_binary=False,
         bint io_uring=True,
@@ -142,16 +146,17 @@ cdef class Reactor(Core):
             raise ValueError("outbox_limit_bytes must be from 1024 to 2^30 - 1")
         if not 0 <= outbox_low_water_bytes < 1 << 30:
             raise ValueError("outbox_low_water_bytes must be from 0 to 2^30 - 1")
-        if rate_per_s < 0 or rate_burst < 1:
-            raise ValueError("rate_per_s must not be negative, rate_burst at least 1")
+        if rate_per_s < 0 or rate_burst < 1 or rate_refused < 1:
+            raise ValueError("rate_per_s must not be negative, rate_burst and rate_refused at least 1")
         h.max_message = max_message_bytes
         h.outbox_limit = outbox_limit_bytes
         h.low_water = outbox_low_water_bytes
         h.handshake_ms = milliseconds("handshake_timeout_ms", handshake_timeout_ms)
         h.close_ms = milliseconds("close_timeout_ms", close_timeout_ms)
+        h.slow_ms = milliseconds("slow_timeout_ms", slow_timeout_ms)
         h.max_connections = max_connections
         h.allow_binary = allow_binary
-        h.rate = bucket_rate(rate_per_s, rate_burst)
+        h.rate = bucket_rate(rate_per_s, rate_burst, rate_refused)
         h.start_ns = cc_now_ns()
         h.now_ns = h.start_ns
         h.random = int.from_bytes(os.urandom(8), "little") | 1
@@ -395,7 +400,7 @@ cdef class Reactor(Core):
         if c == NULL:
             return 0
         if c.state == OPEN:
-            conn_close(&self.hub, c, CLOSE_HANDLER_FAILED, NULL, 0, CLOSE_HANDLER_FAILED)
+            conn_close_because(&self.hub, c, CLOSE_HANDLER_FAILED, b"a fault in the server")
         elif c.state == HTTP:
             conn_kill(&self.hub, c, CLOSE_BROKEN)
         return 0
@@ -425,6 +430,18 @@ cdef class Reactor(Core):
         for i in range(self.listener_count):
             epoll_ctl(self.hub.epfd, EPOLL_CTL_DEL, self.listeners[i], &ev)
         self.listener_count = 0
+
+    def shorten_lingering(self):
+        cdef Hub *h = &self.hub
+        cdef Conn *c
+        cdef uint32_t i
+        if h.slow_ms <= h.close_ms:
+            return
+        h.slow_ms = h.close_ms
+        for i in range(h.slot_count):
+            c = &h.chunks[i >> CHUNK_SHIFT][i & (CHUNK_CONNS - 1)]
+            if c.state == LINGER and c.due > h.tick + h.close_ms // (TICK_NS // 1000000) + 1:
+                timer_set(h, c, h.close_ms)
 
     def accept_pending(self):
         cdef int i, n, total = 0
@@ -568,32 +585,36 @@ cdef class Reactor(Core):
         cdef Hub *h = &self.hub
         cdef FrameBuf *f
         cdef int64_t wait = 0
+        cdef const char *why = b""
         h.stats.frames_in += 1
         if ev.kind == EV_FAIL:
             # The stream is of no more use: say why and read no more.
             h.stats.protocol_errors += 1
+            if ev.code == CLOSE_TOO_BIG:
+                why = b"the message is too large"
             if c.state == OPEN:
-                conn_close(h, c, ev.code, NULL, 0, ev.code)
+                conn_close_because(h, c, ev.code, why)
             if c.state == CLOSING:
                 conn_linger(h, c)
             return 0
         if ev.kind == EV_CLOSE:
             # Section 5.5.1: answer with the same code, unless ours went first.
             if c.state == OPEN:
-                conn_close(h, c, ev.code, NULL, 0, ev.code)
+                conn_close(h, c, ev.code, NULL, 0)
             if c.state == CLOSING:
                 conn_linger(h, c)
             return 0
         if c.state == CLOSING:
             rx_done(&c.rx)
             return 0
-        wait = bucket_take(&c.bucket, &h.rate, h.now_ns)
-        if wait == BUCKET_FLOOD:
-            h.stats.flooding += 1
-            conn_close(h, c, CLOSE_FLOODING, NULL, 0, CLOSE_FLOODING)
-            if c.state == CLOSING:
-                conn_linger(h, c)
-            return 0
+        if not bucket_take(&c.bucket, &h.rate, h.now_ns):
+            # The time of this poll may lie before the time at which the token came.
+            h.now_ns = cc_now_ns()
+            if not bucket_take(&c.bucket, &h.rate, h.now_ns):
+                wait = bucket_refuse(&c.bucket, conn_promised(h, c), &h.rate, h.now_ns, 0)
+                if wait == BUCKET_FLOOD:
+                    self.flooded(c)
+                    return 0
         if ev.kind == EV_TEXT or ev.kind == EV_BINARY:
             return self.deliver(c, ev, wait)
         if ev.kind == EV_PING and wait == 0:
@@ -610,6 +631,15 @@ cdef class Reactor(Core):
         rx_done(&c.rx)
         return 0
 
+    cdef int flooded(self, Conn *c):
+        """The peer goes on though more than enough of what it sent was refused."""
+        cdef Hub *h = &self.hub
+        h.stats.flooding += 1
+        conn_close_because(h, c, CLOSE_FLOODING, b"flooding: too many messages over the rate")
+        if c.state == CLOSING:
+            conn_linger(h, c)
+        return 0
+
     cdef int deliver(self, Conn *c, Event *ev, int64_t wait) except -1:
         cdef object payload
         if self.hub.allow_binary and ev.kind == EV_TEXT:
@@ -619,7 +649,7 @@ cdef class Reactor(Core):
         rx_done(&c.rx)
         self.hub.stats.messages_in += 1
         try:
-            self.on_message(<object>c.session, payload, (wait + 999999) // 1000000 if wait else 0)
+            self.on_message(<object>c.session, payload, bucket_ms(wait) if wait else 0)
         except BaseException:
             self.failed("on_message", c)
         return 0
@@ -766,13 +796,30 @@ cdef class Reactor(Core):
         c.flags |= TELL_WRITABLE
         return False
 
+    def defer(self, uint64_t conn):
+        cdef Hub *h = &self.hub
+        cdef Conn *c = conn_get(h, conn)
+        cdef int64_t wait
+        if c == NULL or c.state != OPEN:
+            return 0
+        wait = bucket_return(&c.bucket, conn_promised(h, c), &h.rate, cc_now_ns())
+        if wait == BUCKET_FLOOD:
+            hub_settle(h)
+            if c.state == OPEN:
+                self.flooded(c)
+            self.schedule()
+            return 0
+        return bucket_ms(wait)
+
     def close(self, uint64_t conn, uint16_t code, bytes reason not None=b""):
         cdef Hub *h = &self.hub
         cdef Conn *c = conn_current(h, conn)
         if c == NULL:
             return
-        if c.state == OPEN:
-            conn_close(h, c, code, <const uint8_t *><char *>reason, len(reason), code)
+        if c.state == OPEN and code == CLOSE_TOO_SLOW:
+            conn_too_slow(h, c, reason)
+        elif c.state == OPEN:
+            conn_close(h, c, code, <const uint8_t *><char *>reason, len(reason))
         elif c.state == HTTP:
             conn_ended(h, c, code)
             conn_linger(h, c)
@@ -826,7 +873,7 @@ cdef class Reactor(Core):
         return self.ring.fd >= 0
 
     def sizes(self):
-        return {"conn": sizeof(Conn), "rx": sizeof(Rx)}
+        return {"conn": sizeof(Conn) + sizeof(int64_t), "rx": sizeof(Rx)}
 
     def shutdown(self):
         self.stopped = True

@@ -45,8 +45,10 @@ class Connections:
             outbox_low_water_bytes=limits.outbox_low_water_bytes,
             rate_per_s=rates.messages_per_s,
             rate_burst=rates.messages_burst,
+            rate_refused=rates.messages_refused,
             handshake_timeout_ms=timeouts.handshake_ms,
             close_timeout_ms=timeouts.close_ms,
+            slow_timeout_ms=timeouts.slow_ms,
             # Above the limit of sessions: excess clients are upgraded, then closed with 1013.
             max_connections=limits.connections_per_worker + limits.http_connections_per_worker,
             io_uring=settings.server.io_uring,
@@ -75,6 +77,7 @@ class Connections:
         """Accept the backlog, then stop listening; new sessions are closed at once from here on."""
         self.reactor.accept_pending()
         self.reactor.unlisten()
+        self.reactor.shorten_lingering()
         self.draining = True
 
     async def drain(self, deadline: float) -> None:
@@ -180,7 +183,7 @@ class Connections:
 
 def _make_hello(settings: Settings, version: str) -> bytes:
     """The first frame that every client is sent, header included: it leaves with the upgrade's response."""
-    limits, timeouts = settings.limits, settings.timeouts
+    limits, timeouts, rates = settings.limits, settings.timeouts, settings.rates
     fields: dict[str, Any] = {
         "t": "hello",
         "v": p.VERSION,
@@ -191,11 +194,24 @@ def _make_hello(settings: Settings, version: str) -> bytes:
         "limits": {
             "frame": limits.frame_bytes,
             "body": limits.body_bytes,
+            "data": limits.data_bytes,
             "have": limits.have,
             "only": limits.only,
             "history": limits.history,
             "backlog": limits.backlog,
             "small": limits.small,
+            "title": limits.title_chars,
+            "name": limits.name_chars,
+            "open_members": limits.open_members,
+            "watch": limits.watch,
+            "users": limits.users,
+            "members": limits.members,
+            "channels": limits.channels,
+            "outstanding": limits.outstanding,
+            "rate": rates.messages_per_s,
+            "burst": rates.messages_burst,
+            "refused": rates.messages_refused,
+            "typing_ms": rates.typing_interval_ms,
         },
     }
     hello = orjson.dumps(fields)

@@ -34,8 +34,6 @@ log = logging.getLogger("chatcore.session")
 
 # An empty set of its own would be 216 bytes.
 NOTHING: Final[frozenset[str]] = frozenset()
-# A request that is refused because too many are unanswered may be repeated after this.
-BUSY_RETRY_MS: Final = 500
 
 
 class Connection(Protocol):
@@ -46,6 +44,7 @@ class Connection(Protocol):
     def queued(self, conn: int, /) -> int: ...
     def notify_writable(self, conn: int, /) -> bool: ...
     def authenticated(self, conn: int, owner: int, ping_ms: int, /) -> object: ...
+    def defer(self, conn: int, /) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +152,7 @@ class Session:
                 self._drained = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._drained], timeout=self._services.settings.timeouts.replay_stall_ms / 1000)
             if not self._drained.done() and reactor.queued(self.conn) >= before:
-                self.close(p.CloseCode.TOO_SLOW, "no progress")
+                self.close(p.CloseCode.TOO_SLOW, "too slow: nothing was read while catching up")
                 return False
         return False
 
@@ -237,7 +236,7 @@ class Session:
             return
         if self._waiting is not None:
             if len(self._waiting) >= self._services.settings.limits.outstanding:
-                self._refuse(p.request_id(data), RateLimited("log in first", retry_after_ms=BUSY_RETRY_MS))
+                self._defer(p.request_id(data))
             else:
                 self._waiting.append((data, wait_ms))
             return
@@ -251,7 +250,7 @@ class Session:
                 self.push(p.error(exc.id, exc.code, exc.message))
             return
         if self._busy >= self._services.settings.limits.outstanding:
-            self._refuse(req.id, RateLimited("too many unanswered requests", retry_after_ms=BUSY_RETRY_MS))
+            self._defer(req.id)
             return
         if isinstance(req, p.Auth):
             # From here until the answer, requests that arrive wait (the client need not wait for it).
@@ -267,6 +266,12 @@ class Session:
     def _refuse(self, id: int | None, exc: ChatError) -> None:
         if id is not None:
             self.push(p.error(id, exc.code, exc.message, exc.retry_after_ms))
+
+    def _defer(self, id: int | None) -> None:
+        """Refuse the message that came last: too many are unanswered. It costs nothing of the rate."""
+        wait_ms = self._services.reactor.defer(self.conn)
+        if wait_ms:
+            self._refuse(id, RateLimited("too many unanswered requests", retry_after_ms=wait_ms))
 
     def _start(self, work: Coroutine[Any, Any, dict[str, Any] | None], id: int | None) -> None:
         self._busy += 1

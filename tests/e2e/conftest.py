@@ -165,6 +165,7 @@ hasty_server = pytest.fixture(name="hasty_server")(
         timeouts__auth_ms=2000,
         timeouts__handshake_ms=2000,
         timeouts__close_ms=500,
+        timeouts__slow_ms=500,
         timeouts__ping_ms=10_000,
         timeouts__ping_min_ms=1000,
         timeouts__replay_stall_ms=500,

@@ -168,7 +168,8 @@ async def test_any_frame_counts_as_a_sign_of_life(hasty: World) -> None:
 
 
 async def test_4004_flooding(serve: Serve) -> None:
-    world = World(serve(settings={"rates.messages_per_s": 1, "rates.messages_burst": 10}))
+    settings = {"rates.messages_per_s": 1, "rates.messages_burst": 10, "rates.messages_refused": 10}
+    world = World(serve(settings=settings))
     try:
         raw = await _live(world)
         other = await world.connect(await world.user())

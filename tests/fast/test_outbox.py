@@ -6,9 +6,10 @@ import socket
 
 from chatcore._fast.reactor import Frame, Topic
 
-from .support import Raw, Server, close_payload, frame, on_loop
+from .support import Raw, Server, Session, close_payload, frame, on_loop
 
 TEXT, CLOSE = 1, 8
+TOO_SLOW = b"too slow: too much was waiting to be read"
 
 
 async def slow(server: Server) -> Raw:
@@ -87,7 +88,7 @@ async def test_low_water() -> None:
 
 @on_loop
 async def test_a_slow_reader_hurts_only_itself() -> None:
-    async with Server(outbox_limit_bytes=300_000, close_timeout_ms=15000) as server:
+    async with Server(outbox_limit_bytes=300_000, slow_timeout_ms=15000) as server:
         topic = Topic(server.reactor, "room")
         lame = await slow(server)
         quick = [await Raw.websocket(server) for _ in range(3)]
@@ -115,7 +116,7 @@ async def test_a_slow_reader_hurts_only_itself() -> None:
         while True:
             opcode, payload = await lame.frame()
             if opcode == CLOSE:
-                assert payload == close_payload(4002)
+                assert payload == close_payload(4002, TOO_SLOW)
                 break
             assert (opcode, payload) == (TEXT, text)
             got.append(payload)
@@ -127,7 +128,7 @@ async def test_a_slow_reader_hurts_only_itself() -> None:
 
 @on_loop
 async def test_a_slow_reader_that_never_reads_is_cut_off() -> None:
-    async with Server(outbox_limit_bytes=100_000, close_timeout_ms=150) as server:
+    async with Server(outbox_limit_bytes=100_000, slow_timeout_ms=150) as server:
         raw = await slow(server)
         session = await server.session()
         while server.reactor.send(session.conn, b"x" * 20_000):
@@ -138,10 +139,80 @@ async def test_a_slow_reader_that_never_reads_is_cut_off() -> None:
         raw.writer.transport.abort()
 
 
+async def fill(server: Server, session: Session) -> None:
+    """Send to somebody who does not read until that is too much."""
+    while server.reactor.send(session.conn, b"x" * 20_000):
+        server.reactor.flush()
+    await server.until(lambda: session.closed == [4002], "on_closed")
+
+
+async def close_timeout(server: Server) -> None:
+    """Wait until a closing handshake that begins now is given up: the peer does not answer."""
+    deaf = await Raw.websocket(server)
+    session = server.sessions[-1]
+    server.reactor.close(session.conn, 4000)
+    before = server.reactor.connections()
+    await server.until(lambda: server.reactor.connections() < before, "the closing handshake is given up")
+    await deaf.close()
+
+
+@on_loop
+async def test_who_reads_on_much_later_learns_that_it_was_too_slow() -> None:
+    """After the time for a closing handshake, 2 s, the connection was reset: 1006, whatever the reason."""
+    async with Server(outbox_limit_bytes=100_000, close_timeout_ms=150, slow_timeout_ms=60_000) as server:
+        raw = await slow(server)
+        session = await server.session()
+        await fill(server, session)
+        await close_timeout(server)
+        raw.send(frame(TEXT, b"what it says meanwhile is not read") * 100)
+        raw.writer.transport.resume_reading()
+        while (received := await raw.frame()) == (TEXT, b"x" * 20_000):
+            pass
+        assert received == (CLOSE, close_payload(4002, TOO_SLOW))
+        assert await raw.end() == b"", "FIN follows"
+        assert session.messages == []
+        await raw.close()
+        await server.until(lambda: server.reactor.connections() == 0, "all gone")
+
+
+@on_loop
+async def test_closing_with_4002_drops_what_is_queued_too() -> None:
+    async with Server(close_timeout_ms=150, slow_timeout_ms=60_000) as server:
+        raw = await slow(server)
+        session = await server.session()
+        while server.reactor.queued(session.conn) < 500_000:
+            server.reactor.send(session.conn, b"x" * 20_000)
+            server.reactor.flush()
+        server.reactor.close(session.conn, 4002, b"nothing was read")
+        assert server.reactor.queued(session.conn) < 30_000
+        await close_timeout(server)
+        raw.writer.transport.resume_reading()
+        while (received := await raw.frame())[0] == TEXT:
+            pass
+        assert received == (CLOSE, close_payload(4002, b"nothing was read"))
+        assert await raw.end() == b""
+        await raw.close()
+
+
+@on_loop
+async def test_a_server_that_stops_does_not_wait_for_slow_ones() -> None:
+    async with Server(outbox_limit_bytes=100_000, close_timeout_ms=150, slow_timeout_ms=60_000) as server:
+        raws = []
+        for n in range(2):
+            raws.append(await slow(server))
+            session = await server.session(n)
+            if n == 1:
+                server.reactor.shorten_lingering()
+            await fill(server, session)
+        await server.until(lambda: server.reactor.connections() == 0, "cut off")
+        for raw in raws:
+            raw.writer.transport.abort()
+
+
 @on_loop
 async def test_replies_nobody_reads_are_limited_too() -> None:
     """A peer that asks and never reads fills its own outbox, pongs included."""
-    async with Server(outbox_limit_bytes=50_000, rate_per_s=0, close_timeout_ms=150) as server:
+    async with Server(outbox_limit_bytes=50_000, rate_per_s=0, slow_timeout_ms=150) as server:
         server.message = lambda s, data: server.reactor.send(s.conn, data * 100) and None
         raw = await slow(server)
         session = await server.session()
