@@ -18,6 +18,7 @@ import orjson
 from lru import LRU
 
 from ..bus.base import Bus
+from ..common.text import is_line, is_visible
 from ..entries import MemberFields, MetaFields, MsgFields, NewEntry, encode_fields, new_entry
 from ..errors import BadRequest, Forbidden, NotFound, RateLimited, TooLarge
 from ..protocol import (
@@ -133,8 +134,10 @@ class Chat:
         title = title.strip()
         if not 1 <= len(title) <= self._limits.title_chars:
             raise BadRequest(f"title: 1 to {self._limits.title_chars} characters")
-        if not title.isprintable():
-            raise BadRequest("title: no control characters")
+        if not is_line(title):
+            raise BadRequest("title: one line, without control characters")
+        if not is_visible(title):
+            raise BadRequest("title: nothing of it can be seen")
         return title
 
     async def open(self, user: str, req: Open) -> Opened:

@@ -53,7 +53,29 @@ async def test_a_dm_has_no_title(world: World) -> None:
     await a.refused("forbidden", "meta", c=conv, title="us", cid=new_cid())
 
 
-@pytest.mark.parametrize("title", ["", "  ", "a\tb", "x" * 101, "a\u202eb"])
+@pytest.mark.parametrize(
+    "title",
+    [
+        "\U0001f468\u200d\U0001f469\u200d\U0001f467 Familie",
+        "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645",
+        "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f",
+    ],
+    ids=ascii,
+)
+async def test_words_and_emoji_with_joiners_are_titles(world: World, title: str) -> None:
+    """They were refused as control characters: families, Persian, the flag of Scotland."""
+    alice, a = await world.pair()
+    conv = await world.group(a, title=title)
+    assert (await a.expect(t="conv", c=conv))["title"] == title
+    await a.request("meta", c=conv, title=f"{title} 2", cid=new_cid())
+    await a.expect(t="meta", c=conv, title=f"{title} 2")
+    again = await world.connect(alice)
+    assert (await again.expect(t="conv", c=conv))["title"] == f"{title} 2"
+
+
+@pytest.mark.parametrize(
+    "title", ["", "  ", "a\tb", "x" * 101, "a\u202eb", "a\u2066b", "a\u2028b", "\u200b", "\u200d\ufe0f"], ids=ascii
+)
 async def test_a_title_that_is_none_is_a_bad_request(world: World, title: str) -> None:
     _, a = await world.pair()
     conv = await world.group(a)
