@@ -21,12 +21,40 @@ async def test_hello_tells_version_timeouts_features_and_limits(world: World) ->
     assert limits == {
         "frame": 65536,
         "body": 8192,
+        "data": 8192,
         "have": 1000,
         "only": 100,
         "history": 100,
         "backlog": 500,
         "small": 100,
+        "title": 100,
+        "name": 32,
+        "open_members": 100,
+        "watch": 500,
+        "users": 100,
+        "members": 100,
+        "channels": 100,
+        "outstanding": 64,
+        "rate": 10_000,  # of the tests' servers
+        "burst": 10_000,
+        "refused": 10_000,
+        "typing_ms": 3000,
     }
+
+
+async def test_hello_tells_the_limits_that_count(tight: World) -> None:
+    """What an operator may set and a client had to guess: title, watch, what may be outstanding …"""
+    client = await tight.open()
+    limits = client.got(t="hello")[0]["limits"]
+    assert {name: limits[name] for name in ("data", "title", "watch", "users", "members", "open_members")} == {
+        "data": 100,
+        "title": 20,
+        "watch": 3,
+        "users": 3,
+        "members": 3,
+        "open_members": 3,
+    }
+    assert limits["outstanding"] == 8
 
 
 async def test_auth_tells_who_it_is_and_how_long_the_token_lives(world: World) -> None:

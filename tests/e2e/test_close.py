@@ -98,7 +98,7 @@ async def test_1009_a_message_over_the_limit_is_cut_off_by_its_header_alone(tigh
 async def test_1009_fragments_that_are_too_much_together(tight: World) -> None:
     raw = await _live(tight)
     await raw.send(frame(TEXT, b"x" * 4000, fin=False) + frame(0, b"x" * 97))
-    assert (await raw.closing()).code == 1009
+    assert await raw.closing() == (1009, "the message is too large")
     await raw.ended()
 
 
@@ -153,6 +153,7 @@ async def test_4003_a_client_that_is_silent_for_two_intervals(hasty: World) -> N
     while (received := await raw.frame()).opcode != CLOSE:
         pings += received.opcode == PING
     assert struct.unpack("!H", received.payload[:2]) == (4003,)
+    assert received.payload[2:] == b"no sign of life for two intervals of pings"
     assert pings >= 1
     await raw.ended()
 
@@ -174,7 +175,7 @@ async def test_4004_flooding(serve: Serve) -> None:
         raw = await _live(world)
         other = await world.connect(await world.user())
         await raw.send(frame(TEXT, b'{"t":"ping","id":1}') * 60)
-        assert (await raw.closing()).code == 4004
+        assert await raw.closing() == (4004, "flooding: too many messages over the rate")
         await raw.ended()
         await other.request("ping")
         # Pings of the WebSocket count too.
@@ -190,7 +191,7 @@ async def test_4005_no_auth_in_time_whatever_else_is_sent(hasty: World) -> None:
     await busy.send_json(t="ping", id=1)
     assert (await busy.message("error"))["code"] == "unauthenticated"
     for raw in (silent, busy):
-        assert (await raw.closing()).code == 4005
+        assert await raw.closing() == (4005, "no successful auth in time")
         await raw.ended()
 
 

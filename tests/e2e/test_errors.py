@@ -127,6 +127,44 @@ async def test_any_text_arrives_as_it_was_sent(world: World, body: str) -> None:
     assert (await world.whole_log(b, conv))[-1] == entry
 
 
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"t": "edit"}, "t: no such request: edit"),
+        ({"t": "history", "c": "a b"}, "c: an id, 1 to 64 of A-Z a-z 0-9 _ -"),
+        ({"t": "history", "c": "c1", "limit": 0}, "limit: a whole number from 1 to 9007199254740991"),
+        ({"t": "send", "c": "c1", "cid": "m 1", "body": ""}, "cid: an id, 1 to 64 of A-Z a-z 0-9 _ -"),
+        ({"t": "open", "kind": "room", "cid": "o1"}, "kind: one of dm, group, channel"),
+        ({"t": "typing"}, "c: missing; an id, 1 to 64 of A-Z a-z 0-9 _ -"),
+    ],
+)
+async def test_an_error_says_which_field_and_what_is_allowed(world: World, request_: dict[str, Any], said: str) -> None:
+    """It said it in Python: Expected `int | null`, a regular expression, Invalid value 'edit' - at `$.t`."""
+    _, a = await world.pair()
+    assert (await _bad(a, json.dumps({**request_, "id": 1})))["message"] == said
+
+
+async def test_null_is_as_good_as_absent_for_limit_raw_and_v(world: World) -> None:
+    user = await world.user()
+    a = await world.connect(user)
+    conv = await world.group(a)
+    page = await a.request("history", c=conv, limit=None, raw=None, before=None, after=None)
+    assert page == {**await a.request("history", c=conv), "id": page["id"]}
+    await a.request("members", c=conv, limit=None, after=None)
+    await a.request("channels", limit=None)
+    b = await world.open()
+    await b.request("auth", token=user.token, v=None, sync=None, have=None, only=None, ping_ms=None)
+
+
+async def test_of_two_fields_of_one_name_the_last_counts(world: World) -> None:
+    """Not if the first one was wrong, or the name of another request: then it was refused."""
+    _, a = await world.pair()
+    await a.raw('{"t":"edit","id":"x","id":77,"t":"ping"}')
+    await a.expect(t="ok", id=77)
+    await a.raw('{"id":77,"t":"ping","id":78}')
+    await a.expect(t="ok", id=78)
+
+
 # --- not_found ---------------------------------------------------------------------------
 
 

@@ -112,6 +112,9 @@ async def test_the_idempotency_key_is_the_cid(world: World) -> None:
         ({"body": ""}, {}, 400, "bad_request"),
         ({"body": "x", "re": 0}, {}, 400, "bad_request"),
         ({"body": "x", "data": {}}, {}, 400, "bad_request"),
+        # It was stored without them, and nobody knew that something was lost.
+        ({"body": "x", "files": ["f1"]}, {}, 400, "bad_request"),
+        ({"body": "x", "files": "f1"}, {}, 400, "bad_request"),
         ({"body": "x"}, {"Idempotency-Key": "not an id"}, 400, "bad_request"),
         ({"body": "x"}, {"Idempotency-Key": "x" * 65}, 400, "bad_request"),
         ({"body": "x"}, {"Idempotency-Key": 'x","from":"victim'}, 400, "bad_request"),
@@ -128,6 +131,47 @@ async def test_a_message_that_is_none_is_refused_and_not_stored(
     response = await world.http("POST", path, token=alice.token, body=body, headers=headers)
     assert (response.status, response.json["code"]) == (status, code)
     assert len(await world.whole_log(a, conv)) == head
+
+
+async def test_null_and_unknown_fields_are_as_with_send(world: World) -> None:
+    alice, a = await world.pair()
+    conv = await world.group(a)
+    path = f"/v1/conversations/{conv}/messages"
+    for extra in (
+        {"re": None, "data": None, "files": None},
+        {"files": []},
+        {"mentions": ["bob"], "new": {"deep": [1]}},
+    ):
+        response = await world.http("POST", path, token=alice.token, body={"body": "x", **extra})
+        assert response.status == 201, response
+    assert [entry["body"] for entry in await world.whole_log(a, conv) if entry["t"] == "msg"] == ["x"] * 3
+
+
+@pytest.mark.parametrize(
+    ("body", "key", "said"),
+    [
+        ({}, "k", "body: missing; text"),
+        ({"body": 5}, "k", "body: text"),
+        ({"body": "x", "re": 0}, "k", "re: a whole number from 1 to 9007199254740991"),
+        ({"body": "x", "files": ["f1"]}, "k", "files: this server takes none"),
+        ([], "k", "the body: not a JSON object"),
+        ({"body": "x"}, "not an id", "Idempotency-Key: an id, 1 to 64 of A-Z a-z 0-9 _ -"),
+    ],
+)
+async def test_an_error_says_which_field_and_what_is_allowed(world: World, body: Any, key: str, said: str) -> None:
+    alice, a = await world.pair()
+    path = f"/v1/conversations/{await world.group(a)}/messages"
+    response = await world.http("POST", path, token=alice.token, body=body, headers={"Idempotency-Key": key})
+    assert (response.status, response.json["message"]) == (400, said)
+
+
+@pytest.mark.parametrize(("query", "least"), [("limit=0", 1), ("limit=x", 1), ("before=", 0), ("after=1e3", 0)])
+async def test_an_error_says_what_a_parameter_may_be(world: World, query: str, least: int) -> None:
+    alice, a = await world.pair()
+    path = f"/v1/conversations/{await world.group(a)}/messages?{query}"
+    response = await world.http("GET", path, token=alice.token)
+    name = query.partition("=")[0]
+    assert response.json["message"] == f"{name}: a whole number from {least} to 9007199254740991"
 
 
 async def test_gets_carry_etags_and_answer_304_while_nothing_changed(world: World) -> None:

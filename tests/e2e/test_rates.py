@@ -10,12 +10,26 @@ import heapq
 import json
 from typing import Any
 
-from .conftest import Serve
+import pytest
+
+from ..server import PATIENCE_S, Server
+from .conftest import Common, Serve
 from .raw import CLOSE, TEXT, Raw, frame
 from .world import World, new_cid
 
 # What a loaded machine may take longer.
-SLACK_S = 5.0
+SLACK_S = 10.0
+
+
+@pytest.fixture
+def usual_server(common: Common) -> Server:
+    """A server with the default rates; those of other tests have nearly none."""
+    return common.server("usual", {"rates.messages_per_s": 50, "rates.messages_burst": 200})
+
+
+@pytest.fixture
+def usual(usual_server: Server) -> World:
+    return World(usual_server)
 
 
 class Strict:
@@ -29,7 +43,6 @@ class Strict:
         self.unanswered = 0
         self.refusals = 0
         self.done: dict[int, dict[str, Any]] = {}
-        self.closed: bytes | None = None
         self.changed = asyncio.Event()
 
     async def run(self) -> float:
@@ -37,14 +50,17 @@ class Strict:
         begin = asyncio.get_running_loop().time()
         reading = asyncio.create_task(self._read())
         try:
-            while len(self.done) < len(self.requests):
-                self.changed.clear()
-                pause = await self._send_what_is_due()
-                waiter = asyncio.create_task(self.changed.wait())
-                await asyncio.wait([waiter, reading], timeout=pause, return_when=asyncio.FIRST_COMPLETED)
-                waiter.cancel()
-                if reading.done():
-                    reading.result()
+            async with asyncio.timeout(3 * PATIENCE_S):
+                while len(self.done) < len(self.requests):
+                    self.changed.clear()
+                    pause = await self._send_what_is_due()
+                    waiter = asyncio.create_task(self.changed.wait())
+                    await asyncio.wait([waiter, reading], timeout=pause, return_when=asyncio.FIRST_COMPLETED)
+                    waiter.cancel()
+                    if reading.done():
+                        reading.result()
+        except TimeoutError:
+            raise AssertionError(f"{len(self.done)} of {len(self.requests)} are done, and it goes on") from None
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
@@ -89,25 +105,25 @@ def _pings(count: int) -> list[dict[str, Any]]:
     return [{"t": "ping", "id": i + 1} for i in range(count)]
 
 
-async def test_220_pings_at_once_are_all_answered_soon(world: World) -> None:
+async def test_220_pings_at_once_are_all_answered_soon(usual: World) -> None:
     """156 were done after 4 s, and still 156 after 20 s."""
-    strict = Strict(await _live(world), _pings(220))
+    strict = Strict(await _live(usual), _pings(220))
     took = await strict.run()
     assert took < (220 - 200) / 50 + SLACK_S
-    assert strict.refusals < 2 * 220
+    assert 0 < strict.refusals < 2 * 220
 
 
-async def test_300_at_once_are_no_flood_if_each_waits_as_long_as_it_was_told(world: World) -> None:
+async def test_300_at_once_are_no_flood_if_each_waits_as_long_as_it_was_told(usual: World) -> None:
     """They ended in 4004, since what was refused had taken tokens."""
-    strict = Strict(await _live(world), _pings(300))
+    strict = Strict(await _live(usual), _pings(300))
     took = await strict.run()
     assert took < (300 - 200) / 50 + SLACK_S
-    assert strict.refusals < 2 * 300
+    assert 0 < strict.refusals < 2 * 300
 
 
 async def test_an_outbox_drains_at_the_full_rate(serve: Serve) -> None:
     """An outbox of 150 stuck at 137. Here it is 2,000, all sent at once, at a rate at which that takes 9 s."""
-    world = World(serve(settings={"rates.messages_per_s": 200}))
+    world = World(serve(settings={"rates.messages_per_s": 200, "rates.messages_burst": 200}))
     try:
         user = await world.user()
         a = await world.connect(user, on=1)
@@ -119,7 +135,7 @@ async def test_an_outbox_drains_at_the_full_rate(serve: Serve) -> None:
         strict = Strict(raw, sends)
         took = await strict.run()
         assert took < (2000 - 200) / 200 + SLACK_S
-        assert strict.refusals < 2 * 2000
+        assert 0 < strict.refusals < 2 * 2000
         last = max(reply["s"] for reply in strict.done.values())
         log = await a.reach(conv, last)
         assert sorted(entry["cid"] for entry in log if entry["t"] == "msg") == sorted(cids)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import struct
 
-from .raw import CLOSE, TEXT, Raw
+from .conftest import Serve
+from .raw import CLOSE, TEXT, Raw, frame
 from .world import World, new_cid
 
 BODY = "x" * 8000
@@ -34,6 +36,7 @@ async def test_4002_a_reader_that_does_not_read_is_cut_off_and_hurts_nobody_else
             assert message["s"] == held + 1
             held += 1
     assert struct.unpack("!H", received.payload[:2]) == (4002,)
+    assert received.payload[2:] == b"too slow: too much was waiting to be read"
     assert begin < held < last
     await slow.ended()
     # It can resume, and page through what is too much.
@@ -43,6 +46,56 @@ async def test_4002_a_reader_that_does_not_read_is_cut_off_and_hurts_nobody_else
         page = await again.request("history", c=conv, after=seqs[-1] if seqs else held, limit=100)
         seqs += [entry["s"] for entry in page["entries"]]
     assert seqs == list(range(held + 1, last + 1))
+
+
+async def test_4002_who_reads_on_much_later_learns_why(serve: Serve) -> None:
+    """The connection was reset 2 s after it was given up, with the reason still in the server: 1006."""
+    world = World(serve(settings={"timeouts.close_ms": 200, "timeouts.slow_ms": 120_000}))
+    try:
+        _, a = await world.pair(on=0)
+        bob = await world.user()
+        conv = await world.group(a, bob)
+        begin = len(await world.whole_log(a, conv))
+        slow = await world.raw(on=0, receive_buffer=4096)
+        await slow.log_in(bob.token)
+        await a.request("watch", users=[bob.id])
+        last = await world.fill(a, conv, MUCH, BODY)
+        await a.expect(t="presence", user=bob.id, state="offline")  # it is given up
+        # A closing handshake that nobody answers is given up, too, and the slow one still is there.
+        deaf = await world.raw(on=0)
+        await deaf.send(frame(TEXT, b"[]"))
+        await deaf.ended()
+        assert world.server.slot_of(slow.port) == 0
+        held = begin
+        while (received := await slow.frame()).opcode != CLOSE:
+            message = received.json
+            if message["t"] == "msg":
+                assert message["s"] == held + 1
+                held += 1
+        assert struct.unpack("!H", received.payload[:2]) == (4002,)
+        assert b"too slow" in received.payload
+        assert held < last
+        await slow.ended()
+    finally:
+        await world.aclose()
+
+
+async def test_a_stop_does_not_wait_for_who_was_too_slow(serve: Serve) -> None:
+    server = serve(settings={"timeouts.close_ms": 200, "timeouts.slow_ms": 120_000, "server.drain_timeout_ms": 120_000})
+    world = World(server)
+    try:
+        _, a = await world.pair(on=0)
+        bob = await world.user()
+        conv = await world.group(a, bob)
+        slow = await world.raw(on=0, receive_buffer=4096)
+        await slow.log_in(bob.token)
+        await a.request("watch", users=[bob.id])
+        await world.fill(a, conv, MUCH, BODY)
+        await a.expect(t="presence", user=bob.id, state="offline")
+        server.signal(signal.SIGTERM)
+        assert await asyncio.to_thread(server.wait) == 0
+    finally:
+        await world.aclose()
 
 
 async def _read_slowly(raw: Raw, conv: str, until_seq: int, pause_every: int) -> list[int]:
