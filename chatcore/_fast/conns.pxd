@@ -14,7 +14,7 @@ cdef enum:
     WHEEL_SLOTS = 512           # 51 s: a ping interval fits; longer deadlines go round
     CHUNK_CONNS = 256           # 34 KiB at a time: the structs, then their promises (conn_promised)
     CHUNK_SHIFT = 8
-    # What a topic holds at most before it goes to the members' outboxes.
+    # A topic that holds so much moves it to the members' outboxes.
     HELD_MAX = 256
     HELD_BYTES = 65536
 
@@ -26,54 +26,54 @@ cdef enum State:
     HTTP                        # not upgraded
     OPEN                        # a WebSocket
     CLOSING                     # our close frame is queued or sent; the peer's is awaited
-    LINGER                      # no more input wanted: drain the outbox, SHUT_WR, read to the end
-    DEAD                        # the socket is closed; to be freed when the handler knows
+    LINGER                      # input is discarded: drain the outbox, SHUT_WR, read to the end
+    DEAD                        # the socket is closed; to be freed after on_closed
 
 cdef enum Flag:
     DIRTY = 1                   # in the dirty list
     BURST = 8                   # times the outbox limit that one turn may queue; frames are shared
-    BLOCKED = 2                 # the socket took no more; EPOLLOUT will tell
+    BLOCKED = 2                 # the socket is full; EPOLLOUT is awaited
     ARMED_OUT = 4               # EPOLLOUT is in the epoll set
     NO_IN = 8                   # EPOLLIN is not
     EOF_SEEN = 16               # the peer's FIN was read
     SHUT = 32                   # our FIN is sent
-    TELL_CLOSED = 64            # on_closed or on_http_closed is owed
-    TELL_WRITABLE = 128         # on_writable is wanted
+    NOTIFY_CLOSED = 64          # flush has to call on_closed or on_http_closed
+    NOTIFY_WRITABLE = 128       # on_writable has to be called below the low-water mark
     AUTHED = 256
     HTTP_SEEN = 512             # on_http was called
-    HTTP_ASKED = 1024           # something was received after the last write: an answer is due
-    PINGED = 2048               # a ping was sent and nothing was heard since
+    HTTP_ASKED = 1024           # bytes came after the last write: an answer is due
+    PINGED = 2048               # a ping was sent and no byte came since
 
 cdef struct Topics:
-    # The topics of one connection, one allocation: this, then room pointers, then room numbers.
+    # The topics of one connection, one allocation: this, then `capacity` pointers, then as many numbers.
     # Owned by the connection.
     uint32_t count
-    uint32_t room
+    uint32_t capacity
 
 cdef struct Members:
     # The connections of one topic. `conns[i]` is at `slots[i]` in its connection's Topics, and
     # that entry says i: both sides remove in O(1) by moving their last entry into the hole.
     # Embedded in a Topic object, which owns both arrays.
     #
-    # `held`: frames for all members that are in no outbox yet, one reference each. They wait for
-    # the end of the loop's turn, or for anything whose order with them matters (members_settle),
-    # so that what comes together is one piece of memory and one entry in each outbox.
+    # `held`: frames for all members that are in no outbox yet, one reference each. members_flush
+    # moves them at the end of the loop's turn, or before anything whose order with them matters, so
+    # that frames of one turn are one piece of memory and one entry in each outbox.
     Conn **conns
     uint32_t *slots
     uint32_t count
-    uint32_t room
+    uint32_t capacity
     PyObject *topic             # the object it is embedded in (borrowed: it is)
     FrameBuf **held
     uint32_t held_count
-    uint32_t held_room
+    uint32_t held_capacity
     uint32_t held_bytes
-    bint waiting                # in the list of those that hold something
+    bint waiting                # in the hub's list of topics that hold frames
     Members *next_waiting
 
 cdef struct Conn:
     # Two cache lines; a delivery touches only the first.
     Outbox out
-    Conn *next                  # in the dirty list, the graves or the free list
+    Conn *next                  # in the dirty list, the dead list or the free list
     int64_t owner               # the user's number; 0: none
     int fd
     uint16_t flags
@@ -82,9 +82,9 @@ cdef struct Conn:
     uint32_t slot
     # -- second line
     Conn *timer_next
-    Conn **timer_prev           # what points to this; NULL: no timer runs
+    Conn **timer_prev           # the pointer to this one; NULL: no timer runs
     uint32_t due                # the timer's tick
-    uint32_t heard_ms           # when bytes came last (milliseconds since the start, mod 2^32)
+    uint32_t heard_ms           # when bytes came last: milliseconds since the start, mod 2^32
     int64_t bucket              # when it is full again, see bucket.pxd
     Rx *rx                      # owned; NULL when no frame or message is incomplete
     PyObject *session           # owned reference; NULL before the upgrade and after on_closed
@@ -108,14 +108,14 @@ cdef struct Stats:
     uint64_t protocol_errors
 
 cdef struct Hub:
-    # All of a reactor that is no Python object.
+    # The part of a reactor that is no Python object.
     Conn **chunks
     uint32_t chunk_count
     uint32_t slot_count         # slots ever handed out
     Conn *free
-    Conn *dirty_first           # to be written, told about or buried, first come first served
+    Conn *dirty_first           # to be written, reported or freed by flush, in this order
     Conn *dirty_last
-    Conn *graves                # to be freed when the outermost call returns
+    Conn *dead                  # to be freed when the outermost call returns
     Members *waiting_first      # topics that hold frames, in the order in which they began to
     Members *waiting_last
     int epfd
@@ -135,7 +135,7 @@ cdef struct Hub:
     # time
     int64_t start_ns
     int64_t now_ns              # of the poll in progress
-    uint32_t tick               # the last one that was worked off
+    uint32_t tick               # the last one whose timers went off
     Conn *wheel[WHEEL_SLOTS]
     uint64_t random
     FrameBuf *ping
@@ -143,7 +143,7 @@ cdef struct Hub:
     Stats stats
 
 cdef class Core:
-    """What topics know of a reactor."""
+    """The part of a reactor that topics use."""
     cdef Hub hub
     cdef bint scheduled
     cdef object call_soon
@@ -197,7 +197,7 @@ cdef void conn_close(Hub *h, Conn *c, uint16_t code, const uint8_t *reason, size
 cdef void conn_close_because(Hub *h, Conn *c, uint16_t code, const char *reason) noexcept nogil
 cdef void conn_too_slow(Hub *h, Conn *c, const char *reason) noexcept nogil
 cdef void conn_interest(Hub *h, Conn *c) noexcept nogil
-cdef void conn_settle(Hub *h, Conn *c) noexcept nogil
+cdef void conn_drained(Hub *h, Conn *c) noexcept nogil
 
 cdef inline bint conn_queue(Hub *h, Conn *c, FrameBuf *f) noexcept nogil:
     """Queue a frame whatever the limit says, taking over one reference; False: no memory, the
@@ -213,8 +213,8 @@ cdef inline bint conn_queue(Hub *h, Conn *c, FrameBuf *f) noexcept nogil:
 cdef inline bint conn_send(Hub *h, Conn *c, FrameBuf *f) noexcept nogil:
     """conn_queue for messages: over the limit the connection is closed with 4002.
 
-    Only who lets the socket fill is too slow: what one turn of the loop queues may be more than
-    the limit, and the peer had no chance to read it yet. BURST bounds even that.
+    Only a peer that lets the socket fill is too slow: one turn of the loop may queue more than the
+    limit, which the peer had no chance to read yet. BURST bounds even that.
     """
     if not conn_queue(h, c, f):
         return False
@@ -236,21 +236,21 @@ cdef void topic_remove(Members *m, uint32_t at) noexcept nogil
 cdef void topics_leave(Conn *c) noexcept nogil
 
 cdef bint members_hold(Hub *h, Members *m, FrameBuf *f) noexcept nogil
-cdef void members_settle(Hub *h, Members *m) noexcept nogil
+cdef void members_flush(Hub *h, Members *m) noexcept nogil
 cdef void members_drop(Hub *h, Members *m) noexcept nogil
 
-cdef inline void hub_settle(Hub *h) noexcept nogil:
-    """Everything that topics hold goes to the outboxes: before anything is queued behind it."""
+cdef inline void hub_flush_topics(Hub *h) noexcept nogil:
+    """Move everything that topics hold to the outboxes, so that other frames come after it."""
     while h.waiting_first != NULL:
-        members_settle(h, h.waiting_first)
+        members_flush(h, h.waiting_first)
 
 cdef inline Conn *conn_current(Hub *h, uint64_t handle) noexcept nogil:
-    """conn_get, after hub_settle: what is queued on it from now on comes behind what topics hold."""
-    hub_settle(h)
+    """conn_get after hub_flush_topics: frames queued from now on come after those that topics held."""
+    hub_flush_topics(h)
     return conn_get(h, handle)
 
 cdef inline Members **topics_members(Topics *t) noexcept nogil:
     return <Members **>(t + 1)
 
 cdef inline uint32_t *topics_slots(Topics *t) noexcept nogil:
-    return <uint32_t *>(topics_members(t) + t.room)
+    return <uint32_t *>(topics_members(t) + t.capacity)

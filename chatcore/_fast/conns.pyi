@@ -1,4 +1,4 @@
 """The connection struct and what keeps the structs consistent (C only)."""
 
 class Core:
-    """What topics know of a reactor: its base class, not made by itself."""
+    """The part of a reactor that topics use: its base class, not made by itself."""

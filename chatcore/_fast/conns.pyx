@@ -1,4 +1,4 @@
-"""The connection struct and what keeps the structs consistent.
+"""The connection struct, and the functions that keep the structs consistent.
 
 The rules that everything in this package relies on:
 
@@ -7,12 +7,12 @@ The rules that everything in this package relies on:
   returns (`Hub.depth`), even when the connection has died meanwhile: look at its state. Across
   calls only handles are kept; the generation in them is checked.
 * States only go forward: HTTP -> OPEN -> CLOSING -> LINGER -> DEAD -> FREE, any step left out.
-  Leaving HTTP or OPEN is conn_ended: the connection leaves its topics there, and the handler's
-  last call about it is owed (TELL_CLOSED) and made by flush.
-* No function here calls Python. What Python has to know is a flag on a dirty connection.
+  conn_ended leaves HTTP or OPEN: it takes the connection out of its topics and has flush make the
+  handler's last call about it (NOTIFY_CLOSED).
+* No function here calls Python. A flag on a dirty connection says which call flush has to make.
 * The loop's thread changes things with the GIL held, so that objects (Frame, Topic) may die in
   any thread. Without the GIL the reactor only makes system calls and reads outboxes.
-* One timer per connection; what it means follows from the state (see `expired`).
+* One timer per connection; its meaning follows from the state (see `expired`).
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t
@@ -31,15 +31,15 @@ cdef extern from "stdlib.h" nogil:
 
 cdef enum:
     CACHE_LINE = 64
-    # Close codes of the protocol (protocol.md) that are decided here.
+    # Close codes of the protocol that are decided here.
     CLOSE_NO_PONG = 4003
     CLOSE_NO_AUTH = 4005
-    # Arrays of memberships grow by a quarter: what is unused stays small beside what is used.
+    # Arrays of memberships grow by a quarter, which wastes little memory.
     GROW_FIRST = 4
 
 
 cdef class Core:
-    """What topics know of a reactor.
+    """The part of a reactor that topics use.
 
     Owns the Hub and everything in it; the Reactor (its only subclass) frees it.
     """
@@ -87,7 +87,7 @@ cdef Conn *conn_new(Hub *h, int fd) noexcept nogil:
 
 
 cdef void conn_free(Hub *h, Conn *c) noexcept nogil:
-    """A dead connection that nobody points to: its slot may be used again under a new handle."""
+    """Give back the slot of a dead connection to which no pointer is left; its next handle differs."""
     cdef uint32_t gen = c.gen, slot = c.slot
     CC_CHECK(c.state == DEAD and c.session == NULL and c.rx == NULL and c.topics == NULL)
     CC_CHECK(c.out.count == 0 and c.timer_prev == NULL and not c.flags & DIRTY)
@@ -102,17 +102,17 @@ cdef void conn_free(Hub *h, Conn *c) noexcept nogil:
 # -- the life of a connection -------------------------------------------------------------------
 
 cdef void conn_ended(Hub *h, Conn *c, uint16_t code) noexcept nogil:
-    """Nothing that comes from the peer will be handed on any more. The caller sets the state."""
+    """Hand on no more input of the peer, and have flush report the end. The caller sets the state."""
     if c.state == OPEN:
         h.websockets -= 1
-        c.flags |= TELL_CLOSED
+        c.flags |= NOTIFY_CLOSED
     elif c.state == HTTP:
         if c.flags & HTTP_SEEN:
-            c.flags |= TELL_CLOSED
+            c.flags |= NOTIFY_CLOSED
     else:
         return
     c.code = code
-    c.flags &= ~<uint16_t>TELL_WRITABLE
+    c.flags &= ~<uint16_t>NOTIFY_WRITABLE
     topics_leave(c)
     conn_touch(h, c)
 
@@ -134,7 +134,7 @@ cdef void conn_kill(Hub *h, Conn *c, uint16_t code) noexcept nogil:
 
 
 cdef void conn_reset(Hub *h, Conn *c) noexcept nogil:
-    """Close the socket now with RST: the kernel drops what it holds for it."""
+    """Close the socket now with RST: the kernel drops its buffers for it."""
     cdef linger reset
     if c.state == DEAD:
         return
@@ -146,7 +146,7 @@ cdef void conn_reset(Hub *h, Conn *c) noexcept nogil:
 
 cdef void conn_linger(Hub *h, Conn *c) noexcept nogil:
     """Drain the outbox, send FIN, read to the end: closing a socket with unread input resets the
-    connection and can destroy what was sent last. From OPEN or HTTP: conn_ended comes first."""
+    connection and can destroy the last frames. From OPEN or HTTP: conn_ended comes first."""
     cdef bint timed = c.state == CLOSING
     c.state = LINGER
     rx_free(&c.rx)
@@ -200,7 +200,7 @@ cdef void conn_no_memory(Hub *h, Conn *c, FrameBuf *f) noexcept nogil:
 
 
 cdef void conn_interest(Hub *h, Conn *c) noexcept nogil:
-    """Tell epoll what the flags say."""
+    """Register with epoll for the events that the flags ask for."""
     cdef epoll_event ev
     ev.events = 0
     if not c.flags & NO_IN:
@@ -212,8 +212,8 @@ cdef void conn_interest(Hub *h, Conn *c) noexcept nogil:
         conn_kill(h, c, CLOSE_BROKEN)
 
 
-cdef void conn_settle(Hub *h, Conn *c) noexcept nogil:
-    """What follows when the outbox is empty."""
+cdef void conn_drained(Hub *h, Conn *c) noexcept nogil:
+    """The outbox is empty: go on with the end of the connection, if it is ending."""
     if c.state == LINGER:
         if not c.flags & SHUT:
             c.flags |= SHUT
@@ -221,8 +221,7 @@ cdef void conn_settle(Hub *h, Conn *c) noexcept nogil:
         if c.flags & EOF_SEEN:
             conn_kill(h, c, CLOSE_BROKEN)
     elif c.state == HTTP and c.flags & EOF_SEEN and not c.flags & HTTP_ASKED:
-        # The peer has sent its FIN and was answered; whether more of the answer will come we
-        # cannot know.
+        # The peer has sent its FIN and was answered; the handler may still write more of the answer.
         timer_set(h, c, h.close_ms)
 
 # -- timers -------------------------------------------------------------------------------------
@@ -274,14 +273,14 @@ cdef uint32_t jittered(Hub *h, uint32_t ms) noexcept nogil:
 
 
 cdef void expired(Hub *h, Conn *c) noexcept nogil:
-    """The timer went off: what that means depends on the state."""
+    """The timer went off: act according to the state."""
     cdef uint32_t silent, next_ms
     if c.state == OPEN and not c.flags & AUTHED:
         conn_close_because(h, c, CLOSE_NO_AUTH, b"no successful auth in time")
     elif c.state == OPEN:
         silent = hub_ms(h) - c.heard_ms
         if silent >= 2 * c.ping_ms and c.flags & PINGED:
-            # (After a pause of the whole process nobody was pinged: then they are first.)
+            # (After a pause of the whole process the ping comes first: none was sent meanwhile.)
             h.stats.no_pong += 1
             conn_close_because(h, c, CLOSE_NO_PONG, b"no sign of life for two intervals of pings")
             return
@@ -293,7 +292,7 @@ cdef void expired(Hub *h, Conn *c) noexcept nogil:
                 next_ms = 2 * c.ping_ms - silent
             timer_set(h, c, next_ms)
     elif c.out.count:
-        # The peer does not read. With a FIN the kernel would keep its buffers for minutes.
+        # The peer does not read. After a FIN the kernel would keep its buffers for minutes.
         conn_reset(h, c)
     else:
         # HTTP: no request or no upgrade in time. CLOSING, LINGER: the peer did not answer.
@@ -301,7 +300,7 @@ cdef void expired(Hub *h, Conn *c) noexcept nogil:
 
 
 cdef void wheel_turn(Hub *h) noexcept nogil:
-    """Work off the ticks that have passed."""
+    """Run the timers of the ticks that have passed."""
     cdef uint32_t now = <uint32_t>((cc_now_ns() - h.start_ns) // TICK_NS)
     cdef Conn *c
     while h.tick < now:
@@ -318,19 +317,19 @@ cdef void wheel_turn(Hub *h) noexcept nogil:
 
 # -- memberships --------------------------------------------------------------------------------
 
-cdef bint topics_room(Conn *c) noexcept nogil:
-    """Make room for one more topic of the connection."""
+cdef bint topics_reserve(Conn *c) noexcept nogil:
+    """Make space for one more topic of the connection. False: no memory."""
     cdef Topics *t = c.topics
     cdef Topics *bigger
-    cdef uint32_t room
-    if t != NULL and t.count < t.room:
+    cdef uint32_t capacity
+    if t != NULL and t.count < t.capacity:
         return True
-    room = GROW_FIRST if t == NULL else t.room + (t.room >> 2 if t.room >= 16 else GROW_FIRST)
-    bigger = <Topics *>malloc(sizeof(Topics) + room * (sizeof(Members *) + sizeof(uint32_t)))
+    capacity = GROW_FIRST if t == NULL else t.capacity + (t.capacity >> 2 if t.capacity >= 16 else GROW_FIRST)
+    bigger = <Topics *>malloc(sizeof(Topics) + capacity * (sizeof(Members *) + sizeof(uint32_t)))
     if bigger == NULL:
         return False
     bigger.count = 0
-    bigger.room = room
+    bigger.capacity = capacity
     if t != NULL:
         bigger.count = t.count
         memcpy(topics_members(bigger), topics_members(t), t.count * sizeof(Members *))
@@ -340,21 +339,21 @@ cdef bint topics_room(Conn *c) noexcept nogil:
     return True
 
 
-cdef bint members_room(Members *m) noexcept nogil:
-    cdef uint32_t room
+cdef bint members_reserve(Members *m) noexcept nogil:
+    cdef uint32_t capacity
     cdef void *p
-    if m.count < m.room:
+    if m.count < m.capacity:
         return True
-    room = m.room + (m.room >> 2 if m.room >= 16 else GROW_FIRST)
-    p = realloc(m.conns, room * sizeof(Conn *))
+    capacity = m.capacity + (m.capacity >> 2 if m.capacity >= 16 else GROW_FIRST)
+    p = realloc(m.conns, capacity * sizeof(Conn *))
     if p == NULL:
         return False
     m.conns = <Conn **>p
-    p = realloc(m.slots, room * sizeof(uint32_t))
+    p = realloc(m.slots, capacity * sizeof(uint32_t))
     if p == NULL:
         return False
     m.slots = <uint32_t *>p
-    m.room = room
+    m.capacity = capacity
     return True
 
 
@@ -378,7 +377,7 @@ cdef bint topic_has(const Members *m, const Conn *c, uint32_t *at) noexcept nogi
 
 cdef bint topic_add(Members *m, Conn *c) noexcept nogil:
     """Add a connection that is not in the topic. False: no memory."""
-    if not topics_room(c) or not members_room(m):
+    if not topics_reserve(c) or not members_reserve(m):
         return False
     topics_members(c.topics)[c.topics.count] = m
     topics_slots(c.topics)[c.topics.count] = m.count
@@ -416,10 +415,10 @@ cdef void topics_leave(Conn *c) noexcept nogil:
         topic_remove(topics_members(c.topics)[c.topics.count - 1],
                      topics_slots(c.topics)[c.topics.count - 1])
 
-# -- what topics hold ---------------------------------------------------------------------------
+# -- frames that topics hold --------------------------------------------------------------------------
 
 cdef void members_forget(Hub *h, Members *m) noexcept nogil:
-    """Take the topic out of the list of those that wait (nearly always it is the first)."""
+    """Take the topic out of the list of those that hold frames (nearly always it is the first)."""
     cdef Members *at = h.waiting_first
     if not m.waiting:
         return
@@ -438,17 +437,17 @@ cdef void members_forget(Hub *h, Members *m) noexcept nogil:
 
 
 cdef bint members_hold(Hub *h, Members *m, FrameBuf *f) noexcept nogil:
-    """Keep the frame for all members until the topic is settled, with a reference of its own.
+    """Keep the frame for all members until members_flush, with a reference of its own.
     False: no memory."""
     cdef FrameBuf **bigger
-    cdef uint32_t room
-    if m.held_count == m.held_room:
-        room = m.held_room * 2 if m.held_room else GROW_FIRST
-        bigger = <FrameBuf **>realloc(m.held, room * sizeof(FrameBuf *))
+    cdef uint32_t capacity
+    if m.held_count == m.held_capacity:
+        capacity = m.held_capacity * 2 if m.held_capacity else GROW_FIRST
+        bigger = <FrameBuf **>realloc(m.held, capacity * sizeof(FrameBuf *))
         if bigger == NULL:
             return False
         m.held = bigger
-        m.held_room = room
+        m.held_capacity = capacity
     f.refs += 1
     m.held[m.held_count] = f
     m.held_count += 1
@@ -462,12 +461,12 @@ cdef bint members_hold(Hub *h, Members *m, FrameBuf *f) noexcept nogil:
             h.waiting_last.next_waiting = m
         h.waiting_last = m
     if m.held_count == HELD_MAX or m.held_bytes >= HELD_BYTES:
-        members_settle(h, m)
+        members_flush(h, m)
     return True
 
 
-cdef void members_settle(Hub *h, Members *m) noexcept nogil:
-    """Queue what the topic holds on every member."""
+cdef void members_flush(Hub *h, Members *m) noexcept nogil:
+    """Queue the frames that the topic holds on every member."""
     cdef uint32_t i = m.count, k, n = m.held_count
     cdef FrameBuf *joined = NULL
     cdef Conn *c
@@ -497,11 +496,11 @@ cdef void members_settle(Hub *h, Members *m) noexcept nogil:
 
 
 cdef void members_drop(Hub *h, Members *m) noexcept nogil:
-    """Let go of what the topic holds."""
+    """Drop the frames that the topic holds."""
     cdef uint32_t k
     members_forget(h, m)
     for k in range(m.held_count):
         frame_drop(m.held[k])
     free(m.held)
     m.held = NULL
-    m.held_count = m.held_room = m.held_bytes = 0
+    m.held_count = m.held_capacity = m.held_bytes = 0

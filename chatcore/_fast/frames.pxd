@@ -53,10 +53,10 @@ cdef class Frame:
 # -- inbound ----------------------------------------------------------------------------------
 
 cdef struct Rx:
-    # What is known of an incomplete frame or message. Exists only while there is one.
+    # The state of an incomplete frame or message. Exists only while there is one.
     uint8_t *msg                # the message so far, unmasked; owned
     uint32_t size
-    uint32_t room
+    uint32_t capacity
     uint32_t remain             # payload bytes of the current data frame still to come
     uint32_t utf8               # state of the validation at the end of msg
     uint8_t mask[4]             # for the next payload byte, first byte first

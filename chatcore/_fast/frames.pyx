@@ -222,7 +222,7 @@ cdef struct Head:
 cdef int read_head(const uint8_t *p, size_t n, Head *h) noexcept nogil:
     """Read and check a frame header (section 5.2) of which `n` bytes are there.
 
-    > 0: its size. 0: incomplete (what is there is legal). < 0: minus the close code.
+    > 0: its size. 0: incomplete, and legal so far. < 0: minus the close code.
     """
     cdef size_t need
     cdef uint8_t length
@@ -265,7 +265,7 @@ cdef int read_head(const uint8_t *p, size_t n, Head *h) noexcept nogil:
 
 
 cdef int judge(const Rx *r, const Head *h, uint32_t max_message, bint allow_binary) noexcept nogil:
-    """What the sequence of frames and the limits say of a header. 0 or minus the close code."""
+    """Check a header against the sequence of frames and the limits. 0 or minus the close code."""
     cdef uint8_t begun = r.opcode if r != NULL else 0
     if h.opcode >= OP_CLOSE:
         return 0
@@ -274,28 +274,28 @@ cdef int judge(const Rx *r, const Head *h, uint32_t max_message, bint allow_bina
     if h.opcode == OP_BINARY and not allow_binary:
         return -CLOSE_UNSUPPORTED
     if h.payload > <uint64_t>(max_message - (r.size if begun else 0)):
-        return -CLOSE_TOO_BIG       # by what is declared, before any of it is kept
+        return -CLOSE_TOO_BIG       # by the declared size, before any of it is kept
     return 0
 
 
 cdef int append(Rx *r, const uint8_t *data, size_t n) noexcept nogil:
     """Unmask `n` payload bytes onto the message and check them. 0 or minus the close code."""
-    cdef size_t room = r.room
+    cdef size_t capacity = r.capacity
     cdef uint8_t turned[4]
     cdef uint8_t *msg
     cdef int i
     if n == 0:
         return 0
-    if r.size + n > room:
-        if room == 0:
-            room = MSG_FIRST
-        while room < r.size + n:
-            room *= 2
-        msg = <uint8_t *>realloc(r.msg, room)
+    if r.size + n > capacity:
+        if capacity == 0:
+            capacity = MSG_FIRST
+        while capacity < r.size + n:
+            capacity *= 2
+        msg = <uint8_t *>realloc(r.msg, capacity)
         if msg == NULL:
             return -CLOSE_INTERNAL
         r.msg = msg
-        r.room = <uint32_t>room
+        r.capacity = <uint32_t>capacity
     cc_unmask(r.msg + r.size, data, n, r.mask)
     if n & 3:
         for i in range(4):
@@ -495,7 +495,7 @@ cdef size_t rx_parse(Rx **rx, uint8_t *data, size_t size, uint32_t max_message, 
 
 
 cdef void rx_done(Rx **rx) noexcept nogil:
-    """After an event was dealt with: give back what is no longer needed."""
+    """After the handling of an event: free the Rx if no frame or message is incomplete."""
     cdef Rx *r = rx[0]
     if r == NULL or r.opcode or r.head_size or r.remain:
         return

@@ -1,4 +1,4 @@
-"""What waits to be sent on one connection: see outbox.pyx."""
+"""The queue of frames to be sent on one connection: see outbox.pyx."""
 
 from libc.stdint cimport uint8_t, uint32_t
 
@@ -20,12 +20,12 @@ cdef struct Outbox:
     # A queue of references to frames. One frame needs no memory beyond this struct; a ring is
     # allocated for the second and freed when the queue is empty. Zeroed memory is a valid, empty
     # outbox.
-    void *frames                # count <= 1 and room == 0: a FrameBuf *; else FrameBuf *[room]
+    void *frames                # count <= 1 and capacity == 0: a FrameBuf *; else FrameBuf *[capacity]
     uint32_t bytes              # on the wire, still unsent
     uint32_t sent               # bytes of the first frame that are gone already
     uint32_t head
     uint32_t count
-    uint32_t room               # slots of the ring, a power of two; 0: no ring
+    uint32_t capacity               # slots of the ring, a power of two; 0: no ring
 
 cdef struct Send:
     # One connection's part in a batch of sends.
@@ -44,7 +44,7 @@ cdef void outbox_send(Send *s, uint8_t *scratch) noexcept nogil
 
 cdef inline bint outbox_push(Outbox *o, FrameBuf *f) noexcept nogil:
     """Queue the frame; takes over one reference. False: no memory (the reference is not taken)."""
-    if o.count == 0 and o.room == 0:
+    if o.count == 0 and o.capacity == 0:
         o.frames = f
         o.count = 1
         o.bytes = f.size

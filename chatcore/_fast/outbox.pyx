@@ -1,9 +1,9 @@
-"""What waits to be sent on one connection.
+"""The queue of frames to be sent on one connection.
 
 A queue of references to shared frames; no payload is copied until the moment of sending, and
 then only to put small frames beside each other in one scratch buffer, so that any number of them
-is one system call. Everything here but gathering and writing runs with the GIL held, because it
-changes reference counts; those only read.
+is one system call. Gathering and writing only read and run without the GIL; all other functions
+change reference counts and need it.
 """
 
 from libc.stdint cimport uint8_t, uint32_t
@@ -17,28 +17,28 @@ from chatcore._fast.sys cimport (
 
 
 cdef inline FrameBuf *first(const Outbox *o) noexcept nogil:
-    return (<FrameBuf **>o.frames)[o.head] if o.room else <FrameBuf *>o.frames
+    return (<FrameBuf **>o.frames)[o.head] if o.capacity else <FrameBuf *>o.frames
 
 
 cdef bint outbox_push_ring(Outbox *o, FrameBuf *f) noexcept nogil:
-    """outbox_push where the one slot in the struct does not do."""
+    """outbox_push for the second frame and those after it, which need a ring."""
     cdef FrameBuf **ring
-    cdef uint32_t room, i
-    if o.count == o.room or o.room == 0:
-        room = o.room * 2 if o.room else RING_FIRST
-        ring = <FrameBuf **>malloc(room * sizeof(FrameBuf *))
+    cdef uint32_t capacity, i
+    if o.count == o.capacity or o.capacity == 0:
+        capacity = o.capacity * 2 if o.capacity else RING_FIRST
+        ring = <FrameBuf **>malloc(capacity * sizeof(FrameBuf *))
         if ring == NULL:
             return False
-        if o.room == 0:
+        if o.capacity == 0:
             ring[0] = <FrameBuf *>o.frames
         else:
             for i in range(o.count):
-                ring[i] = (<FrameBuf **>o.frames)[(o.head + i) & (o.room - 1)]
+                ring[i] = (<FrameBuf **>o.frames)[(o.head + i) & (o.capacity - 1)]
             free(o.frames)
         o.frames = ring
         o.head = 0
-        o.room = room
-    (<FrameBuf **>o.frames)[(o.head + o.count) & (o.room - 1)] = f
+        o.capacity = capacity
+    (<FrameBuf **>o.frames)[(o.head + o.count) & (o.capacity - 1)] = f
     o.count += 1
     o.bytes += f.size
     return True
@@ -49,17 +49,17 @@ cdef inline void pop(Outbox *o) noexcept nogil:
     o.sent = 0
     o.count -= 1
     if o.count == 0:
-        if o.room:
+        if o.capacity:
             free(o.frames)
-            o.room = 0
+            o.capacity = 0
         o.frames = NULL
         o.head = 0
     else:
-        o.head = (o.head + 1) & (o.room - 1)
+        o.head = (o.head + 1) & (o.capacity - 1)
 
 
 cdef void outbox_written(Outbox *o, uint32_t n) noexcept nogil:
-    """The kernel took `n` bytes: let go of the frames that are gone."""
+    """The kernel took `n` bytes: drop the frames that are sent."""
     cdef uint32_t rest
     CC_CHECK(n <= o.bytes)
     o.bytes -= n
@@ -74,8 +74,8 @@ cdef void outbox_written(Outbox *o, uint32_t n) noexcept nogil:
 
 
 cdef void outbox_drop_unsent(Outbox *o) noexcept nogil:
-    """Drop all but a first frame of which a part is gone already (half a frame on the wire
-    would make what follows it unreadable)."""
+    """Drop all but a first frame of which a part is sent already: half a frame on the wire would
+    make everything after it unreadable."""
     cdef FrameBuf *half
     cdef uint32_t sent = o.sent
     if sent == 0:
@@ -96,7 +96,7 @@ cdef void outbox_clear(Outbox *o) noexcept nogil:
 
 
 cdef uint32_t outbox_gather(Send *s, uint8_t *scratch, size_t *scratch_used, iovec *iov) noexcept nogil:
-    """Put together what goes out in one system call; how many of the IOV_MAX_USED `iov` it takes.
+    """Put together the bytes of one system call; returns how many of the IOV_MAX_USED `iov` it uses.
 
     Runs without the GIL: reads the outbox, changes nothing but the Send. Small frames are copied
     beside each other into the rest of `scratch` (SCRATCH_BYTES large), which is in use until the
@@ -109,7 +109,7 @@ cdef uint32_t outbox_gather(Send *s, uint8_t *scratch, size_t *scratch_used, iov
     cdef uint32_t i, n = 0
     cdef bint joined = False
     for i in range(o.count):
-        f = (<FrameBuf **>o.frames)[(o.head + i) & (o.room - 1)] if o.room else <FrameBuf *>o.frames
+        f = (<FrameBuf **>o.frames)[(o.head + i) & (o.capacity - 1)] if o.capacity else <FrameBuf *>o.frames
         data = f.data
         size = f.size
         if i == 0:
@@ -143,7 +143,7 @@ cdef uint32_t outbox_gather(Send *s, uint8_t *scratch, size_t *scratch_used, iov
 
 
 cdef void outbox_write(Send *s, iovec *iov, uint32_t n) noexcept nogil:
-    """The system call, for what was gathered."""
+    """The system call for the gathered bytes."""
     cdef msghdr msg
     cdef ssize_t r
     if n == 1:
@@ -157,7 +157,7 @@ cdef void outbox_write(Send *s, iovec *iov, uint32_t n) noexcept nogil:
 
 
 cdef void outbox_send(Send *s, uint8_t *scratch) noexcept nogil:
-    """Write what fits into one system call; `scratch` is in use only during it."""
+    """Write as much as fits into one system call; `scratch` is in use only during it."""
     cdef iovec iov[IOV_MAX_USED]
     cdef size_t used = 0
     outbox_write(s, iov, outbox_gather(s, scratch, &used, iov))

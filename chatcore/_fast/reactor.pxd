@@ -32,9 +32,9 @@ cdef class Reactor(Core):
     cdef uint8_t *recv_buffer
     cdef size_t recv_size
     cdef uint8_t *scratch
-    cdef Ring ring              # fd is -1 where the kernel forbids it, or nobody wants it
+    cdef Ring ring              # fd is -1 where the kernel forbids it, or the setting is off
     cdef epoll_event events[EVENTS_MAX]
-    cdef int event_at           # events before this are dealt with
+    cdef int event_at           # events before this are handled
     cdef int event_count
     cdef int listeners[LISTENERS_MAX]
     cdef int listener_count
@@ -60,7 +60,7 @@ cdef class Reactor(Core):
     cdef int deliver(self, Conn *c, Event *ev, int64_t wait) except -1
     cdef int flush_batch(self) except -1
     cdef int wrote(self, Send *s, Conn *c) except -1
-    cdef int tell(self, Conn *c) except -1
+    cdef int notify(self, Conn *c) except -1
     cdef int failed(self, str where, Conn *c) except -1
     cdef bint send_payload(self, uint64_t conn, bytes payload, int opcode) except -1
     cdef int free_everything(self) except -1

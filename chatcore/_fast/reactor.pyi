@@ -23,19 +23,18 @@ from .topics import Topic as Topic
 TICK_MS: Final[int]
 
 class Handler(Protocol):
-    """What the reactor calls. Nothing here may block. An exception is logged to
-    ``chatcore.reactor`` and closes that one connection with 4000; what is no
-    Exception (KeyboardInterrupt) leaves `poll` or `flush` once everything that was
-    received has been handed out.
+    """The calls that the reactor makes. None may block. An exception is logged to
+    ``chatcore.reactor`` and closes that one connection with 4000; another BaseException
+    (KeyboardInterrupt) leaves `poll` or `flush` once all received bytes have been handed out.
 
     The methods are looked up once, when the Reactor is made."""
 
     def on_http(self, conn: int, data: bytes) -> None:
         """Bytes of a connection that has not been upgraded (in order, as they came)."""
     def on_http_closed(self, conn: int) -> None:
-        """A connection that was never upgraded will say no more (only if on_http was called for
-        it): it is gone, or what was written with ``close`` is still being sent. ``conn`` may be
-        refused already by everything else."""
+        """The last call about a connection that was never upgraded (only if on_http was called for
+        it): it is gone, or its last answer is still being sent. Other methods may refuse ``conn``
+        already."""
     def on_message(self, session: Any, data: bytes, wait_ms: int) -> None:
         """One complete text message, UTF-8 checked. ``wait_ms`` > 0: the connection is
         over its rate; answer `rate_limited` with it and do nothing else. The time is this message's
@@ -73,21 +72,21 @@ class Reactor(Core):
     def fileno(self) -> int:
         """To be watched for reading; -1 after `shutdown`, before which the loop must stop watching it."""
     def poll(self) -> None:
-        """Accept, read, parse, dispatch, write what was blocked. Bounded: at most 64 accepts per
-        listener, one read per ready connection, and a time budget (named constant); what remains is
-        reported again (level-triggered). Called from inside a handler it does nothing."""
+        """Accept, read, parse, dispatch, write to sockets that were full. Bounded: at most 64 accepts
+        per listener, one read per ready connection, and a time budget (named constant); epoll reports
+        the rest again (level-triggered). Called from inside a handler it does nothing."""
     def tick(self) -> None:
-        """Advance the timer wheel to the monotonic clock (call every TICK_MS = 100 ms). Deadlines are
-        never early and at most one tick late."""
+        """Advance the timer wheel to the monotonic clock (to be called every TICK_MS = 100 ms).
+        Deadlines are never early and at most one tick late."""
     def flush(self) -> None:
         """Write out the dirty connections: one system call each, GIL released around a batch of
         them. Bounded by a time budget; the rest follows in the loop's next turn."""
     # -- listening
     def listen(self, fd: int) -> None:
-        """Take connections from a bound, listening, non-blocking socket (not owned: never closed here).
+        """Accept connections from a bound, listening, non-blocking socket (not owned: never closed here).
         Sets TCP_NODELAY on it, which Linux hands on to the accepted sockets."""
     def unlisten(self) -> None:
-        """Take no more (idempotent). `accept_pending()` first, to empty the queues."""
+        """Accept no more (idempotent). `accept_pending()` first, to empty the queues."""
     def shorten_lingering(self) -> None:
         """From now on a connection that was too slow ends after close_timeout, not slow_timeout: for a worker that
         stops."""
@@ -123,12 +122,12 @@ class Reactor(Core):
         """Ask for one on_writable; True if it is at the mark or below already (then none will come).
         False, and no call will come either, if gone or closing."""
     def close(self, conn: int, code: int, reason: bytes = b"") -> None:
-        """After what is queued: a close frame; wait for the peer's (close_timeout), SHUT_WR, read to the end, close.
-        A reason of over 123 bytes is cut. Before the upgrade: flush, SHUT_WR, read to the end, close.
-        With 4002 the peer does not read: what is queued is dropped, and it has slow_timeout to read why."""
+        """Send a close frame after the queued frames; wait for the peer's (close_timeout), SHUT_WR, read to the
+        end, close. A reason of over 123 bytes is cut. Before the upgrade: flush, SHUT_WR, read to the end, close.
+        With 4002 the peer does not read: drop the queued frames; it has slow_timeout to read on to the reason."""
     def defer(self, conn: int) -> int:
-        """The message that the handler was given last (its ``wait_ms`` was 0) is refused all the same, since too
-        many are unanswered: give its token back. Returns the ms after which to repeat it, its own as with
+        """Give back the token of a message of this connection that was handed out with ``wait_ms`` 0 and is refused
+        all the same, since too many are unanswered. Returns the ms after which to repeat it, its own as with
         ``wait_ms``; 0 if the connection is gone or closing, or is closed with 4004 now: more than rate_refused
         messages were refused and their time has not come."""
     def abort(self, conn: int) -> None:
@@ -147,7 +146,7 @@ class Reactor(Core):
     def uses_io_uring(self) -> bool:
         """Whether many sends go out in one system call (asked for, and the kernel allows it)."""
     def sizes(self) -> dict[str, int]:
-        """Bytes of C memory, for measurements: ``conn`` (an idle connection), ``rx`` (what is kept
-        beside the payload while a message is incomplete)."""
+        """Bytes of C memory, for measurements: ``conn`` (an idle connection), ``rx`` (the state beside
+        the payload of an incomplete message)."""
     def shutdown(self) -> None:
         """Abort everything and free it (end of the worker). No handler is called."""

@@ -3,9 +3,10 @@
 One call of poll: harvest events, then for up to BATCH ready connections at a time receive into
 the one buffer (without the GIL), then parse and dispatch (with it). One call of flush: for up to
 RING_SENDS dirty connections at a time send (without the GIL; one system call where there is
-io_uring), then account for it and tell Python what it has to know (with it). Python is called from poll, from flush and from upgrade (bytes that came
-with the request); never from inside send, close, fan_out and the like, so a handler may call any
-of these at any point without being entered again.
+io_uring), then account for it and make the calls to Python that are due (with it). Python is called
+from poll, from flush and from upgrade (for bytes that came with the request); never from inside
+send, close, fan_out and the like, so a handler may call any of these at any point without being
+entered again.
 """
 
 import logging
@@ -25,10 +26,10 @@ from chatcore._fast.bucket cimport (
 )
 from chatcore._fast.conns cimport (
     ARMED_OUT, AUTHED, BLOCKED, CHUNK_CONNS, CHUNK_SHIFT, CLOSE_TOO_SLOW, CLOSING, DEAD, DIRTY, EOF_SEEN, FREE,
-    HTTP, HTTP_ASKED, HTTP_SEEN, LINGER, NO_IN, OPEN, PINGED, TICK_NS, TELL_CLOSED, TELL_WRITABLE, Conn,
+    HTTP, HTTP_ASKED, HTTP_SEEN, LINGER, NO_IN, OPEN, PINGED, TICK_NS, NOTIFY_CLOSED, NOTIFY_WRITABLE, Conn,
     Core, Hub, conn_close, conn_close_because, conn_ended, conn_free, conn_get, conn_handle, conn_interest, conn_kill,
-    conn_linger, conn_new, conn_queue, conn_reset, conn_send, conn_settle, conn_current,
-    conn_promised, conn_too_slow, conn_touch, hub_ms, hub_settle, members_drop, timer_set, timer_stop, topics_members, wheel_turn,
+    conn_linger, conn_new, conn_queue, conn_reset, conn_send, conn_drained, conn_current,
+    conn_promised, conn_too_slow, conn_touch, hub_ms, hub_flush_topics, members_drop, timer_set, timer_stop, topics_members, wheel_turn,
 )
 from chatcore._fast.frames cimport (
     CLOSE_BROKEN, CLOSE_NO_STATUS, CLOSE_TOO_BIG, EV_BINARY, EV_CLOSE, EV_FAIL, EV_NONE, EV_PING, EV_TEXT,
@@ -58,12 +59,12 @@ log = logging.getLogger("chatcore.reactor")
 
 cdef enum:
     ACCEPTS = 64                # of one listener in one poll
-    # One read gets at least this much room and at most READ_MAX, so that several connections
+    # One read gets at least this much space and at most READ_MAX, so that several connections
     # share the buffer in one batch and no one of them fills it alone.
     READ_MIN = 16384
     READ_MAX = 65536
     # How long one poll or flush may go on before the loop's other callbacks get their turn.
-    # Looked at after each batch.
+    # Checked after each batch.
     BUDGET_NS = 4000000
     CLOSE_HANDLER_FAILED = 4000
     CLOSE_FLOODING = 4004
@@ -75,15 +76,15 @@ cdef inline bint listener_event(const epoll_event *e) noexcept nogil:
 
 
 cdef int receive_batch(Read *reads, int n, uint8_t *buffer, size_t size) noexcept nogil:
-    """Receive from `n` sockets one behind the other into the buffer; how many had room."""
-    cdef size_t used = 0, room
+    """Receive from `n` sockets one behind the other into the buffer; for how many it had space."""
+    cdef size_t used = 0, space
     cdef ssize_t r
     cdef int i
     for i in range(n):
         if size - used < READ_MIN and i:
             return i
-        room = size - used if size - used < READ_MAX else READ_MAX
-        r = recv(reads[i].fd, buffer + used, room, MSG_DONTWAIT)
+        space = size - used if size - used < READ_MAX else READ_MAX
+        r = recv(reads[i].fd, buffer + used, space, MSG_DONTWAIT)
         reads[i].data = buffer + used
         reads[i].result = <int>r if r >= 0 else -errno
         if r > 0:
@@ -193,14 +194,14 @@ cdef class Reactor(Core):
         return 0
 
     cdef int leave(self) except -1:
-        """The end of a call that may have run Python: free what died in it."""
+        """The end of a call that may have run Python: free the connections that died in it."""
         cdef Hub *h = &self.hub
         cdef Conn *c
         h.depth -= 1
         if h.depth == 0:
-            while h.graves != NULL:
-                c = h.graves
-                h.graves = c.next
+            while h.dead != NULL:
+                c = h.dead
+                h.dead = c.next
                 conn_free(h, c)
             if self.stopped:
                 self.free_everything()
@@ -236,8 +237,8 @@ cdef class Reactor(Core):
         h.now_ns = cc_now_ns()
         until = h.now_ns + BUDGET_NS
         if self.event_at == self.event_count:
-            # Only when all events of the last call were dealt with: else those at its end would
-            # never get their turn under a load that uses up the budget.
+            # Only when all events of the last call were handled: else those at its end would never
+            # get their turn under a load that uses up the budget.
             with nogil:
                 n = epoll_wait(h.epfd, self.events, EVENTS_MAX, 0)
             self.event_at = 0
@@ -296,7 +297,7 @@ cdef class Reactor(Core):
         self.enter()
         try:
             until = cc_now_ns() + BUDGET_NS
-            hub_settle(&self.hub)
+            hub_flush_topics(&self.hub)
             while self.hub.dirty_first != NULL:
                 self.flush_batch()
                 if cc_now_ns() > until or self.stopped:
@@ -334,18 +335,18 @@ cdef class Reactor(Core):
         for i in range(n):
             c = batch[i]
             if c.out.count == 0 and c.state != DEAD:
-                conn_settle(h, c)
-            if c.flags & (TELL_CLOSED | TELL_WRITABLE):
-                self.tell(c)
+                conn_drained(h, c)
+            if c.flags & (NOTIFY_CLOSED | NOTIFY_WRITABLE):
+                self.notify(c)
                 if self.stopped:
                     return 0
-            if c.state == DEAD and not c.flags & (DIRTY | TELL_CLOSED):
-                c.next = h.graves
-                h.graves = c
+            if c.state == DEAD and not c.flags & (DIRTY | NOTIFY_CLOSED):
+                c.next = h.dead
+                h.dead = c
         return 0
 
     cdef int wrote(self, Send *s, Conn *c) except -1:
-        """Account for what a send did."""
+        """Account for the result of a send."""
         cdef Hub *h = &self.hub
         h.stats.sends += 1
         if s.result >= 0:
@@ -367,11 +368,11 @@ cdef class Reactor(Core):
             conn_interest(h, c)
         return 0
 
-    cdef int tell(self, Conn *c) except -1:
-        """Make the calls that are owed."""
+    cdef int notify(self, Conn *c) except -1:
+        """Make the calls to the handler that are due."""
         cdef PyObject *session = c.session
-        if c.flags & TELL_CLOSED:
-            c.flags &= ~<uint16_t>TELL_CLOSED
+        if c.flags & NOTIFY_CLOSED:
+            c.flags &= ~<uint16_t>NOTIFY_CLOSED
             try:
                 if session != NULL:
                     self.on_closed(<object>session, c.code)
@@ -382,7 +383,7 @@ cdef class Reactor(Core):
             c.session = NULL
             Py_XDECREF(session)
         elif c.state == OPEN and c.out.bytes <= self.hub.low_water:
-            c.flags &= ~<uint16_t>TELL_WRITABLE
+            c.flags &= ~<uint16_t>NOTIFY_WRITABLE
             try:
                 self.on_writable(<object>session)
             except BaseException:
@@ -390,8 +391,8 @@ cdef class Reactor(Core):
         return 0
 
     cdef int failed(self, str where, Conn *c) except -1:
-        """A handler raised: log it and close that connection; what is no Exception
-        (KeyboardInterrupt, SystemExit) goes on when all that was received has been handed out."""
+        """A handler raised: log it and close that connection. Another BaseException
+        (KeyboardInterrupt, SystemExit) is raised again once all received bytes are handed out."""
         exc = sys.exc_info()[1]
         if isinstance(exc, Exception):
             log.exception("%s failed", where)
@@ -415,7 +416,7 @@ cdef class Reactor(Core):
         if self.listener_count == LISTENERS_MAX:
             raise ValueError(f"more than {LISTENERS_MAX} listeners")
         # Linux hands this option on to the accepted sockets: one system call less for each.
-        # (A listener that is no TCP socket refuses it, and needs it not.)
+        # (A listener that is no TCP socket refuses the option and does not need it.)
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof(one))
         ev.events = 0 if self.listeners_paused else EPOLLIN
         ev.data.u64 = <uint64_t>LISTENER << 32 | <uint32_t>self.listener_count
@@ -454,7 +455,7 @@ cdef class Reactor(Core):
         return total
 
     cdef int accept_from(self, int index):
-        """Take up to ACCEPTS connections; returns how many were taken from the queue."""
+        """Accept up to ACCEPTS connections; returns how many were in the queue."""
         cdef int listener = self.listeners[index]
         cdef int fds[ACCEPTS]
         cdef int n = 0, fd, err = 0, i
@@ -475,7 +476,7 @@ cdef class Reactor(Core):
         elif err == ENOMEM or err == ENOBUFS:
             self.pause_listeners(True)
         elif err == EBADF or err == EINVAL or err == ENOTSOCK:
-            # Its owner has shut it down; it would be reported for ever.
+            # Its owner has shut it down; epoll would report it for ever.
             epoll_ctl(self.hub.epfd, EPOLL_CTL_DEL, listener, NULL)
         return n
 
@@ -499,8 +500,8 @@ cdef class Reactor(Core):
         return 1
 
     cdef int refuse(self, int listener):
-        """No descriptors are left: give up the reserve, take one connection with it and close
-        it, so that the peer learns and the listener does not stay readable for ever."""
+        """No descriptors are left: give up the reserve, accept one connection with it and close that,
+        so that the peer does not wait and the listener does not stay readable for ever."""
         cdef int fd
         if self.reserve_fd < 0:
             self.reserve_fd = c_open(b"/dev/null", O_RDONLY | O_CLOEXEC)
@@ -561,12 +562,12 @@ cdef class Reactor(Core):
         if c.state == LINGER and c.out.count == 0:
             conn_kill(h, c, CLOSE_BROKEN)
             return 0
-        c.flags |= NO_IN                # it would stay readable for ever
+        c.flags |= NO_IN                # epoll would report the end for ever
         conn_interest(h, c)
         return 0
 
     cdef int feed(self, Conn *c, uint8_t *data, size_t n) except -1:
-        """Parse and deal with bytes of a WebSocket. The connection may die in any callback."""
+        """Parse and handle bytes of a WebSocket. The connection may die in any callback."""
         cdef Hub *h = &self.hub
         cdef Event ev
         cdef size_t used
@@ -588,7 +589,7 @@ cdef class Reactor(Core):
         cdef const char *why = b""
         h.stats.frames_in += 1
         if ev.kind == EV_FAIL:
-            # The stream is of no more use: say why and read no more.
+            # The rest of the stream cannot be parsed: say why and read no more.
             h.stats.protocol_errors += 1
             if ev.code == CLOSE_TOO_BIG:
                 why = b"the message is too large"
@@ -793,7 +794,7 @@ cdef class Reactor(Core):
             return False
         if c.out.bytes <= self.hub.low_water:
             return True
-        c.flags |= TELL_WRITABLE
+        c.flags |= NOTIFY_WRITABLE
         return False
 
     def defer(self, uint64_t conn):
@@ -804,7 +805,7 @@ cdef class Reactor(Core):
             return 0
         wait = bucket_return(&c.bucket, conn_promised(h, c), &h.rate, cc_now_ns())
         if wait == BUCKET_FLOOD:
-            hub_settle(h)
+            hub_flush_topics(h)
             if c.state == OPEN:
                 self.flooded(c)
             self.schedule()
@@ -839,7 +840,7 @@ cdef class Reactor(Core):
         cdef uint32_t i = 0
         if c == NULL:
             return found
-        # Appending may run the garbage collector and with it anything: look afresh each time.
+        # Appending may run the garbage collector and with it any code: read both each time.
         while c.topics != NULL and i < c.topics.count:
             found.append(<object>topics_members(c.topics)[i].topic)
             i += 1
@@ -855,7 +856,7 @@ cdef class Reactor(Core):
         cdef list found = []
         cdef Conn *c
         cdef uint32_t i = 0
-        # Appending may run the garbage collector and with it anything: look at the count each time.
+        # Appending may run the garbage collector and with it any code: read the count each time.
         while i < h.slot_count:
             c = &h.chunks[i >> CHUNK_SHIFT][i & (CHUNK_CONNS - 1)]
             if c.state == OPEN and c.session != NULL:
@@ -881,7 +882,7 @@ cdef class Reactor(Core):
             self.free_everything()
 
     cdef int free_everything(self) except -1:
-        """Abort and free all; also the end of a reactor that was only half made."""
+        """Abort and free all; also for a reactor whose constructor failed half-way."""
         cdef Hub *h = &self.hub
         cdef Conn *c
         cdef uint32_t i
@@ -903,7 +904,7 @@ cdef class Reactor(Core):
             members_drop(h, h.waiting_first)
         h.dirty_first = NULL
         h.dirty_last = NULL
-        h.graves = NULL
+        h.dead = NULL
         h.free = NULL
         h.slot_count = 0                # no handle is valid any more
         for i in range(h.chunk_count):
@@ -933,6 +934,6 @@ cdef class Reactor(Core):
         self.call_soon = self.flush_callback = self.handler = None
         self.on_http = self.on_http_closed = self.on_message = None
         self.on_writable = self.on_closed = None
-        # Last, for it may run anything: the sessions go.
+        # Last, since it may run any code: drop the sessions.
         del sessions
         return 0

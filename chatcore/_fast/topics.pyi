@@ -22,8 +22,8 @@ class Topic:
     def discard(self, conn: int) -> bool: ...
     def __contains__(self, conn: int) -> bool: ...
     def fan_out(self, frame: Frame, skip_owner: int = 0) -> int:
-        """Queue the frame on every member (except those whose owner is `skip_owner`; 0: nobody);
+        """Queue the frame on every member, except those whose owner is `skip_owner` (0: on all);
         returns how many. Calls no handler: a member that is too slow by then is closed with 4002,
-        and `on_closed` comes from the next flush. What several calls in one turn of the loop queue is
-        joined: it comes before whatever is queued later, and after what was queued before."""
+        and `on_closed` comes from the next flush. The frames of several calls in one turn of the loop
+        are joined; they keep their place before frames queued later and after those queued before."""
     def sessions(self) -> list[Any]: ...  # for rare administrative walks, not for delivery

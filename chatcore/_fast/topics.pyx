@@ -6,15 +6,15 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport free
 
 from chatcore._fast.conns cimport (
-    OPEN, Conn, Core, Hub, Members, conn_get, conn_send, members_drop, members_hold, members_settle,
+    OPEN, Conn, Core, Hub, Members, conn_get, conn_send, members_drop, members_hold, members_flush,
     topic_add, topic_has, topic_remove,
 )
 from chatcore._fast.frames cimport Frame, FrameBuf
 from chatcore._fast.sys cimport CC_CHECK
 
 
-# (The collector must not take `core` away before __dealloc__, which needs it: what breaks a circle
-# through `key` is the other side.)
+# (The collector must not clear `core` before __dealloc__, which needs it; a cycle through `key` is
+# broken at its other objects.)
 @cython.no_gc_clear
 cdef class Topic:
     """A set of connections to fan out to.
@@ -34,8 +34,8 @@ cdef class Topic:
         pass
 
     def __dealloc__(self):
-        # Also when the reactor was shut down already: then it has emptied the topic. (No core: the
-        # arguments were refused.)
+        # Also after the shutdown of the reactor, which empties the topic. (No core: the constructor
+        # refused its arguments.)
         if self.core is not None:
             members_drop(&self.core.hub, &self.members)
         while self.members.count:
@@ -56,7 +56,7 @@ cdef class Topic:
         cdef uint32_t at
         if c == NULL or c.state != OPEN or topic_has(&self.members, c, &at):
             return False
-        members_settle(&self.core.hub, &self.members)   # it gets what comes from now on
+        members_flush(&self.core.hub, &self.members)    # the new member gets later frames only
         if c.state != OPEN:
             return False
         if not topic_add(&self.members, c):
@@ -68,8 +68,8 @@ cdef class Topic:
         cdef uint32_t at
         if c == NULL or not topic_has(&self.members, c, &at):
             return False
-        members_settle(&self.core.hub, &self.members)   # it gets what came until now
-        # Which may have been too much for it, or have moved it.
+        members_flush(&self.core.hub, &self.members)    # the member gets the frames until now
+        # Which may have closed it as too slow, or have moved it.
         if topic_has(&self.members, c, &at):
             topic_remove(&self.members, at)
         return True
@@ -84,7 +84,7 @@ cdef class Topic:
                 raise MemoryError
             self.core.schedule()
             return i
-        members_settle(h, &self.members)
+        members_flush(h, &self.members)
         i = self.members.count
         # From the last to the first: a member that turns out too slow is removed on the way, and
         # the one that takes its place has been served.
@@ -103,7 +103,7 @@ cdef class Topic:
     def sessions(self):
         cdef list found = []
         cdef uint32_t i = 0
-        # Appending may run the garbage collector and with it anything: look at count each time.
+        # Appending may run the garbage collector and with it any code: read the count each time.
         while i < self.members.count:
             found.append(<object>self.members.conns[i].session)
             i += 1

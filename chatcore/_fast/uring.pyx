@@ -5,8 +5,8 @@ A send of 128 bytes to each of 1,000 sleeping receivers costs 5.7 µs of kernel 
 top, so sockets need not be told to the ring. Hardened hosts and seccomp filters often forbid
 io_uring: then ring_open says so, and send() does.
 
-Every send is done when the submission returns: MSG_DONTWAIT makes one that would have to wait end
-with EAGAIN, as it does with send(). So nothing here outlives the call, and frames need no
+Every send is complete when the submission returns: MSG_DONTWAIT makes one that would have to wait
+end with EAGAIN, as it does with send(). So nothing here outlives the call, and frames need no
 reference. The ring belongs to the thread that opened it (SINGLE_ISSUER).
 """
 
@@ -152,7 +152,7 @@ cdef void add(Ring *r, Send *sends, int i, iovec *part) noexcept nogil:
 
 
 cdef void run(Ring *r, Send *sends, int n) noexcept nogil:
-    """Submit what was added, all of it among the first `n`, and take the results."""
+    """Submit the sends that were added, all of them among the first `n`, and take the results."""
     cdef uint32_t head, tail, done = 0, submitted = 0
     cdef int i, entered
     while done < r.added:
@@ -167,8 +167,8 @@ cdef void run(Ring *r, Send *sends, int n) noexcept nogil:
             done += 1
         cc_store(r.cq_head, head)
         if entered < 0 and errno != EINTR and errno != EAGAIN:
-            # Not known to happen. There is no ring from now on; and what may have been sent, or not, cannot be
-            # repeated, so those connections end (what was certainly not submitted is found writable later).
+            # Not known to happen. There is no ring from now on. Sends of unknown outcome cannot be repeated, so
+            # their connections end; those that were certainly not submitted are found writable later.
             ring_close(r)
             for i in range(n):
                 if sends[i].result == PENDING:
@@ -190,7 +190,7 @@ cdef void ring_send_batch(Ring *r, Send *sends, int n, uint8_t *scratch) noexcep
         return
     for i in range(n):
         if sends[i].out.count > 1 and used and SCRATCH_BYTES - used < sends[i].out.bytes:
-            run(r, sends, i)                    # what is in the scratch buffer is gone now
+            run(r, sends, i)                    # the scratch buffer is free now
             used = 0
         if r.fd < 0:
             outbox_send(&sends[i], scratch)
