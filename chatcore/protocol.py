@@ -72,7 +72,7 @@ class CloseCode(IntEnum):
 
 
 class Request(msgspec.Struct, tag_field="t", frozen=True, gc=False, kw_only=True):
-    """What every request has: ``id`` (without it nothing is answered)."""
+    """The field of every request: ``id`` (a request without it is not answered)."""
 
     id: RequestId | None = None
 
@@ -89,7 +89,7 @@ class Auth(Request, tag="auth", frozen=True):
 
 
 class Send(Request, tag="send", frozen=True):
-    """Append a message. ``files`` are named so that they are refused, not lost."""
+    """Append a message. ``files`` is a field so that they are refused, not dropped silently."""
 
     c: QuickId
     cid: QuickId
@@ -106,7 +106,8 @@ def is_id(text: str) -> bool:
 
 
 def bad_ids(req: Send) -> str | None:
-    """What is wrong with the ids of a ``send``, None if nothing is. Whoever makes a ``Send`` calls it."""
+    """The error message for the ids of a ``send``, None if they are valid. To be called after making one, since
+    the struct does not check them."""
     for name, id in (("c", req.c), ("cid", req.cid)):
         if not is_id(id):
             return f"{name}: {ID_WORDS}"
@@ -138,7 +139,7 @@ class Read(Request, tag="read", frozen=True):
 
 
 class Typing(Request, tag="typing", frozen=True):
-    """Tell the others that this user is typing."""
+    """Signal to the other members that this user is typing."""
 
     c: Id
 
@@ -280,7 +281,8 @@ class InvalidRequest(BadRequest):
         self.id = id
 
 
-# What a decoder raises when the bytes are no JSON (ValidationError, which is JSON of another shape, comes first).
+# Exceptions of a decoder for bytes that are no JSON. (ValidationError, a subclass of the first, means valid JSON of
+# another shape and is to be caught before.)
 _NOT_JSON: Final = (msgspec.DecodeError, RecursionError, UnicodeDecodeError)
 # An error quotes an unknown `t` only so far: the client knows what it sent.
 _QUOTE_CHARS: Final = 40
@@ -306,8 +308,8 @@ def decode(data: bytes) -> AnyRequest:
 
 
 def _decode_slowly(data: bytes) -> AnyRequest:
-    """Decode what the decoder refused: it knows neither ``null`` for an absent field nor, if the first of two
-    fields of one name is wrong, that the last one counts; and its messages are for Python programmers.
+    """Decode a request that the decoder refused. The decoder does not accept ``null`` for an absent field, nor two
+    fields of one name of which the first is wrong, and its messages are for Python programmers.
     """
     fields = _fields_of(data)
     id = _as_request_id(fields.get("id"))
@@ -320,7 +322,7 @@ def _decode_slowly(data: bytes) -> AnyRequest:
 def _fields_of(data: bytes) -> dict[str, msgspec.Raw]:
     """The fields of a JSON object, of two of one name the last.
 
-    :raises Malformed: it is none. (The decoder stops at the first fault: whether the rest is JSON shows here.)
+    :raises Malformed: it is none. (The decoder stops at the first fault; this reads to the end.)
     """
     try:
         return _object.decode(data)
@@ -361,10 +363,10 @@ _fields_of_struct: Final = functools.cache(msgspec.structs.fields)
 
 
 def from_fields(kind: type[S], fields: dict[str, msgspec.Raw]) -> S:
-    """Make a struct of the fields of a JSON object; unknown ones are ignored, ``null`` is as good as absent where a
-    field is optional. It is slow: for what the decoder has refused.
+    """Make a struct of the fields of a JSON object, ignoring unknown ones and ``null`` for optional ones. Slow: for
+    input that the decoder refused.
 
-    :raises BadRequest: which field is wrong, and what it may be, in the words of the document.
+    :raises BadRequest: names the field that is wrong and what is allowed, in the words of the document.
     :raises Malformed: a field is not JSON.
     """
     values: dict[str, Any] = {}
@@ -384,7 +386,7 @@ def from_fields(kind: type[S], fields: dict[str, msgspec.Raw]) -> S:
 
 
 def expected(annotation: Any) -> str:
-    """What a field of this type may be, in the words of the document."""
+    """The values that a field of this type may have, in the words of the document."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return str(args[1].description)
@@ -424,7 +426,7 @@ def _as_request_id(raw: msgspec.Raw | None) -> int | None:
 
 
 def request_id(data: bytes) -> int | None:
-    """The ``id`` of a request that is not going to be looked at further."""
+    """The ``id`` of a request that is refused undecoded; None if it has none."""
     try:
         return _id_only.decode(data).id
     except _NOT_JSON:
@@ -442,12 +444,12 @@ def ok(id: int, fields: dict[str, Any] | None = None) -> bytes:
 
 
 def conv_left(conv: str) -> bytes:
-    """The push to whoever is no longer in a conversation."""
+    """The push to a user who is no longer in a conversation."""
     return b'{"t":"conv","c":"%b","role":"none"}' % conv.encode()
 
 
 def ok_sent(id: int, seq: int, ts: int, dup: bool) -> bytes:
-    """The reply to ``send`` (hot: no dict)."""
+    """The reply to ``send``. On the hot path, hence without a dict."""
     if dup:
         return b'{"t":"ok","id":%d,"s":%d,"ts":%d,"dup":true}' % (id, seq, ts)
     return b'{"t":"ok","id":%d,"s":%d,"ts":%d}' % (id, seq, ts)

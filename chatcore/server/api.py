@@ -50,7 +50,7 @@ class NewMessage(msgspec.Struct):
 
 
 class Api:
-    """Routes to services. One per worker."""
+    """Routes requests to the services. One per worker."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """HTTP/1.1 on the client port: requests, responses, and the upgrade to WebSocket.
 
-Parsing is httptools' (llhttp). A connection has Python objects only until its
-upgrade; limits follow what servers of this kind are attacked with (header floods,
-bodies on upgrades: CVE-2026-69243, slow bytes: one deadline in the reactor).
+httptools (llhttp) parses. A connection has Python objects only until its upgrade.
+The limits answer known attacks on such servers: header floods, bodies on upgrades
+(CVE-2026-69243), slow bytes (one deadline in the reactor).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ log = logging.getLogger("chatcore.http")
 MAX_HEADERS: Final = 128
 MAX_HEADER_BYTES: Final = 8192  # one line, the request line too
 MAX_HEAD_BYTES: Final = 32768  # all of them
-# Requests that a client may send ahead on one connection, in bytes not yet parsed.
+# Bytes not yet parsed that a client may send ahead of the answer on one connection.
 MAX_PIPELINE_BYTES: Final = 65536
-# Parsed at a time. The parser cannot be stopped between two requests of a piece, so this bounds how
-# many wait as objects; the rest wait as bytes.
+# Bytes parsed at a time. The parser cannot be stopped between two requests of a piece, so this bounds how
+# many requests wait as objects; the rest wait as bytes.
 PIECE_BYTES: Final = 1024
 WEBSOCKET_PATH: Final = "/ws"
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 1.3
@@ -75,7 +75,7 @@ class HttpRequest:
 
 @dataclass(slots=True)
 class HttpResponse:
-    """One response; ``body`` is what is sent (JSON unless ``content_type`` says otherwise)."""
+    """One response; ``body`` is JSON unless ``content_type`` says otherwise."""
 
     status: int
     body: bytes = b""
@@ -112,7 +112,7 @@ def encode_response(response: HttpResponse, *, keep_alive: bool, head_only: bool
 
 
 class Refused(Exception):
-    """The bytes are no acceptable request: answer and close."""
+    """The bytes are no acceptable request: answer with ``response`` and close."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -126,7 +126,7 @@ class _Parsed(NamedTuple):
 
 
 class HttpApp(Protocol):
-    """What answers requests and takes upgraded connections."""
+    """The user of :class:`HttpConnection`: answers requests and takes upgraded connections."""
 
     def http_request(self, http: HttpConnection, request: HttpRequest) -> None:
         """Answer by ``http.respond`` now or later."""
@@ -150,8 +150,8 @@ class HttpConnection:
         self._busy = False  # a request is being answered
         self._ended = False
         self._pending = bytearray()  # not parsed yet
-        self._last: HttpResponse | None = None  # to be sent when the queue is empty, and then the end
-        self._leftover: bytes | None = None  # an upgrade was asked for; what came behind it
+        self._last: HttpResponse | None = None  # to be sent when the queue is empty, before the end
+        self._leftover: bytes | None = None  # bytes behind a request for an upgrade; None: there was none
         self._head_only = False
         self._keep_alive = True
         self.on_message_begin()
@@ -169,7 +169,7 @@ class HttpConnection:
         self._go_on()
 
     def _go_on(self) -> None:
-        """Parse what came until there is a request to begin with; one is worked on at a time."""
+        """Parse pending bytes until there is a request, and begin with it; requests are answered one at a time."""
         while not (self._ended or self._busy):
             if self._queue:
                 self._begin(self._queue.popleft())
@@ -203,13 +203,13 @@ class HttpConnection:
         self._busy = True
         self._keep_alive = parsed.keep_alive
         self._head_only = parsed.request.method == "HEAD"
-        # The deadline was for the request to come; the answer has its own.
+        # The deadline so far was for the request; the answer has its own.
         self._reactor.http_deadline(self._conn, self._deadline_ms)
         self._app.http_request(self, parsed.request)
 
     def _try_upgrade(self, leftover: bytes) -> None:
         if self._headers.get("upgrade", "").lower() != "websocket" and "content-length" not in self._headers:
-            # Another protocol (h2c): a server may ignore the offer (RFC 9110, 7.8). The parser has stopped here.
+            # Another protocol (h2c): a server may ignore the offer (RFC 9110, 7.8). The parser stopped at it.
             self._leftover = None
             self._begin(_Parsed(self._request(), False))
             return
@@ -222,7 +222,7 @@ class HttpConnection:
         self._app.upgraded(self._conn, response, leftover)
 
     def over(self) -> None:
-        """Nothing more is wanted of the connection."""
+        """Ignore further input, and cut the cycle of references with the parser."""
         self._ended = True
         self._parser = None
 
@@ -231,7 +231,7 @@ class HttpConnection:
         self._reactor.write(self._conn, encode_response(response, keep_alive=False), True)
 
     def close_idle(self) -> None:
-        """Close it, unless a request is being answered or is coming in."""
+        """Close the connection, unless a request is being answered or received."""
         if not (self._busy or self._queue or self._pending or self._fed or self._ended):
             self.over()
             self._reactor.write(self._conn, b"", True)
@@ -244,7 +244,7 @@ class HttpConnection:
         self._count = 0
         self._body = bytearray()
         self._in_head = True
-        self._fed = 0  # bytes of the head as they came: an unfinished line is inside the parser
+        self._fed = 0  # bytes of the head as they were received: the parser keeps an unfinished line to itself
 
     def on_url(self, url: bytes) -> None:
         self._grow(len(url))
@@ -308,7 +308,7 @@ class HttpConnection:
 
     # --- answers ----------------------------------------------------------------------
     def respond(self, response: HttpResponse, *, last: bool = False) -> None:
-        """Answer the request that is being worked on; goes on with what was sent ahead, unless it is the last."""
+        """Answer the current request. ``last``: then close; otherwise go on with requests that were sent ahead."""
         if self._ended or not self._busy:
             return
         keep = self._keep_alive and not last
@@ -362,7 +362,7 @@ def bearer(request: HttpRequest) -> str | None:
 
 
 def not_modified(request: HttpRequest, response: HttpResponse) -> HttpResponse:
-    """Give a GET its ETag, and answer 304 if the client has that already (RFC 9110, 13.1.2)."""
+    """Add the ETag to the response to a GET; 304 instead if the client has that already (RFC 9110, 13.1.2)."""
     tag = '"' + hashlib.blake2b(response.body, digest_size=12).hexdigest() + '"'
     response.headers["ETag"] = tag
     response.headers["Cache-Control"] = "private, no-cache"
