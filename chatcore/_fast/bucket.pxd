@@ -8,8 +8,8 @@ A message that is refused takes no token. It is promised a time at which a token
 `promised` is the moment at which the bucket would be full again if every refused message came back
 at its time, so each refusal in a row gets the next free token, one `token_ns` after the one before.
 A token belongs to whoever comes first: if another message takes it, the last of those that wait
-finds none and is promised the next free time. No refusal slows anybody down, so a peer that obeys
-gets the full rate; one that does not obey runs out of promises (BUCKET_FLOOD).
+finds none and is promised the next free time. Refusals take nothing from the rate, so a peer that
+obeys gets all of it; a peer that does not obey runs out of promises (BUCKET_FLOOD).
 """
 
 from libc.stdint cimport int64_t
@@ -18,7 +18,7 @@ cdef struct Rate:
     int64_t token_ns    # the time one token takes to grow back; 0: no limit
     int64_t burst_ns    # the same for the whole bucket
     int64_t busy_ns     # distance of two promises while tokens are there
-    int64_t refused     # promises whose time has not come, at most
+    int64_t refused     # promised tokens that were not taken, at most
 
 cdef enum:
     BUCKET_FLOOD = -1

@@ -59,7 +59,7 @@ class Reactor(Core):
         outbox_low_water_bytes: int = 65536,
         rate_per_s: float = 50.0,  # token bucket: frames per second, control frames included; 0: no limit
         rate_burst: int = 200,  # tokens in a full bucket; without one: wait_ms > 0, and none is taken
-        rate_refused: int = 10000,  # refused frames whose wait is not over, at most; one more: close 4004
+        rate_refused: int = 10000,  # refused frames that have not come back, at most; one more: close 4004
         handshake_timeout_ms: int = 10000,  # from accept to upgrade, in all; also an idle keep-alive HTTP connection
         close_timeout_ms: int = 2000,  # from our close frame / SHUT_WR to the end
         slow_timeout_ms: int = 10000,  # the same for a peer that was too slow (4002), to read why
@@ -128,8 +128,8 @@ class Reactor(Core):
     def defer(self, conn: int) -> int:
         """Give back the token of a message of this connection that was handed out with ``wait_ms`` 0 and is refused
         all the same, since too many are unanswered. Returns the ms after which to repeat it, its own as with
-        ``wait_ms``; 0 if the connection is gone or closing, or is closed with 4004 now: more than rate_refused
-        messages were refused and their time has not come."""
+        ``wait_ms``; 0 if the connection is gone or closing, or is closed with 4004 by this call, since more than
+        rate_refused refused messages have not come back."""
     def abort(self, conn: int) -> None:
         """RST, now."""
     def topics_of(self, conn: int) -> list[Topic]: ...
