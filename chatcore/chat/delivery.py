@@ -18,6 +18,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Final
 
 from ..common.tasks import Tasks
@@ -27,7 +28,7 @@ from ..protocol import MEMBER_ROLES, conv_left
 from ..store.base import Entry, View
 from . import events
 from .directory import OUT
-from .room import EMPTY_TOPIC, Connected, Reads, Room, Sessions, Subscriber, Subscriptions, TopicLike
+from .interfaces import Connected, Reads, Sessions, Subscriber, Subscriptions, TopicLike
 
 log = logging.getLogger("chatcore.delivery")
 
@@ -49,8 +50,131 @@ SUMMARIES_S: Final = 2.0
 REFRESH_PAUSE_S: Final = 0.2
 REFRESH_PAUSE_MAX_S: Final = 2.0
 
+# Removals remembered of one room; rows lag behind their entries for moments only.
+REMOVALS_MAX: Final = 1000
+#: Shared by all rooms to which no session is being attached: a set of their own would be most of what a room costs.
+NO_SESSIONS: Final[frozenset[Any]] = frozenset()
+
 #: (conversation, after, upto, limit, max_bytes): entries after one, dense; ``upto`` is known to be committed.
 Replay = Callable[[str, int, int, int, int], Awaitable[list[Entry]]]
+
+
+class EmptyTopic:
+    """A topic without subscribers, shared by all rooms that have none of the kind."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def __contains__(self, conn: int) -> bool:
+        return False
+
+    def add(self, conn: int) -> bool:
+        """Never: a room replaces it by a real topic first."""
+        raise TypeError("the shared empty topic takes no subscribers")
+
+    def discard(self, conn: int) -> bool:
+        """False: there is no such subscriber."""
+        return False
+
+    def fan_out(self, frame: Any, skip_owner: int = 0) -> int:
+        """Deliver to 0 subscribers."""
+        return 0
+
+    def sessions(self) -> list[Any]:
+        """An empty list."""
+        return []
+
+
+EMPTY_TOPIC: Final = EmptyTopic()
+
+
+class Room:
+    """A conversation to which at least one session on this worker is attached."""
+
+    __slots__ = (
+        "_removals",
+        "attaching",
+        "backfill",
+        "conv",
+        "idle_sweeps",
+        "last",
+        "newest",
+        "pins",
+        "ready",
+        "recent",
+        "recent_bytes",
+        "recheck",
+        "stale",
+        "summaries",
+        "topic",
+    )
+
+    def __init__(self, conv: str, ready: asyncio.Future[None]) -> None:
+        self.conv = conv
+        self.topic: TopicLike  # attached and live: exactly the entries up to `last` were queued to each subscriber
+        self.summaries: TopicLike = EMPTY_TOPIC  # members that are sent changes of their `conv` only
+        self.last = -1  # the last entry that was delivered here; -1: not known yet
+        self.newest = 0  # the newest entry that this worker has heard of
+        # Dense, ends with `last`; bounded by count and bytes. A list: an empty deque is 600 bytes larger.
+        self.recent: list[Entry] = []
+        self.recent_bytes = 0
+        self.backfill: asyncio.Task[None] | None = None
+        self.recheck = False  # the backfill is to ask the store even if newest == last
+        # Behind `last`, or membership not read yet. Changed by `expect` and `arrived` only.
+        self.attaching: AbstractSet[Subscriber] = NO_SESSIONS
+        # Those of them that must be sent the row again: it changed after the attach had read it.
+        self.stale: frozenset[Subscriber] = NO_SESSIONS
+        # User -> the entry that removed this user: a row that reflects an earlier one is not believed.
+        self._removals: dict[str, int] | None = None
+        self.pins = 0
+        self.ready: asyncio.Future[None] | None = ready  # None: `last` is known
+        self.idle_sweeps = 0
+
+    def expect(self, x: Subscriber) -> None:
+        """A session begins to attach."""
+        if isinstance(self.attaching, set):
+            self.attaching.add(x)
+        else:
+            self.attaching = {x}
+
+    def arrived(self, x: Subscriber) -> None:
+        """The session is live, or gave up."""
+        if isinstance(self.attaching, set):
+            self.attaching.discard(x)
+            if not self.attaching:
+                # Not kept empty: a set stays as large as it ever was.
+                self.attaching = NO_SESSIONS
+
+    def mark_stale(self, x: Subscriber) -> None:
+        """The row of a session that is attaching changed: the session may yet be sent an older view of it."""
+        self.stale |= {x}
+
+    def clear_stale(self, x: Subscriber) -> bool:
+        """Whether the session must be sent its row again."""
+        if x not in self.stale:
+            return False
+        self.stale = self.stale - {x} or NO_SESSIONS
+        return True
+
+    def outdated(self, user: str, view: View) -> bool:
+        """Whether the user's row is older than the removal that was delivered here."""
+        return self._removals is not None and view.as_of < self._removals.get(user, 0)
+
+    def removed(self, user: str, seq: int) -> None:
+        """An entry that was delivered here removed the user."""
+        if self._removals is None or len(self._removals) >= REMOVALS_MAX:
+            self._removals = {}
+        self._removals[user] = seq
+
+    def readmitted(self, user: str) -> None:
+        """A later entry made the user a member again."""
+        if self._removals is not None:
+            self._removals.pop(user, None)
+
+    @property
+    def unused(self) -> bool:
+        """No session on this worker needs it any more."""
+        return not (self.pins or self.attaching or len(self.topic) or len(self.summaries))
 
 
 class Delivery:

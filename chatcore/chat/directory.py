@@ -12,7 +12,7 @@ from ..common.tasks import Tasks
 from ..errors import ChatError
 from ..protocol import CloseCode
 from ..store.base import Token
-from .room import Subscriber, Subscriptions
+from .interfaces import Subscriber, Subscriptions
 
 log = logging.getLogger("chatcore.directory")
 

@@ -19,7 +19,7 @@ from ..bus.base import Bus
 from ..common.tasks import Tasks
 from ..errors import ChatError
 from ..store.base import Store
-from .room import Subscriber
+from .interfaces import Subscriber
 
 log = logging.getLogger("chatcore.presence")
 

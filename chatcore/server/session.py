@@ -66,7 +66,7 @@ class Services:
 
 
 class Session:
-    """Implements :class:`~chatcore.chat.room.Subscriber`."""
+    """Implements :class:`~chatcore.chat.interfaces.Subscriber`."""
 
     __slots__ = (
         "_attaches",

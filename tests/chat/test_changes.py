@@ -115,9 +115,9 @@ async def test_a_ping_covers_no_conversation_that_is_still_on_its_way_to_the_cli
             await asyncio.sleep(0)  # the next turn of the loop, in which the row is read
         sync = (await desk.answer(x, desk.begin(x, "ping")))["sync"]
         assert int(sync.rsplit(".")[-1]) < added_at
-        received = desk.reactor.received[x.conn]
-        told = [(m["t"], m.get("c")) for m in received]
-        assert told.index(("conv", "new")) > told.index(("ok", None), 1), "this shows nothing: it was told before"
+        await until(lambda: desk.got(x, t="conv", c="new"), "the new conversation")
+        sent = [(m["t"], m.get("c")) for m in desk.reactor.received[x.conn]]
+        assert sent.index(("conv", "new")) > sent.index(("ok", None), 1), "this shows nothing: it was pushed before"
         # Then it moves on.
         while int(sync.rsplit(".")[-1]) < added_at:
             sync = (await desk.answer(x, desk.begin(x, "ping")))["sync"]

@@ -114,6 +114,7 @@ async def test_somebody_blocked_can_neither_open_a_dm_nor_write_in_one(world: Wo
     bob, b = await world.pair(on=1)
     carol, _ = await world.pair()
     conv = await world.dm(a, bob)
+    group = await world.group(b, alice)
     head = (await world.send(b, conv, "hello"))["s"]
     await a.request("block", user=bob.id, on=True)
     # On another host it is heard of a moment later: what gets through until then is one of the last.
@@ -122,10 +123,9 @@ async def test_somebody_blocked_can_neither_open_a_dm_nor_write_in_one(world: Wo
     assert reply["code"] == "forbidden"
     assert "retry_after_ms" not in reply
     assert len(await world.whole_log(a, conv)) == head
-    # A new dm is refused too; groups and others are not concerned, nor is the one who blocks.
+    # A new dm is refused too; what both are in already goes on, and so does what alice writes herself.
     await (await world.connect(carol)).request("block", user=bob.id, on=True)
     await b.refused("forbidden", "open", kind="dm", cid=new_cid(), members=[carol.id])
-    group = await world.group(b, alice)
     await world.send(b, group, "in a group")
     await world.send(a, conv, "I can still write")
     await a.request("block", user=bob.id, on=False)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chatcore.chat.delivery import Delivery
-from chatcore.chat.room import Room, Subscriber
+from chatcore.chat.delivery import Delivery, Room
+from chatcore.chat.interfaces import Subscriber
 from chatcore.store.base import Entry, View
 
 from .deliver_scripts import climates, scripts, while_attaching, while_away, while_replaying, while_untold
