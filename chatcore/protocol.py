@@ -234,24 +234,8 @@ AnyRequest = (
     | Ping
 )
 
-REQUESTS: Final[tuple[type[Request], ...]] = (
-    Auth,
-    Send,
-    History,
-    Attach,
-    Read,
-    Typing,
-    Open,
-    Member,
-    Meta,
-    Notify,
-    Members,
-    Users,
-    Channels,
-    Watch,
-    Block,
-    Ping,
-)
+#: The requests, each in the union once.
+REQUESTS: Final[tuple[type[AnyRequest], ...]] = get_args(AnyRequest)
 
 #: Pushes and replies that this version can send, by ``t``, beside entries (:data:`~chatcore.entries.ENTRY_TYPES`).
 PUSHES: Final = ("hello", "ok", "error", "conv", "ready", "typing", "read", "presence", "user")
@@ -270,7 +254,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 _decoder: Final[msgspec.json.Decoder[AnyRequest]] = msgspec.json.Decoder(AnyRequest)
 _object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _id_only: Final = msgspec.json.Decoder(_IdOnly)
-_by_tag: Final[dict[str, type[AnyRequest]]] = {str(kind.__struct_config__.tag): kind for kind in get_args(AnyRequest)}
+_by_tag: Final[dict[str, type[AnyRequest]]] = {str(kind.__struct_config__.tag): kind for kind in REQUESTS}
 
 
 class InvalidRequest(BadRequest):
