@@ -1,4 +1,4 @@
-"""Which text may be a title."""
+"""Texts that people read: which may be a title, and how they are cut."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from chatcore.common.text import is_line, is_visible
+from chatcore.common.text import cut, is_line, is_visible
 
 TITLES = [
     "Lunch",
@@ -80,3 +80,13 @@ def test_every_letter_digit_and_symbol_is_allowed() -> None:
     for code in range(sys.maxunicode + 1):
         if unicodedata.category(chr(code))[0] in "LNPSM":
             assert is_line(chr(code)), hex(code)
+
+
+def test_a_text_is_cut_between_two_characters() -> None:
+    assert cut("abc", 3) == b"abc"
+    assert cut("abcd", 3) == b"abc"
+    assert cut("aé€😀", 10) == "aé€😀".encode()
+    for most in range(10):
+        assert "aé€😀".encode().startswith(cut("aé€😀", most))
+        assert len(cut("aé€😀", most).decode()) == (0, 1, 1, 2, 2, 2, 3, 3, 3, 3)[most]
+    assert cut("\ud800", 9) == b"?"

@@ -1,4 +1,4 @@
-"""Which text may stand on one line that people read: a title."""
+"""Texts that people read: cutting them, and which may stand on one line."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ _REFUSED: Final = frozenset({"Cc", "Cs", "Co", "Zl", "Zp"})
 _INVISIBLE: Final = frozenset({"Cf", "Mn", "Me", "Zs"})
 # Letters and a symbol whose glyph is empty: Hangul fillers, the blank of braille.
 _BLANK: Final = frozenset("\u115f\u1160\u3164\uffa0\u2800")
+
+
+def cut(text: str, most: int) -> bytes:
+    """The text in UTF-8, cut to at most so many bytes between two characters."""
+    data = text.encode("utf-8", "replace")
+    return data if len(data) <= most else data[:most].decode("utf-8", "ignore").encode()
 
 
 def is_line(text: str) -> bool:

@@ -26,6 +26,7 @@ from ..chat.service import Chat, TypingGate
 from ..common.clock import now_ms
 from ..common.locks import Locks
 from ..common.tasks import Tasks
+from ..common.text import cut
 from ..errors import ChatError, Forbidden, Internal, RateLimited, TooLarge, Unauthenticated, Unavailable
 from ..settings import Settings
 from ..store.base import Appended, Store, View
@@ -34,6 +35,10 @@ log = logging.getLogger("chatcore.session")
 
 # An empty set of its own would be 216 bytes.
 NOTHING: Final[frozenset[str]] = frozenset()
+
+
+# RFC 6455, 5.5: a control frame holds 125 bytes, of which the code takes two.
+REASON_BYTES: Final = 123
 
 
 class Connection(Protocol):
@@ -203,7 +208,7 @@ class Session:
 
     def close(self, code: int, reason: str = "") -> None:
         """Close with a code; what is queued is sent first."""
-        self._services.reactor.close(self.conn, code, reason.encode())
+        self._services.reactor.close(self.conn, code, cut(reason, REASON_BYTES))
 
     def revoke(self) -> None:
         """The token is no longer valid."""
@@ -243,7 +248,7 @@ class Session:
         try:
             req = p.decode(data)
         except p.Malformed as exc:
-            self.close(p.CloseCode.MALFORMED, str(exc)[:100])
+            self.close(p.CloseCode.MALFORMED, str(exc))
             return
         except p.InvalidRequest as exc:
             if exc.id is not None or b'"id"' in data:
@@ -455,7 +460,7 @@ class Session:
                     self._caught_up()
         except ChatError as exc:
             # `ok` was sent, so `unavailable` cannot be sent any more: the client reconnects and resumes.
-            self.close(p.CloseCode.INTERNAL, exc.message[:100])
+            self.close(p.CloseCode.INTERNAL, exc.message)
 
     # --- the other requests ---------------------------------------------------------------
     async def _answer(self, user: str, req: p.AnyRequest) -> dict[str, Any] | None:
@@ -552,7 +557,7 @@ class Session:
                     self, convs, have, lambda view: self.wants(view.conv) or view.conv in have
                 )
             except ChatError as exc:
-                self.close(p.CloseCode.INTERNAL, exc.message[:100])
+                self.close(p.CloseCode.INTERNAL, exc.message)
         return None
 
     async def _open(self, user: str, req: p.Open) -> dict[str, Any] | None:

@@ -16,6 +16,8 @@ import zlib
 from enum import IntEnum
 from typing import Any, Final
 
+from ..common.text import cut
+
 CELLS_PER_SLOT: Final = 2
 #: The fields come first, with room for more; then the text of the last error, then the metrics of the worker's parts.
 ERROR_OFFSET: Final = 768
@@ -126,8 +128,7 @@ class StatsCell:
 
     @error.setter
     def error(self, text: str) -> None:
-        data = text.encode("utf-8", "replace")[:ERROR_BYTES]
-        self._text[:] = data.ljust(ERROR_BYTES, b"\0")
+        self._text[:] = cut(text, ERROR_BYTES).ljust(ERROR_BYTES, b"\0")
 
     @property
     def metrics(self) -> dict[str, Any] | None:
