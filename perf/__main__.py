@@ -12,7 +12,7 @@ from typing import Any
 from .show import show
 
 #: Each is a module of this package with a `main`.
-BENCHES = ("fanout", "send", "idle", "storm", "history", "users", "echo", "cache", "report")
+BENCHES = ("fanout", "send", "idle", "storm", "history", "users", "echo", "cache", "instructions", "report")
 
 Main = Callable[[list[str]], dict[str, Any]]
 
@@ -36,11 +36,13 @@ def main(argv: list[str]) -> int:
         return 2
     name, rest = argv[0], argv[1:]
     file, plot = _take(rest, "--json"), _take(rest, "--plot")
-    run: Main = import_module(f"perf.{name}").main
+    module = import_module(f"perf.{name}")
+    run: Main = module.main
     result = run(rest)
     if name == "report":
         return 0
-    show(result)
+    # A bench whose figures are of its own kind shows them itself.
+    getattr(module, "show", show)(result)
     if file is not None:
         Path(file).write_text(json.dumps(result, indent=2) + "\n")
     if plot is not None:

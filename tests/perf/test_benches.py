@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -69,8 +70,25 @@ def test_cache(tmp_path: Path) -> None:
     assert json.loads(file.read_text())["rows"]
 
 
+@pytest.mark.skipif(shutil.which("vgdb") is None, reason="valgrind is missing")
+def test_instructions(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    done = perf("instructions", "--tiny", "--json", file)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["unit"] for row in rows] == ["send", "send", "delivery"]
+    # The kernel may cut a batch in two, but one by one is one by one.
+    alone, *together = (row["messages_per_commit"][0] for row in rows)
+    assert alone == 1
+    assert min(together) > 1
+    one, many, delivery = (row["instructions"] for row in rows)
+    # A commit is shared, and a delivery is the cheapest.
+    assert one > many > delivery > 0
+    assert all(row["case"] in done.stdout for row in rows)
+
+
 def test_all_are_tested() -> None:
-    assert set(BENCHES) == {*FIGURES, "cache", "report"}
+    assert set(BENCHES) == {*FIGURES, "cache", "instructions", "report"}
 
 
 def test_usage() -> None:
