@@ -61,7 +61,7 @@ def _choice(choices: tuple[str, ...], doc: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Server:
+class ServerSettings:
     """The server process: where it listens, where its data is, how it stops."""
 
     host: str = _text("127.0.0.1", "Address or name to listen on; loopback, so that nothing is exposed by accident.")
@@ -184,7 +184,7 @@ class Timeouts:
 
 
 @dataclass(frozen=True, slots=True)
-class Accounts:
+class AccountSettings:
     """Passwords and tokens."""
 
     token_ttl_ms: int = _int(2_592_000_000, 1_000, 31_536_000_000, "A token unused for this long expires; 30 days.")
@@ -195,7 +195,7 @@ class Accounts:
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
+class StoreSettings:
     """Where durable data is kept: the embedded database, or MongoDB for several hosts."""
 
     mongodb_url: str = _url(
@@ -225,7 +225,7 @@ class Store:
 
 
 @dataclass(frozen=True, slots=True)
-class Bus:
+class BusSettings:
     """Messages between the workers of this host."""
 
     queue_bytes: int = _int(
@@ -241,7 +241,7 @@ class Bus:
 
 
 @dataclass(frozen=True, slots=True)
-class Redis:
+class RedisSettings:
     """Redis, for several hosts: the bus between their workers, the second cache level, the queue."""
 
     url: str = _url(
@@ -259,7 +259,7 @@ class Redis:
 
 
 @dataclass(frozen=True, slots=True)
-class Cache:
+class CacheSettings:
     """Values of the store kept in memory: in each worker (level 1), and for all workers in Redis (level 2)."""
 
     enabled: bool = _bool(True, "Keep values of the store in memory; without it every read asks the store.")
@@ -307,7 +307,7 @@ class Cache:
 
 
 @dataclass(frozen=True, slots=True)
-class Queue:
+class QueueSettings:
     """The queue of background work, such as notifications."""
 
     max_length: int = _int(100_000, 1, 100_000_000, "Messages of one topic that may wait; beyond, a put is refused.")
@@ -339,16 +339,16 @@ class Queue:
 class Settings:
     """Every setting, in groups. Made by :func:`chatcore.config.load`."""
 
-    server: Server = field(default_factory=Server)
+    server: ServerSettings = field(default_factory=ServerSettings)
     limits: Limits = field(default_factory=Limits)
     rates: Rates = field(default_factory=Rates)
     timeouts: Timeouts = field(default_factory=Timeouts)
-    accounts: Accounts = field(default_factory=Accounts)
-    store: Store = field(default_factory=Store)
-    bus: Bus = field(default_factory=Bus)
-    redis: Redis = field(default_factory=Redis)
-    cache: Cache = field(default_factory=Cache)
-    queue: Queue = field(default_factory=Queue)
+    accounts: AccountSettings = field(default_factory=AccountSettings)
+    store: StoreSettings = field(default_factory=StoreSettings)
+    bus: BusSettings = field(default_factory=BusSettings)
+    redis: RedisSettings = field(default_factory=RedisSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
+    queue: QueueSettings = field(default_factory=QueueSettings)
 
     @classmethod
     def default(cls) -> Settings:

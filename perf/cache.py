@@ -40,7 +40,7 @@ from chatcore.cache.store import SharedCachedStore
 from chatcore.chat import events
 from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.entries import MsgFields, new_entry
-from chatcore.settings import Bus, Cache
+from chatcore.settings import BusSettings, CacheSettings
 from chatcore.store.base import Entry, Opening, View
 from chatcore.store.sqlite.schema import prepare
 from chatcore.store.sqlite.store import SQLiteStore
@@ -96,11 +96,11 @@ class Load:
 class Worker:
     """The parts of a worker that its cache has to do with."""
 
-    def __init__(self, data: Path, name: str, settings: Cache, redis: str | None, clock: Clock) -> None:
+    def __init__(self, data: Path, name: str, settings: CacheSettings, redis: str | None, clock: Clock) -> None:
         self.store = SQLiteStore(data, self._on_commit)
         self.redis = None if redis is None else RedisClient(parse_url(redis), timeout_s=settings.l2_timeout_ms / 1000)
         self.cache = SharedCachedStore(self.store, settings, self.redis, clock=clock, wall=clock.wall)
-        bus = Bus()
+        bus = BusSettings()
         self.bus = LocalBus(
             data / "run",
             name,
@@ -244,7 +244,9 @@ class Run:
                 await chance.choice(self.workers).cache.token(person.token)
 
 
-async def measure(data: Path, people: list[Person], load: Load, settings: Cache, redis: str | None) -> dict[str, Any]:
+async def measure(
+    data: Path, people: list[Person], load: Load, settings: CacheSettings, redis: str | None
+) -> dict[str, Any]:
     """One case."""
     clock = Clock(load.speed)
     settings = replace(
@@ -355,7 +357,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     load = Load(args.people, args.active, args.quiet, args.entries, args.seconds, args.rate, args.speed)
     if args.tiny:
         load = Load(people=20, active=10, quiet=20, entries=5, seconds=1.0, visits_per_s=20, speed=120)
-    on = Cache()
+    on = CacheSettings()
     off = replace(on, warm_conversations=0, prefetch_conversations=0)
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import uvloop
 
-from chatcore.settings import Cache
+from chatcore.settings import CacheSettings
 
 from . import bench
 from .bench import Options, StepTold, window
@@ -118,7 +118,7 @@ async def in_worker(
     shutil.copytree(seed, data, dirs_exist_ok=True)
     (data / "run").mkdir()
     calls = 20 if opts.tiny else CALLS
-    on = replace(Cache(), warm_conversations=0, prefetch_conversations=0, refresh=False)
+    on = replace(CacheSettings(), warm_conversations=0, prefetch_conversations=0, refresh=False)
     # Memory's part is over before the next call; Redis' is not.
     short = replace(on, recent_ttl_ms=1)
     try:
@@ -134,7 +134,7 @@ async def in_worker(
 async def level(
     data: Path,
     name: str,
-    settings: Cache | None,
+    settings: CacheSettings | None,
     redis: str | None,
     origin: Chatcore,
     sizes: Sequence[int],
@@ -142,7 +142,7 @@ async def level(
     results: Results,
 ) -> None:
     """One level: the store itself, or the cache with these settings."""
-    worker = Worker(data, name.replace(", ", "-"), settings or Cache(), redis, Clock(1.0))
+    worker = Worker(data, name.replace(", ", "-"), settings or CacheSettings(), redis, Clock(1.0))
     await worker.start()
     try:
         _, views = await worker.store.views(origin.users[0])

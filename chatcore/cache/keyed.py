@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 
 from ..entries import RoleChange, change_of
 from ..protocol import MEMBER_ROLES
-from ..settings import Cache as CacheSettings
+from ..settings import CacheSettings
 from ..store.base import Appended, Entry, Opened, Opening, Store, Token, User, View
 from .invalidations import Invalidations
 from .l2 import L2

@@ -16,7 +16,7 @@ from typing import Any, Final
 from lru import LRU
 
 from ..errors import ChatError
-from ..settings import Cache as CacheSettings
+from ..settings import CacheSettings
 from ..store.base import Store, View
 from .l2 import L2, Args
 from .lookup import Spawn

@@ -21,7 +21,7 @@ from ..common.tasks import Tasks
 from ..entries import ROLE_CHANGING, NewEntry, RoleChange
 from ..errors import NotFound
 from ..protocol import MEMBER_ROLES
-from ..settings import Cache as CacheSettings
+from ..settings import CacheSettings
 from ..store.base import (
     Appended,
     Changes,

@@ -28,7 +28,7 @@ from ..protocol import MEMBER_ROLES, conv_left
 from ..store.base import Entry, View
 from . import events
 from .directory import OUT
-from .interfaces import Connected, Reads, Sessions, Subscriber, Subscriptions, TopicLike
+from .interfaces import Connected, Sessions, StoreReads, Subscriber, Subscriptions, TopicLike
 
 log = logging.getLogger("chatcore.delivery")
 
@@ -182,7 +182,7 @@ class Delivery:
 
     def __init__(
         self,
-        store: Reads,
+        store: StoreReads,
         bus: Subscriptions,
         sessions: Sessions,
         make_topic: Callable[[Room], TopicLike],

@@ -83,7 +83,7 @@ class TopicLike(Protocol):
     def sessions(self) -> list[Any]: ...
 
 
-class Reads(Protocol):
+class StoreReads(Protocol):
     """The part of the store that is used here."""
 
     async def heads(self, convs: Sequence[str]) -> dict[str, int]: ...

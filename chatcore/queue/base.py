@@ -26,7 +26,7 @@ from typing import Final, Protocol
 
 from ..common.clock import now_ms
 from ..errors import BadRequest, TooLarge, Unavailable
-from ..settings import Queue as QueueSettings
+from ..settings import QueueSettings
 
 __all__ = [
     "DIED",

@@ -111,7 +111,7 @@ def encode_response(response: HttpResponse, *, keep_alive: bool, head_only: bool
     return head if head_only or response.status in (204, 304) else head + response.body
 
 
-class Refused(Exception):
+class RefusedRequest(Exception):
     """The bytes are no acceptable request: answer with ``response`` and close."""
 
     def __init__(self, status: int, message: str) -> None:
@@ -164,7 +164,7 @@ class HttpConnection:
         self._pending += data
         if self._busy:
             if len(self._pending) > MAX_PIPELINE_BYTES:
-                self._end(Refused(413, "too much sent ahead").response)
+                self._end(RefusedRequest(413, "too much sent ahead").response)
             return
         self._go_on()
 
@@ -190,14 +190,16 @@ class HttpConnection:
             if self._in_head:
                 self._fed += len(piece)
                 if self._fed > MAX_HEAD_BYTES:
-                    self._last = Refused(431, "the head of the request is too large").response
+                    self._last = RefusedRequest(431, "the head of the request is too large").response
         except httptools.HttpParserUpgrade as exc:
             self._leftover = piece[exc.args[0] :]
         except httptools.HttpParserCallbackError as exc:
             cause = exc.__context__
-            self._last = cause.response if isinstance(cause, Refused) else Refused(400, "bad request").response
+            self._last = (
+                cause.response if isinstance(cause, RefusedRequest) else RefusedRequest(400, "bad request").response
+            )
         except httptools.HttpParserError as exc:
-            self._last = Refused(400, f"not HTTP/1.1: {exc}").response
+            self._last = RefusedRequest(400, f"not HTTP/1.1: {exc}").response
 
     def _begin(self, parsed: _Parsed) -> None:
         self._busy = True
@@ -215,7 +217,7 @@ class HttpConnection:
             return
         try:
             response = self._handshake()
-        except Refused as exc:
+        except RefusedRequest as exc:
             self._end(exc.response)
             return
         self.over()
@@ -250,7 +252,7 @@ class HttpConnection:
         self._grow(len(url))
         self._url += url
         if len(self._url) > MAX_HEADER_BYTES:
-            raise Refused(414, "the request line is too long")
+            raise RefusedRequest(414, "the request line is too long")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._in_head:
@@ -258,32 +260,32 @@ class HttpConnection:
         self._grow(len(name) + len(value))
         self._count += 1
         if self._count > MAX_HEADERS or len(name) + len(value) > MAX_HEADER_BYTES:
-            raise Refused(431, "too many or too long headers")
+            raise RefusedRequest(431, "too many or too long headers")
         key = name.decode("latin-1").lower()
         text = value.decode("latin-1")
         if key in self._headers:
             if key in ("host", "content-length", "authorization", "sec-websocket-key", "sec-websocket-version"):
-                raise Refused(400, f"{key}: given twice")
+                raise RefusedRequest(400, f"{key}: given twice")
             text = f"{self._headers[key]}, {text}"
         self._headers[key] = text
 
     def _grow(self, n: int) -> None:
         self._head_bytes += n
         if self._head_bytes > MAX_HEAD_BYTES:
-            raise Refused(431, "the head of the request is too large")
+            raise RefusedRequest(431, "the head of the request is too large")
 
     def on_headers_complete(self) -> None:
         self._in_head = False
         length = self._headers.get("content-length")
         if length is not None and int(length) > self._max_body_bytes:
-            raise Refused(413, f"body: at most {self._max_body_bytes} bytes")
+            raise RefusedRequest(413, f"body: at most {self._max_body_bytes} bytes")
         if self._headers.get("expect", "").lower() == "100-continue" and not (self._busy or self._queue):
             self._reactor.write(self._conn, b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def on_body(self, body: bytes) -> None:
         self._body += body
         if len(self._body) > self._max_body_bytes:
-            raise Refused(413, f"body: at most {self._max_body_bytes} bytes")
+            raise RefusedRequest(413, f"body: at most {self._max_body_bytes} bytes")
 
     def on_message_complete(self) -> None:
         if self._parser.should_upgrade():
@@ -303,7 +305,7 @@ class HttpConnection:
             path = unquote((url.path or b"/").decode("ascii"), errors="strict")
             pairs = parse_qsl((url.query or b"").decode("ascii"), keep_blank_values=True, max_num_fields=32)
         except (httptools.HttpParserInvalidURLError, UnicodeDecodeError, ValueError):
-            raise Refused(400, "the request target is not valid") from None
+            raise RefusedRequest(400, "the request target is not valid") from None
         return path, dict(pairs)
 
     # --- answers ----------------------------------------------------------------------
@@ -327,15 +329,15 @@ class HttpConnection:
         headers = self._headers
         path, _ = self._target()
         if self._parser.get_method() != b"GET" or self._parser.get_http_version() != "1.1":
-            raise Refused(400, "an upgrade is a GET of HTTP/1.1")
+            raise RefusedRequest(400, "an upgrade is a GET of HTTP/1.1")
         if headers.get("upgrade", "").lower() != "websocket":
-            raise Refused(400, "only an upgrade to websocket is known")
+            raise RefusedRequest(400, "only an upgrade to websocket is known")
         if "transfer-encoding" in headers or int(headers.get("content-length", "0")) != 0:
-            raise Refused(400, "an upgrade has no body")
+            raise RefusedRequest(400, "an upgrade has no body")
         if path != WEBSOCKET_PATH:
-            raise Refused(404, f"WebSocket connections go to {WEBSOCKET_PATH}")
+            raise RefusedRequest(404, f"WebSocket connections go to {WEBSOCKET_PATH}")
         if headers.get("sec-websocket-version") != "13":
-            version = Refused(426, "only version 13 is known")
+            version = RefusedRequest(426, "only version 13 is known")
             version.response.headers["Sec-WebSocket-Version"] = "13"
             version.response.headers["Upgrade"] = "websocket"
             raise version
@@ -345,7 +347,7 @@ class HttpConnection:
         except (binascii.Error, ValueError):
             valid = False
         if not valid:
-            raise Refused(400, "sec-websocket-key: 16 bytes in base64")
+            raise RefusedRequest(400, "sec-websocket-key: 16 bytes in base64")
         accept = base64.b64encode(hashlib.sha1(key.encode() + _GUID, usedforsecurity=False).digest())
         offered = [token.strip() for token in headers.get("sec-websocket-protocol", "").split(",")]
         chosen = b"Sec-WebSocket-Protocol: chatcore.v1\r\n" if "chatcore.v1" in offered else b""

@@ -14,8 +14,7 @@ import uvloop
 from chatcore.accounts.passwords import Passwords
 from chatcore.accounts.service import Accounts, token_hash
 from chatcore.errors import Unauthenticated
-from chatcore.settings import Accounts as AccountSettings
-from chatcore.settings import Settings
+from chatcore.settings import AccountSettings, Settings
 from chatcore.store.base import Account, Token
 from chatcore.store.sqlite.schema import prepare
 from chatcore.store.sqlite.store import SQLiteStore

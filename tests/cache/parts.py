@@ -16,7 +16,7 @@ from chatcore.cache.store import SharedCachedStore
 from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.entries import MemberFields, MsgFields, NewEntry, new_entry
 from chatcore.errors import Unavailable
-from chatcore.settings import Cache
+from chatcore.settings import CacheSettings
 from chatcore.store.base import Appended, Changes, Entry, Known, Opening, Page, Token, User, View
 from chatcore.store.sqlite.schema import prepare
 from chatcore.store.sqlite.store import SQLiteStore
@@ -26,7 +26,7 @@ T = TypeVar("T")
 # Only a test that fails waits so long.
 PATIENCE_S = 10.0
 # Values expire only when a test moves the clock; no background work unless a test switches it on.
-SETTINGS = replace(Cache(), refresh=False, warm_conversations=0, prefetch_conversations=0, l2_timeout_ms=5_000)
+SETTINGS = replace(CacheSettings(), refresh=False, warm_conversations=0, prefetch_conversations=0, l2_timeout_ms=5_000)
 
 _cids = itertools.count()
 
@@ -183,7 +183,7 @@ class Line:
 class Worker:
     """A cache over a store of its own, which shares its file with those of the other workers."""
 
-    def __init__(self, data: Path, hub: Hub, clock: Clock, settings: Cache, redis: str | None) -> None:
+    def __init__(self, data: Path, hub: Hub, clock: Clock, settings: CacheSettings, redis: str | None) -> None:
         self.hub = hub
         self.deaf = False  # receives no entries of other workers
         self.sqlite = SQLiteStore(data, self._on_commit)
@@ -250,7 +250,7 @@ async def workers(
     count: int = 1,
     *,
     redis: str | None = None,
-    settings: Cache = SETTINGS,
+    settings: CacheSettings = SETTINGS,
     clock: Clock | None = None,
 ) -> AsyncIterator[list[Worker]]:
     """Some workers on one database, with one bus; all reads of the store counted from 0."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from chatcore.settings import Cache
+from chatcore.settings import CacheSettings
 from chatcore.store.base import User
 
 from .parts import SETTINGS, Clock, Worker, seqs, within, workers
@@ -71,7 +71,7 @@ async def test_without_redis_the_conversations_last_written_to_are_warmed(tmp_pa
 
 
 @pytest.mark.parametrize("settings", [replace(WARM, warm_budget_ms=0)])
-async def test_warming_ends_with_its_budget(tmp_path: Path, settings: Cache) -> None:
+async def test_warming_ends_with_its_budget(tmp_path: Path, settings: CacheSettings) -> None:
     async with workers(tmp_path) as (w,):
         ann = await w.user("ann")
         await conversations(w, ann, 3)

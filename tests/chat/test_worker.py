@@ -12,7 +12,7 @@ from pathlib import Path
 
 from chatcore.server.connections import DRAIN_BATCH
 from chatcore.server.worker import Worker
-from chatcore.settings import Accounts, Server, Settings
+from chatcore.settings import AccountSettings, ServerSettings, Settings
 from chatcore.supervisor.stats import StatsCell
 from chatcore.supervisor.worker_process import WorkerContext
 
@@ -32,8 +32,8 @@ class Running:
         self._listener.setblocking(False)
         self.address = self._listener.getsockname()
         self._parent = os.pipe()
-        accounts = Accounts(password_hash_memory_kib=8192, password_hash_time=4)  # some ten milliseconds
-        settings = Settings(server=Server(data=str(data)), accounts=accounts)
+        accounts = AccountSettings(password_hash_memory_kib=8192, password_hash_time=4)  # some ten milliseconds
+        settings = Settings(server=ServerSettings(data=str(data)), accounts=accounts)
         stats = StatsCell.private()
         stats.reset(1)
         nonce = secrets.randbits(40)

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chatcore.config import ConfigError, as_json, as_toml, load, load_with_origins, specs
-from chatcore.settings import Server, Settings, is_loopback
+from chatcore.settings import ServerSettings, Settings, is_loopback
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -> None:
@@ -21,7 +21,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file(tmp_path: Path) -
     file.write_text("[server]\nport = 1\nhost = '127.0.0.1'\nworkers = 1\n[rates]\nmessages_per_s = 5\n")
     env = {"CHATCORE_PORT": "2", "CHATCORE_SERVER_HOST": "127.0.0.2", "PATH": "/bin"}
     loaded = load_with_origins(file, env, {"server.port": "3", "server.data": None})
-    assert loaded.settings.server == Server(port=3, host="127.0.0.2", workers=1)
+    assert loaded.settings.server == ServerSettings(port=3, host="127.0.0.2", workers=1)
     assert loaded.settings.rates.messages_per_s == 5.0
     assert loaded.origins["server.port"] == "flag --port"
     assert loaded.origins["server.host"] == "environment CHATCORE_SERVER_HOST"

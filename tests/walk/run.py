@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from chatcore.settings import Accounts, Server, Settings
+from chatcore.settings import AccountSettings, ServerSettings, Settings
 
 from ..e2e.client import Client
 from ..e2e.rest import http
@@ -43,10 +43,10 @@ async def _worker(data: Path) -> AsyncIterator[tuple[Worker, tuple[str, int]]]:
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     parent = os.pipe()
-    accounts = Accounts(password_hash_memory_kib=8192, password_hash_time=1)
+    accounts = AccountSettings(password_hash_memory_kib=8192, password_hash_time=1)
     stats = StatsCell.private()
     stats.reset(1)
-    settings = Settings(server=Server(data=str(data)), accounts=accounts)
+    settings = Settings(server=ServerSettings(data=str(data)), accounts=accounts)
     address = listener.getsockname()
     worker = Worker(WorkerContext(settings, "walk", 0, secrets.randbits(40), listener, parent[0], stats, "0.0.0"))
     await worker.start()

@@ -17,8 +17,8 @@ from ...protocol import MEMBER_ROLES
 from ..base import User
 from ..names import name_key
 from .client import Document, Mongo
-from .members import Members, row_id
-from .reads import CHUNK, Marks, Reads
+from .members import MemberRows, row_id
+from .reads import CHUNK, Marks, MongoReads
 
 # Updates in one command. More would hold more connections of a FerretDB than it has, for ever;
 # and a command that takes long keeps others waiting.
@@ -30,7 +30,7 @@ NAME_TRIES: Final = 3
 class Accounts:
     """One per store."""
 
-    def __init__(self, mongo: Mongo, members: Members, reads: Reads) -> None:
+    def __init__(self, mongo: Mongo, members: MemberRows, reads: MongoReads) -> None:
         self._mongo = mongo
         self._members = members
         self._reads = reads

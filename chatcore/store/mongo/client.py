@@ -198,7 +198,7 @@ class Mongo:
         await self.do(self.db["meta"].find_one({"_id": "store"}, {"_id": 1}))
         try:
             await self.do(self._lookup(probe), may_refuse=True)
-        except Refused as exc:
+        except ServerRefusal as exc:
             # Not of a missing right: reading it was allowed just now.
             log.info("this server has no $lookup: the ends of logs are read one by one (%s)", exc)
         else:
@@ -269,7 +269,7 @@ class Mongo:
 
         :raises DuplicateKeyError: as the driver does: some callers expect it.
         :raises BulkWriteError: the same, of several documents: there are duplicates, and nothing else is wrong.
-        :raises Refused: the server answered that it does not do this.
+        :raises ServerRefusal: the server answered that it does not do this.
         :raises Unavailable: for everything else.
         """
         await self._acquire(operation)
@@ -294,7 +294,7 @@ class Mongo:
                 self._succeeded()
             else:
                 self._failed(f"it refused an operation, code {exc.code}")
-            raise Refused(f"the store refused it: {type(exc).__name__}, code {exc.code}") from exc
+            raise ServerRefusal(f"the store refused it: {type(exc).__name__}, code {exc.code}") from exc
         except PyMongoError as exc:
             self._failed(type(exc).__name__)
             raise Unavailable(f"the store does not answer: {type(exc).__name__}") from exc
@@ -366,7 +366,7 @@ class Mongo:
         await self.do(self.db["meta"].find_one({"_id": "store"}, {"_id": 1}))
 
 
-class Refused(Unavailable):
+class ServerRefusal(Unavailable):
     """The server answered, with an error: it lacks something, or a right, or its majority."""
 
 

@@ -105,7 +105,7 @@ class Roles:
             self.note(change.user, change.role, seq)
 
 
-class Members:
+class MemberRows:
     """Rows of one store, and the roles that its append loop goes by."""
 
     def __init__(self, mongo: Mongo, recount_after_s: float = RECOUNT_AFTER_S) -> None:

@@ -14,7 +14,7 @@ from ...protocol import MEMBER_ROLES, encode_entry
 from ..append import Decision, Decisions, Found, Head, Key, Row, Unknown
 from ..base import Appended, Entry
 from .client import Document, Mongo
-from .members import ROLE_IN, Members, Roles
+from .members import ROLE_IN, MemberRows, Roles
 
 #: How long it may take until a worker that the bus did not reach sees a block of a dm.
 BLOCK_TTL_S: Final = 5.0
@@ -60,7 +60,7 @@ def to_entry(doc: Document) -> Entry:
 class MongoOps:
     """One per worker; the loop owns the order of its calls."""
 
-    def __init__(self, mongo: Mongo, members: Members, max_conversations: int, now_ms: Callable[[], int]) -> None:
+    def __init__(self, mongo: Mongo, members: MemberRows, max_conversations: int, now_ms: Callable[[], int]) -> None:
         self._mongo = mongo
         self._members = members
         self._max_conversations = max_conversations

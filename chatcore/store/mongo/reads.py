@@ -37,7 +37,7 @@ def chunks(values: Sequence[str]) -> list[Sequence[str]]:
     return [values[at : at + CHUNK] for at in range(0, len(values), CHUNK)]
 
 
-class Reads:
+class MongoReads:
     """The queries of one store."""
 
     def __init__(self, mongo: Mongo) -> None:

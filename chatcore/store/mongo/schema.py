@@ -28,7 +28,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from .client import Document, Mongo, Refused
+from .client import Document, Mongo, ServerRefusal
 
 log = logging.getLogger("chatcore.store")
 
@@ -186,7 +186,7 @@ async def _used(mongo: Mongo, collection: str) -> dict[str, int] | None:
     try:
         for stat in await mongo.do(_stats(mongo, collection), may_refuse=True):
             used[stat["name"]] = used.get(stat["name"], 0) + int(stat["accesses"]["ops"])
-    except Refused:
+    except ServerRefusal:
         return None
     return used
 
@@ -210,7 +210,7 @@ async def migrate(mongo: Mongo, tell: Callable[[str], None], limit_s: float | No
         try:
             await _make(mongo, index, index.options, limit_s)
             tell(f"made {index.shape}")
-        except Refused as exc:
+        except ServerRefusal as exc:
             if not index.options:
                 raise
             await _make(mongo, index, {}, limit_s)

@@ -47,9 +47,9 @@ from ..opening import DM_REQUEST, conversation_id, dm_id, first_entries, first_m
 from . import schema
 from .accounts import Accounts
 from .client import Document, Mongo, MongoSettings
-from .members import POSITION_FIELDS, Members, written_upto
+from .members import POSITION_FIELDS, MemberRows, written_upto
 from .ops import BLOCK_TTL_S, MongoOps
-from .reads import Reads
+from .reads import MongoReads
 
 log = logging.getLogger("chatcore.store")
 
@@ -102,8 +102,8 @@ class MongoStore:
         self._store_id = ""
         self._secret = b""
         self._mongo: Mongo | None = None
-        self._members: Members
-        self._reads: Reads
+        self._members: MemberRows
+        self._reads: MongoReads
         self._accounts: Accounts
         self._ops: MongoOps
         self._appender: Appender | None = None
@@ -148,8 +148,8 @@ class MongoStore:
         except BaseException:
             await mongo.close()
             raise
-        self._members = Members(mongo)
-        self._reads = Reads(mongo)
+        self._members = MemberRows(mongo)
+        self._reads = MongoReads(mongo)
         self._accounts = Accounts(mongo, self._members, self._reads)
         self._ops = MongoOps(mongo, self._members, self._max_conversations, now_ms)
         self._appender = Appender(

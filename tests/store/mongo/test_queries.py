@@ -17,7 +17,7 @@ from chatcore.cache.store import SharedCachedStore
 from chatcore.chat.service import Chat
 from chatcore.errors import NotFound
 from chatcore.protocol import Typing
-from chatcore.settings import Cache, Settings
+from chatcore.settings import CacheSettings, Settings
 from chatcore.store.base import Opening, Store
 from chatcore.store.mongo import schema
 from chatcore.store.mongo.ops import BLOCK_TTL_S
@@ -277,7 +277,7 @@ def test_a_typing_signal_asks_nothing_and_the_first_one_for_two_fields(database:
             alice, bob, carol = await a.user("alice"), await a.user("bob"), await a.user("carol")
             # Of three: where there are two, it might be a dm, in which one may have blocked the other.
             conv = await a.conversation(alice, bob, carol)
-            cache = SharedCachedStore(a.store, Cache(refresh=False))
+            cache = SharedCachedStore(a.store, CacheSettings(refresh=False))
             told: list[Any] = []
             settings = Settings.default()
             chat = Chat(settings, cache, cast(Any, Told(told)), cast(Any, Told(told)), cast(Any, None))

@@ -11,7 +11,7 @@ import pytest
 from chatcore.errors import Forbidden, NotFound
 from chatcore.store.base import Changes, Opening, User
 from chatcore.store.mongo.accounts import UPDATES
-from chatcore.store.mongo.members import ROW_WRITE_MS, Members
+from chatcore.store.mongo.members import ROW_WRITE_MS, MemberRows
 from chatcore.store.mongo.store import ROTATION_LOOKS
 
 from ..harness import Database, change, message
@@ -79,7 +79,7 @@ def test_joining_by_an_older_entry_than_the_row_reflects_is_decided_anew(databas
             alice, bob = await a.user("alice"), await a.user("bob")
             conv = await a.conversation(alice, kind="channel")
             banned = await a.store.append(change(conv, alice, bob, "banned"))
-            members = Members(a.store.mongo)
+            members = MemberRows(a.store.mongo)
             assert not await members.set_own_row(conv, bob.id, "member", banned.seq - 1, 0)
             assert await a.store.role(bob.id, conv) == "banned"
             assert await a.store.member_count(conv) == 1
@@ -131,7 +131,7 @@ def test_folding_twice_at_once_and_again_is_folding_once(database: Database) -> 
             conv, alice, bob, _ = await _behind(a)
             await a.write_entry_alone(change(conv, alice, bob, "member"))
             await a.write_entry_alone(change(conv, alice, bob, "admin"))
-            members = [Members(a.store.mongo) for _ in range(2)]
+            members = [MemberRows(a.store.mongo) for _ in range(2)]
             changes = await members[0].changes(conv, 4)
             assert [doc["s"] for doc in changes] == [5, 6, 7]
             await members[0].apply(conv, changes[:2])
@@ -155,7 +155,7 @@ def test_a_death_between_a_row_and_the_number_of_members_is_made_good(database: 
             await a.store.mongo["members"].update_one(
                 {"_id": f"{conv}:{bob.id}"}, {"$set": {"role": "none", "as_of": entry.seq}}
             )
-            members = Members(a.store.mongo, recount_after_s=0.0)
+            members = MemberRows(a.store.mongo, recount_after_s=0.0)
             await members.apply_changes(conv, late=True)
             assert await a.store.member_count(conv) == 3
             await members.recount()
@@ -329,7 +329,7 @@ def test_a_row_that_is_written_after_its_counter_moved_is_not_missed(database: D
             holding = Holding(connected=[alice.id])
             await b.store.changes(0, holding)
             before = (await b.store.memberships(alice.id)).position
-            members = Members(a.store.mongo)
+            members = MemberRows(a.store.mongo)
             async with members.row_write(alice.id) as rev:  # a change that stops here for a while
                 for _ in range(20):
                     await b.store.set_notify(alice.id, other, "none")
@@ -360,7 +360,7 @@ def test_who_dies_while_a_row_moves_is_forgiven(database: Database) -> None:
             alice = await a.user("alice")
             conv = await a.conversation(alice, title=None)
             before = (await a.store.memberships(alice.id)).position
-            moving = Members(a.store.mongo).row_write(alice.id)
+            moving = MemberRows(a.store.mongo).row_write(alice.id)
             await moving.__aenter__()  # and no more of it
             await a.store.set_notify(alice.id, conv, "none")
             assert (await a.store.memberships(alice.id)).position == before
