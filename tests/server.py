@@ -321,7 +321,7 @@ class Server:
         for slot, pid in self.pids().items():
             try:
                 descriptors = os.listdir(f"/proc/{pid}/fd")
-            except FileNotFoundError:
+            except OSError:  # the worker is gone
                 continue
             for fd in descriptors:
                 try:

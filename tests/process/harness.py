@@ -58,7 +58,7 @@ def alive(pid: int) -> bool:
     """Whether the process runs; one that is dead but not reaped does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter: it went between the opening and the reading
         return False
 
 
