@@ -239,7 +239,7 @@ def _member_rule(e: NewEntry, s: Standing) -> Decision:
             if s.members is None:
                 return Fact.COUNTS
             if not s.members:
-                role = "owner"  # of a channel that everybody left: it needs one who can lead it
+                role = "owner"  # of a channel that all members left: one member must be able to lead it
     return e.completed(MemberFields(user, role, had))
 
 

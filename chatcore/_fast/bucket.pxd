@@ -7,7 +7,7 @@ lies ahead says how many tokens are missing. Nothing has to be refilled, nothing
 A message that is refused takes no token. It is promised a time at which a token is there for it:
 `promised` is the moment at which the bucket would be full again if every refused message came back
 at its time, so each refusal in a row gets the next free token, one `token_ns` after the one before.
-A token belongs to whoever comes first: if another message takes it, the last of those that wait
+The first message to come takes a token: if that is another one, the last of those that wait
 finds none and is promised the next free time. Refusals take nothing from the rate, so a peer that
 obeys gets all of it; a peer that does not obey runs out of promises (BUCKET_FLOOD).
 """

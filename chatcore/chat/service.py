@@ -211,7 +211,7 @@ class Chat:
     async def block(self, user: str, other: str, on: bool) -> None:
         """Refuse direct messages from another user, or allow them again."""
         if user == other:
-            raise BadRequest("user: nobody blocks oneself")
+            raise BadRequest("user: you cannot block yourself")
         await self._store.block(user, other, on)
         self._user_events.blocks_changed(other)
 
@@ -220,7 +220,7 @@ class Chat:
         return await self._store.blockers(user, others)
 
     async def acquainted(self, user: str, others: list[str]) -> None:
-        """:raises Forbidden: somebody among them shares no conversation with the user."""
+        """:raises Forbidden: one of them shares no conversation with the user."""
         if len(others) > self._limits.watch:
             raise TooLarge(f"users: at most {self._limits.watch}")
         asked = sorted(set(others) - {user})

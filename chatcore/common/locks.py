@@ -17,7 +17,7 @@ class Locks(Generic[K]):
         self._used: dict[K, tuple[asyncio.Lock, int]] = {}  # and how many hold it or wait for it
 
     def __contains__(self, key: K) -> bool:
-        """Whether somebody holds the key's lock, or waits for it."""
+        """Whether a task holds the key's lock, or waits for it."""
         return key in self._used
 
     @contextlib.asynccontextmanager
