@@ -23,6 +23,7 @@ from ..chat.delivery import Delivery
 from ..chat.directory import ConnectedUser, Directory
 from ..chat.presence import Presence
 from ..chat.service import Chat, TypingGate
+from ..common.backoff import Backoff
 from ..common.clock import now_ms
 from ..common.locks import Locks
 from ..common.tasks import Tasks
@@ -76,12 +77,14 @@ class Session:
     __slots__ = (
         "_attaches",
         "_attaching",
+        "_blocks_stale",
         "_busy",
         "_deferred",
         "_drained",
         "_held",
         "_live",
         "_only",
+        "_rechecking",
         "_services",
         "_sync",
         "_typing",
@@ -118,6 +121,8 @@ class Session:
         self._deferred = NOTHING  # conversations whose row changed while logging in
         self._watched: tuple[str, ...] = ()  # the users whose presence the client asked for
         self._visible = NOTHING  # of these, the users who do not block it
+        self._blocks_stale = False  # the blocks changed since they were looked up
+        self._rechecking = False  # a task looks them up again
         self.expires = 0.0  # when its token ends, as far as is known here (the loop's clock)
 
     # --- Subscriber -------------------------------------------------------------
@@ -194,7 +199,10 @@ class Session:
     def blocks_changed(self) -> None:
         """A user blocked this one, or allows it again: what it may watch changed."""
         if self._watched:
-            self._services.tasks.spawn(self._watch_again(), "session-watch")
+            self._blocks_stale = True
+            if not self._rechecking:  # however many blocks change: one task, one more look
+                self._rechecking = True
+                self._services.tasks.spawn(self._watch_again(), "session-watch")
 
     def extend(self, expires: float) -> None:
         """The token was found to be valid for longer."""
@@ -525,16 +533,27 @@ class Session:
         return [states.get(other) or {"user": other, "state": "offline"} for other in users]
 
     async def _watch_again(self) -> None:
-        async with self._services.queries.hold(self):
-            before = self._visible
-            try:
-                states = await self._watch(self.user_id)
-            except ChatError as exc:
-                log.warning("presence for %s: %s", self.user_id, exc)
-                return
-            for state in states:
-                if (state["user"] in before) != (state["user"] in self._visible):
-                    self.push(orjson.dumps({"t": "presence", **state}))
+        """Look up the blocks again until that has succeeded: no later check would find the change."""
+        before, backoff = self._visible, Backoff()
+        try:
+            while self._blocks_stale and not self.closed:
+                async with self._services.queries.hold(self):
+                    self._blocks_stale = False
+                    try:
+                        states = await self._watch(self.user_id)
+                    except ChatError as exc:
+                        log.warning("presence for %s: %s", self.user_id, exc)
+                        self._blocks_stale = True
+                    else:
+                        for state in states:
+                            if (state["user"] in before) != (state["user"] in self._visible):
+                                self.push(orjson.dumps({"t": "presence", **state}))
+                        before = self._visible
+                        backoff.reset()
+                if self._blocks_stale:
+                    await asyncio.sleep(backoff.next())
+        finally:
+            self._rechecking = False
 
     async def _attach(self, user: str, req: p.Attach) -> dict[str, Any] | None:
         limits = self._services.settings.limits

@@ -57,6 +57,7 @@ class Shelf:
         self.changed: list[tuple[str, str]] = []  # (user, conversation) rows that the next look finds
         self.last_seen: dict[str, int] = {}
         self.acquaintances: set[str] = set()
+        self.blocking: set[str] = set()  # the users who block all others
         self.gate: asyncio.Event | None = None  # queries of who knows whom wait for it
 
     def conversation(self, conv: str, length: int = 1, body: str = "hello") -> None:
@@ -127,7 +128,7 @@ class Shelf:
 
     async def blockers(self, user: str, others: Sequence[str]) -> set[str]:
         await self._ask("blockers", *others)
-        return set()
+        return self.blocking & set(others)
 
     async def users(self, ids: Sequence[str]) -> list[User]:
         await self._ask("users", *ids)
