@@ -2,7 +2,7 @@
 
 A send of 128 bytes to each of 1,000 sleeping receivers costs 5.7 µs of kernel time by send() and
 4.8 µs this way (2 cores, kernel 6.18, alternating rounds). Registered files brought nothing on
-top, so sockets need not be told to the ring. Hardened hosts and seccomp filters often forbid
+top, so sockets need not be registered with the ring. Hardened hosts and seccomp filters often forbid
 io_uring: then ring_open says so, and send() does.
 
 Every send is complete when the submission returns: MSG_DONTWAIT makes one that would have to wait

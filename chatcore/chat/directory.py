@@ -1,4 +1,4 @@
-"""Who is connected to this worker: users, and the sessions of each."""
+"""The users that are connected to this worker, and the sessions of each."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ class Connected(Protocol):
 
 
 class Sessions(Protocol):
-    """The part of :class:`~.directory.Directory` that is used here: who is connected to this worker."""
+    """The part of :class:`~.directory.Directory` that is used here: the users that are connected to this worker."""
 
     def get(self, user: str) -> Connected | None: ...
     def sessions_of(self, user: str) -> Iterable[Subscriber]: ...

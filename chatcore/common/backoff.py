@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable
 from typing import Final
 
-#: The first pause: a restarted server is back sooner than anybody notices.
+#: The first pause: the connection to a restarted server is back sooner than a user notices.
 FIRST_S: Final = 0.1
 #: The longest pause: bounds how long a part that is back goes unnoticed.
 MOST_S: Final = 2.0

@@ -610,7 +610,7 @@ def conv_push(view: View, after: int | None) -> bytes:
         "head": view.head,
         "read": view.read,
         "unread": view.unread,
-        # No entry of this version mentions anybody (protocol: they come with a later one).
+        # No entry of this version mentions users (protocol: those of a later version do).
         "mentions": 0,
     }
     if view.last is not None:

@@ -77,7 +77,7 @@ class Supervisor:
         self._reread = reread
         self._announce = announce
         self._reload: Reload | None = None
-        self._reload_again: list[Caller] | None = None  # who asked for a reload during a reload; None: no one did
+        self._reload_again: list[Caller] | None = None  # callers of a reload during a reload; None: there was none
         self._drain_callers: list[Caller] = []
         self._announced = False
         self._ever_ready = False
