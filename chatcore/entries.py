@@ -306,7 +306,7 @@ class EntryType:
     """One type of entries."""
 
     fields: type[EntryFields]
-    #: Who may append it.
+    #: Decides which users may append it.
     rule: Rule
     #: The class in ``chatcore.client.events`` that the client makes of it.
     event: str
