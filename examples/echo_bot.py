@@ -1,4 +1,4 @@
-"""A bot that answers when it is spoken to: it sends back what it was told, as a reply.
+"""A bot that answers messages to it: it sends the text back, as a reply.
 
     CHATCORE_PASSWORD='correct horse' python examples/echo_bot.py http://127.0.0.1:8080 echo lobby
 
@@ -17,7 +17,7 @@ from chatcore.client import ChatError, Client, Message
 
 
 def spoken_to(chat: Client, message: Message) -> str:
-    """What the message tells the bot; empty if it is not meant for the bot."""
+    """The text for the bot in the message; empty if the message is not meant for the bot."""
     if message.sender == chat.user.id or message.reply_to is not None or not message.body:
         return ""
     called = f"@{chat.user.name} "

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 # so only what fails ever waits so long.
 PATIENCE_S = 20.0
 
-# What every server of the tests is given. Hashing passwords is not what most tests are about, and
+# Settings of every server of the tests. Hashing passwords is not what most tests are about, and
 # a test is faster than a typist.
 QUICK: Mapping[str, str] = {
     "CHATCORE_ACCOUNTS_PASSWORD_HASH_MEMORY_KIB": "8",
@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def _hold_write_lock(data: Path) -> Iterator[None]:
-    """Nobody else writes to the embedded store meanwhile: what a disk that hangs looks like."""
+    """Keep all others from writing to the embedded store: it looks like a disk that hangs."""
     files = [(data / name).open("r+") for name in ("write.next", "write.lock")]
     try:
         for file in files:
@@ -75,7 +75,7 @@ class Backend:
     pace_s: float = 0.0
 
 
-#: What the end-to-end tests run on, each of them; `conftest.py` of e2e makes a parameter of it.
+#: The backends of the end-to-end tests, each of which runs on all; `conftest.py` of e2e makes a parameter of it.
 BACKENDS = (
     Backend("sqlite-local", prepare=lambda data: {}, stall=_hold_write_lock, file="chatcore.db"),
     Backend("mongodb-redis", prepare=production.prepare, stall=production.stall, empty=production.empty, pace_s=0.5),
@@ -115,7 +115,7 @@ def command(
 
 
 def eventually(condition: Callable[[], T], what: str = "", patience_s: float = PATIENCE_S) -> T:
-    """The first true value of ``condition``, asked again and again (for what tells nobody when it happens)."""
+    """The first true value of ``condition``, asked again and again (for things that raise no event)."""
     deadline = time.monotonic() + patience_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"not within {patience_s} s: {what or condition}"
@@ -140,7 +140,7 @@ def _socket_inode(port: int, peer_port: int) -> int:
         netlink.send(header + query)
         reply = netlink.recv(8192)
     _, kind = struct.unpack_from("=IH", reply)
-    # Without such a connection the kernel finds who listens on the port.
+    # Without such a connection the kernel finds the socket that listens on the port.
     if kind != by_family:
         return _socket_inode_in_proc(port, peer_port)
     if struct.unpack_from("!HH", reply, 16 + 4) != (port, peer_port):
@@ -312,8 +312,8 @@ class Server:
     def slot_of(self, client_port: int) -> int | None:
         """Which worker has the connection that comes from a port of this machine (None: no serving one).
 
-        The kernel spreads connections by a hash that nobody can foresee, and the status page is a tick
-        old; who holds the server's end of a connection can be seen in /proc at once.
+        The kernel spreads connections by a hash that a test cannot foresee, and the status page is a tick
+        old; /proc shows at once which process holds the server's end of a connection.
         """
         inode = _socket_inode(self.port, client_port)
         if not inode:

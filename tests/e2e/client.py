@@ -1,4 +1,4 @@
-"""A client that knows only the protocol: it keeps all that it receives, and waits for what it is told to."""
+"""A client that knows only the protocol: it keeps all that it receives, and waits for what a test expects."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def matches(message: Message, wanted: Message) -> bool:
 
 
 class Client:
-    """One connection. ``received`` holds everything in order; ``expect`` takes from what nobody took yet."""
+    """One connection. ``received`` holds everything in order; ``expect`` takes from those not taken yet."""
 
     def __init__(self, ws: ClientConnection) -> None:
         self.ws = ws
@@ -121,7 +121,7 @@ class Client:
         return f"closed: {self.closed}; the last of {len(self.received)} messages:\n  {last}"
 
     async def expect(self, **wanted: Any) -> Message:
-        """The first message with these fields that nobody took yet; waits for it."""
+        """The first message with these fields that was not taken yet; waits for it."""
         found = lambda: next((m for m in self._inbox if matches(m, wanted)), None)  # noqa: E731
         message: Message = await self.until(found, f"a message with {wanted}")
         self._inbox.remove(message)
@@ -144,7 +144,7 @@ class Client:
         return [entry["s"] for entry in self.log(conv)]
 
     def after(self, conv: str) -> int:
-        """What it was told last to hold of a conversation (entries above it are pushed)."""
+        """The last `after` of a conversation that it was sent (entries above it are pushed)."""
         return int(self.got(t="conv", c=conv, after=...)[-1]["after"])
 
     async def reach(self, conv: str, seq: int) -> list[Message]:

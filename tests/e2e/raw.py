@@ -1,6 +1,6 @@
-"""A WebSocket connection on a bare socket, for what no well-behaved library does.
+"""A WebSocket connection on a bare socket, for frames that no well-behaved library sends.
 
-It reads nothing unless it is told to, and sends whatever it is told to.
+It reads only when a test asks it to, and sends whatever a test gives it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is attached: `only`, being away, and the request `attach`."""
+"""Attached conversations: `only`, being away, and the request `attach`."""
 
 from __future__ import annotations
 

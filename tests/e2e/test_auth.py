@@ -43,7 +43,7 @@ async def test_hello_tells_version_timeouts_features_and_limits(world: World) ->
 
 
 async def test_hello_tells_the_limits_that_count(tight: World) -> None:
-    """What an operator may set and a client had to guess: title, watch, what may be outstanding …"""
+    """Limits that an operator may set and a client had to guess: title, watch, outstanding requests …"""
     client = await tight.open()
     limits = client.got(t="hello")[0]["limits"]
     assert {name: limits[name] for name in ("data", "title", "watch", "users", "members", "open_members")} == {
@@ -145,7 +145,7 @@ async def test_a_request_without_an_id_is_done_and_not_answered(world: World) ->
     conv = await world.group(a)
     await a.tell("send", c=conv, cid="quiet", body="psst")
     await a.expect(t="msg", c=conv, cid="quiet")
-    await a.tell("history", c="nowhere")  # an error has nobody to go to
+    await a.tell("history", c="nowhere")  # without an id, no error is sent
     await a.request("ping")
     replies = [m for m in a.received if m["t"] in ("ok", "error")]
     assert all("id" in reply for reply in replies)
@@ -169,7 +169,7 @@ async def test_auth_renews_the_token_of_a_live_session(world: World) -> None:
     reply = await client.request("auth", v=1, token=fresh.token)
     assert reply["user"]["id"] == alice.id
     assert reply["expires_ms"] > 0
-    # The old token may go now; somebody else with it is cut off, this session is not.
+    # The old token may go now; another session with it is cut off, this one is not.
     other = await world.connect(alice)
     assert (await world.http("DELETE", "/v1/sessions/current", token=alice.token)).status == 204
     assert (await other.end()).code == 4101

@@ -1,4 +1,4 @@
-"""What a block keeps from the one who blocks: messages and typing in the dm, presence, invitations."""
+"""The effects of a block: it stops messages and typing in the dm, presence, and invitations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .world import User, World, new_cid
 
 
 async def _pair(world: World) -> tuple[Client, Client, str, str, User]:
-    """Two who have a dm and a group, on two workers: alice, bob, the dm, the group, and bob's account."""
+    """Two users who have a dm and a group, on two workers: alice, bob, the dm, the group, and bob's account."""
     _, alice = await world.pair("alice", on=0)
     user = await world.user("bob")
     bob = await world.connect(user, on=1)

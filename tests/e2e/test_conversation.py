@@ -1,4 +1,4 @@
-"""What is asked about conversations and users, and set for them: meta, notify, members, users, channels."""
+"""Requests that ask about conversations and users, and set them: meta, notify, members, users, channels."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def test_the_level_of_notifications_is_kept_and_told_to_ones_other_devices
     await a1.expect(t="conv", c=conv, notify=level)
     fresh = await world.connect(alice)
     assert (await fresh.expect(t="conv", c=conv))["notify"] == level
-    # It is nobody else's.
+    # No other user's level changed.
     assert (await (await world.connect(bob)).expect(t="conv", c=conv))["notify"] == "all"
     assert not b.got(t="conv", c=conv, notify=level)
 

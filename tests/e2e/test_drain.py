@@ -1,4 +1,4 @@
-"""Draining, reloading and scaling while clients are connected: they are told to come back, and nothing is lost."""
+"""Draining, reloading and scaling while clients are connected: their close asks them to come back, nothing is lost."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ async def test_1012_tells_when_to_come_back_after_all_that_was_outstanding_is_an
         for raw in raws:
             while (await raw.message("conv"))["c"] != conv:
                 pass
-        # Each has many requests on the way when the server is told to end.
+        # Each has many requests on the way when the server begins to drain.
         cids = [[new_cid() for _ in range(50)] for _ in users]
         for raw, mine in zip(raws, cids, strict=True):
             sends = [{"t": "send", "id": i + 2, "c": conv, "cid": cid, "body": "x"} for i, cid in enumerate(mine)]
@@ -100,8 +100,8 @@ async def test_ctl_drain_stops_the_server_and_its_clients_are_told(serve: Serve)
         for client in clients:
             code, reason = await client.end()
             assert code == 1012
-            # The faults found it: whoever was one of a few on a worker had to be away for up to 5 s all the same,
-            # and what was to be sent waited. There is one client on each worker here.
+            # The faults found it: a client that was one of a few on a worker had to be away for up to 5 s all the
+            # same, and its messages waited. There is one client on each worker here.
             assert _wait_ms(reason) <= 50
         assert await asyncio.to_thread(server.wait) == 0
     finally:

@@ -38,7 +38,7 @@ async def test_an_unknown_type_is_a_bad_request(world: World, t: str) -> None:
 @pytest.mark.parametrize("message", ["{}", '{"id":5}', '{"t":null,"id":5}', '{"t":7,"id":5}', '{"t":["ping"],"id":5}'])
 async def test_a_missing_type_is_a_bad_request(world: World, message: str) -> None:
     _, a = await world.pair()
-    if message == "{}":  # there is nobody to answer to
+    if message == "{}":  # without an id there is no answer
         await a.raw(message)
     else:
         assert (await _bad(a, message))["id"] == 5
@@ -103,7 +103,7 @@ async def test_an_id_with_other_characters_or_too_long_is_a_bad_request(world: W
 
 @pytest.mark.parametrize("body", ['"\\ud800"', '"\\udfff x"', '"\\ud83d"'])
 async def test_half_a_character_is_refused(world: World, body: str) -> None:
-    """A lone surrogate cannot be written in UTF-8, so nobody could be sent it."""
+    """A lone surrogate cannot be written in UTF-8, so no client could be sent it."""
     _, a = await world.pair()
     conv = await world.group(a)
     head = len(await world.whole_log(a, conv))
@@ -259,7 +259,7 @@ async def test_too_many_messages_are_rate_limited_for_as_long_as_is_said(serve: 
         assert {reply["code"] for reply in refused} == {"rate_limited"}
         wait = max(reply["retry_after_ms"] for reply in refused)
         assert 0 < wait <= 1500
-        await asyncio.sleep(wait / 1000)  # what the server asked for
+        await asyncio.sleep(wait / 1000)  # the wait that the server asked for
         page = await a.request("history", c=conv)
         assert [e["s"] for e in page["entries"] if e["t"] == "msg"] == [r["s"] for r in replies if r["t"] == "ok"]
     finally:
@@ -306,7 +306,7 @@ async def test_while_the_store_does_not_answer_sends_are_unavailable_and_reads_g
         await b.reach(conv, reply["s"])
         log = await world.whole_log(b, conv)
         assert [(e["from"], e["cid"]) for e in log].count((alice.id, message["cid"])) == 1
-        # Others that were told `unavailable` may still land, behind.
+        # Other sends that were answered `unavailable` may still land, behind.
         assert (await b.reach(conv, len(log)))[: len(log) - b.after(conv)] == log[b.after(conv) :]
     finally:
         await world.aclose()

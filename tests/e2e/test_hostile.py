@@ -38,8 +38,8 @@ def lean(lean_server: Server) -> World:
 
 
 async def test_large_last_messages_in_many_conversations_lock_nobody_out(lean: World) -> None:
-    """Whoever put a user into some groups and left a large message in each had locked him out: all the `conv` pushes
-    of a log-in were queued at once, which was more than an outbox may hold, so each log-in ended with 4002.
+    """An attacker could lock a user out by some groups with a large message in each: all the `conv` pushes of a
+    log-in were queued at once, which was more than an outbox may hold, so each log-in ended with 4002.
     """
     _, m = await lean.pair(only=[])
     victim = await lean.user()
@@ -60,7 +60,7 @@ async def _burst(world: World, sender: Client, conv: str, count: int) -> int:
     """Send large messages that are all committed together, as a store does that was held up; the last seq."""
     with world.server.backend.stall(world.server.data):
         replies = [await sender.begin("send", c=conv, cid=new_cid(), body=LARGE) for _ in range(count)]
-        # What is answered without the store is answered when all before it was received.
+        # A request that needs no store is answered once all before it were received.
         await sender.request("ping")
     done = [await sender.answer(reply) for reply in replies]
     assert [reply["t"] for reply in done] == ["ok"] * count
@@ -68,9 +68,9 @@ async def _burst(world: World, sender: Client, conv: str, count: int) -> int:
 
 
 async def test_a_burst_of_large_messages_cuts_off_nobody_who_reads(world: World) -> None:
-    """63 sends at once, three megabytes in one commit: everybody attached was over the limit of the outbox before
-    the first byte could be sent, and the whole conversation was cut off with 4002. Who had been away was cut off
-    at each try to resume, since the replay queued as much at once.
+    """63 sends at once, three megabytes in one commit: every attached client was over the limit of the outbox before
+    the first byte could be sent, and the whole conversation was cut off with 4002. A client that had been away
+    was cut off at each try to resume, since the replay queued as much at once.
     """
     _, m = await world.pair(on=0)
     victim = await world.user()
@@ -148,7 +148,7 @@ async def test_a_header_without_an_end_is_refused_and_takes_no_memory(world: Wor
 
 
 async def test_two_posts_in_one_piece_are_both_done_each_with_its_own_headers(world: World) -> None:
-    """What came behind a request that had a body ended the connection with 400, and the answer was lost; or the
+    """Bytes behind a request that had a body ended the connection with 400, and the answer was lost; or the
     headers of the second were taken for the first.
     """
     alice, a = await world.pair()
@@ -212,7 +212,7 @@ async def test_an_idle_connection_does_not_delay_a_stop(serve: Serve) -> None:
 
 
 async def test_readiness_comes_back_after_a_failed_write_without_another(serve: Serve) -> None:
-    """A write had failed, the balancer sent nobody any more, so nobody wrote, so it stayed that way."""
+    """A write had failed, so the balancer sent no clients, so none wrote, so the server stayed not ready."""
     server = serve(errors="write failed")
     if server.backend.file is None:
         pytest.skip("no file that could be missing")
@@ -319,7 +319,7 @@ async def test_the_limit_on_conversations_binds_invitations_and_joins(tight: Wor
     """It was asked when a conversation was opened only: others could put a user into any number of groups."""
     alice, a = await tight.pair()
     bob, b = await tight.pair()
-    full = [await tight.group(b) for _ in range(12)]  # as many as anybody may be in there
+    full = [await tight.group(b) for _ in range(12)]  # as many as a user may be in there
     group, channel = await tight.group(a), await tight.channel(a)
     await a.refused("forbidden", "member", c=group, user=bob.id, role="member")
     await b.refused("forbidden", "member", c=channel, user=bob.id, role="member")
@@ -347,7 +347,7 @@ async def test_a_new_password_revokes_the_other_tokens_but_not_this_one(world: W
 
 
 async def test_conversations_are_listed_by_pages(serve: Serve) -> None:
-    """All of them came in one answer, each with its last message: 50 MB for who had been put into many groups."""
+    """All of them came in one answer, each with its last message: 50 MB for a member of many groups."""
     world = World(serve(settings={"limits.conversations": 4}))
     try:
         alice, a = await world.pair()
@@ -373,7 +373,7 @@ async def test_conversations_are_listed_by_pages(serve: Serve) -> None:
 
 
 async def test_who_joins_a_channel_that_everybody_left_owns_it(world: World) -> None:
-    """It had members again but never an owner: nobody could change its title or appoint anybody."""
+    """It had members again but never an owner: no member could change its title or appoint others."""
     alice, a = await world.pair(on=0)
     bob, b = await world.pair(on=1)
     carol, c = await world.pair(on=0)

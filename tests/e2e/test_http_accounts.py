@@ -125,7 +125,7 @@ async def test_a_wrong_password_and_an_unknown_user_take_the_same_time(serve: Se
     for _ in range(11):
         known.append(await duration(user.name))
         unknown.append(await duration(_name()))
-    ratio = min(known) / min(unknown)  # what disturbs only adds
+    ratio = min(known) / min(unknown)  # disturbances only add time
     assert 0.6 < ratio < 1.7, (known, unknown)
     assert min(unknown) > 0.005, "no hash was computed"
 

@@ -112,7 +112,7 @@ async def test_the_idempotency_key_is_the_cid(world: World) -> None:
         ({"body": ""}, {}, 400, "bad_request"),
         ({"body": "x", "re": 0}, {}, 400, "bad_request"),
         ({"body": "x", "data": {}}, {}, 400, "bad_request"),
-        # It was stored without them, and nobody knew that something was lost.
+        # The message was stored without them, and the client did not learn of the loss.
         ({"body": "x", "files": ["f1"]}, {}, 400, "bad_request"),
         ({"body": "x", "files": "f1"}, {}, 400, "bad_request"),
         ({"body": "x"}, {"Idempotency-Key": "not an id"}, 400, "bad_request"),

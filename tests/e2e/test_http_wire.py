@@ -177,7 +177,7 @@ async def test_far_more_requests_ahead_than_are_parsed_at_once_are_answered(worl
         await connection.send(encode("GET", "/healthz") * 500)
         for _ in range(500):
             assert (await connection.response()).status == 200
-        # What is wrong behind right ones is refused after their answers.
+        # A malformed request behind valid ones is refused after their answers.
         await connection.send(encode("GET", "/healthz") * 3 + b"nonsense\r\n\r\n")
         assert [(await connection.response()).status for _ in range(4)] == [200, 200, 200, 400]
         assert await connection.ended() == b""

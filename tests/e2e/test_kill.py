@@ -1,4 +1,4 @@
-"""Workers die in the middle of traffic: nothing acknowledged is lost, nothing is stored or told twice."""
+"""Workers die in the middle of traffic: nothing acknowledged is lost, nothing is stored or sent twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`member`: joining, inviting, leaving, removing, banning, appointing; and who may not."""
+"""`member`: joining, inviting, leaving, removing, banning, appointing; and which roles may not."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Group:
         return {names[member["user"]]: member["role"] for member in page["members"]}
 
     async def told(self, name: str, user: str, role: str) -> dict[str, object]:
-        """Somebody is pushed the entry of a change."""
+        """Wait until this user is pushed the entry of a change."""
         return await self.clients[name].expect(t="member", c=self.conv, user=self.users[user].id, role=role)
 
 

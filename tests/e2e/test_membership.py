@@ -71,7 +71,7 @@ async def test_who_was_invited_and_removed_again_while_away_knows_that_it_is_out
 
 
 async def test_an_open_that_is_repeated_after_leaving_says_that_one_is_out(world: World) -> None:
-    """It answered `ok` with an id, and nothing told the client that it was not in there any more."""
+    """The server answered `ok` with an id, and the client did not learn that it was no longer a member."""
     _, alice = await world.pair("alice")
     bob = await world.user("bob")
     request = {"kind": "group", "cid": new_cid(), "title": "Tea", "members": [bob.id]}

@@ -1,4 +1,4 @@
-"""What operators are shown of the parts: hit ratios, pools, breakers, the health of each."""
+"""Metrics that operators see of the parts: hit ratios, pools, breakers, the health of each."""
 
 from __future__ import annotations
 

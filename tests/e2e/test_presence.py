@@ -1,4 +1,4 @@
-"""Who is online, told to those who watch; and blocking."""
+"""The presence of users, pushed to those who watch them; and blocking."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def test_watch_tells_the_states_now(world: World) -> None:
     states = {state["user"]: state["state"] for state in reply["states"]}
     assert states[alice.id] == "online"
     assert states[carol.id] == "offline"
-    # He is on the other worker: told now, or as soon as that is known here.
+    # He is on the other worker: online in the reply, or pushed as soon as this worker knows it.
     if states[bob.id] == "offline":
         await a.expect(t="presence", user=bob.id, state="online")
 
@@ -39,7 +39,7 @@ async def test_coming_and_going_is_told_to_watchers_on_every_worker(world: World
     for client in watchers:
         push = await client.expect(t="presence", user=bob.id, state="offline")
         assert left - 2000 < push["seen"] < time.time() * 1000 + 2000
-    # Whoever asks later is told the same.
+    # A session that asks later is answered the same.
     states = (await (await world.connect(alice)).request("watch", users=[bob.id]))["states"]
     assert [(state["user"], state["state"]) for state in states] == [(bob.id, "offline")]
     assert states[0]["seen"] == push["seen"]
@@ -63,7 +63,7 @@ async def test_one_of_two_sessions_going_is_not_told(world: World) -> None:
     await a.request("watch", users=[bob.id, carol.id])
     a.forget()
     await b1.close()
-    await c.close()  # she went after him: what is told of her comes after what would be told of him
+    await c.close()  # she went after him: a push about her comes after one about him would
     await a.expect(t="presence", user=carol.id, state="offline")
     assert not a.got(t="presence", user=bob.id, state="offline")
     await b0.request("ping")

@@ -17,7 +17,7 @@ from .conftest import Common, Serve
 from .raw import CLOSE, TEXT, Raw, frame
 from .world import World, new_cid
 
-# What a loaded machine may take longer.
+# The additional time that a loaded machine may take.
 SLACK_S = 10.0
 
 
@@ -33,7 +33,7 @@ def usual(usual_server: Server) -> World:
 
 
 class Strict:
-    """Sends requests at once, at most ``window`` unanswered, and each again when it was told to."""
+    """Sends requests at once, at most ``window`` unanswered, and each again after its `retry_after_ms`."""
 
     def __init__(self, raw: Raw, requests: list[dict[str, Any]], window: int = 1 << 30) -> None:
         self.raw = raw

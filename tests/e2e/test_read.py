@@ -17,7 +17,7 @@ async def _pair(world: World) -> tuple[Client, User, Client, str]:
 
 
 async def _view(world: World, user: User, conv: str) -> dict[str, object]:
-    """How a user who comes now sees a conversation."""
+    """The `conv` of a conversation for a user who connects now."""
     client = await world.connect(user)
     view = await client.expect(t="conv", c=conv)
     await client.close()
@@ -110,7 +110,7 @@ async def test_marks_and_typing_are_told_in_small_conversations_only(tight: Worl
         await b.reach(conv, len(await tight.whole_log(a, conv)))
         await b.request("read", c=conv, upto=b.seqs(conv)[-1])
         await b.request("typing", c=conv)
-    # Told in this order over one way: what came of the large one would have come before.
+    # Pushed in this order over one way: pushes of the large one would have come before.
     await a.expect(t="typing", c=small)
     await a.expect(t="read", c=small)
     assert not a.got(t="read", c=large)

@@ -22,7 +22,7 @@ async def _leave(client: Client, conv: str) -> tuple[dict[str, int], str]:
 def sent(client: Client) -> dict[str, dict[str, object]]:
     """The `conv` that the log-in itself sent, by conversation in order.
 
-    What happened just before may be told once more to a session that knows it already, but only the
+    Changes from just before may be pushed once more to a session that knows them already, but only the
     log-in says where a conversation is attached.
     """
     views = client.got(t="conv", after=...)
@@ -31,7 +31,7 @@ def sent(client: Client) -> dict[str, dict[str, object]]:
 
 
 async def _start(world: World) -> tuple[Client, User, Client, str]:
-    """A sender, and somebody who has joined, been sent something, and is about to leave."""
+    """A sender, and a user who has joined, received messages, and is about to leave."""
     _, a = await world.pair("alice", on=0)
     bob = await world.user("bob")
     conv = await world.group(a, bob)

@@ -1,4 +1,4 @@
-"""Sending: stored once, in one order, pushed to everybody on every worker."""
+"""Sending: stored once, in one order, pushed to all members on every worker."""
 
 from __future__ import annotations
 

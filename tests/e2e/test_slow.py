@@ -28,7 +28,7 @@ async def test_4002_a_reader_that_does_not_read_is_cut_off_and_hurts_nobody_else
     for client in readers:
         await client.reach(conv, last)
         assert client.seqs(conv) == list(range(begin + 1, last + 1))
-    # What it can still read is whole and in order, and ends with the code.
+    # The bytes that it can still read are whole and in order, and end with the code.
     held = begin
     while (received := await slow.frame()).opcode != CLOSE:
         message = received.json
@@ -61,7 +61,7 @@ async def test_4002_who_reads_on_much_later_learns_why(serve: Serve) -> None:
         await a.request("watch", users=[bob.id])
         last = await world.fill(a, conv, MUCH, BODY)
         await a.expect(t="presence", user=bob.id, state="offline")  # it is given up
-        # A closing handshake that nobody answers is given up, too, and the slow one still is there.
+        # A closing handshake without an answer is given up, too, and the slow client still is there.
         deaf = await world.raw(on=0)
         await deaf.send(frame(TEXT, b"[]"))
         await deaf.ended()

@@ -1,6 +1,6 @@
-"""Clients that do what the protocol tells them to when the server goes away: come back, resume, repeat.
+"""Clients that obey the protocol when the server goes away: come back, resume, repeat.
 
-They keep what they were told, so that a test can compare it with the log at the end.
+They keep what they were sent, so that a test can compare it with the log at the end.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Talker:
     def __init__(self, server: Server, user: User) -> None:
         self.server = server
         self.user = user
-        self.record: dict[str, list[Message]] = {}  # what was received, by conversation
+        self.record: dict[str, list[Message]] = {}  # the received entries, by conversation
         self.start: dict[str, int] = {}  # where it was attached at first: the record begins behind
         self.acked: dict[tuple[str, str], int] = {}  # (conversation, cid) -> seq
         self.closes: list[tuple[int, str]] = []  # 1006: without a close frame
@@ -140,7 +140,7 @@ class Talker:
 
 
 class Traffic:
-    """Many talkers in some conversations, until ``end`` proves that all of them were told the same."""
+    """Many talkers in some conversations, until ``end`` proves that all of them were sent the same."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -152,7 +152,7 @@ class Traffic:
         self._senders: list[asyncio.Task[None]] = []
 
     async def begin(self, talkers: int, conversations: int) -> None:
-        """Everybody is in every conversation, and sends."""
+        """All talkers join every conversation, and send."""
         users = [await self.world.user(f"t{i}") for i in range(talkers)]
         self.talkers = [Talker(self.world.server, user) for user in users]
         self._tasks = [asyncio.create_task(talker.live()) for talker in self.talkers]
@@ -186,7 +186,7 @@ class Traffic:
                 task.result()
 
     async def end(self) -> dict[str, list[Message]]:
-        """Stop sending; see that what was acknowledged is in the log, once, and that everybody holds the log."""
+        """Stop sending; see that all acknowledged messages are in the log, once, and all talkers hold it."""
         for talker in self.talkers:
             talker.sending = False
         async with asyncio.timeout(PATIENCE_S):
@@ -212,7 +212,7 @@ class Traffic:
 
 
 async def with_traffic(server: Server, talkers: int, conversations: int, work: Callable[[Traffic], Any]) -> Traffic:
-    """Run ``work`` in the middle of traffic, then prove that nothing was lost or told twice."""
+    """Run ``work`` in the middle of traffic, then prove that nothing was lost or sent twice."""
     world = World(server)
     traffic = Traffic(world)
     try:

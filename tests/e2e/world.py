@@ -1,4 +1,4 @@
-"""Who takes part in a test: users, their clients on either worker, and their conversations."""
+"""The participants of a test: users, their clients on either worker, and their conversations."""
 
 from __future__ import annotations
 
@@ -135,9 +135,9 @@ class World:
 
     # --- conversations -----------------------------------------------------------------
     async def _told(self, conv: str, *members: str) -> str:
-        """Wait until all clients of the members have been told of a new conversation.
+        """Wait until all clients of the members have the `conv` of a new conversation.
 
-        What is sent to it from then on is pushed to them, states too. Earlier entries may be, or not:
+        Messages sent to it from then on are pushed to them, states too. Earlier entries may be, or not:
         one may be attached where the head was.
         """
         for client in self.clients:
@@ -148,7 +148,7 @@ class World:
         return conv
 
     async def group(self, owner: Client, *members: User, title: str | None = "a group") -> str:
-        """Open a group; its id, once all its members have been told of it."""
+        """Open a group; its id, once all its members have its `conv`."""
         fields: Message = {"kind": "group", "cid": new_cid(), "members": [user.id for user in members]}
         if title is not None:
             fields["title"] = title
@@ -161,7 +161,7 @@ class World:
         return await self._told(reply["c"], owner.user)
 
     async def dm(self, one: Client, other: User) -> str:
-        """Open the direct conversation with somebody; its id."""
+        """Open the direct conversation with another user; its id."""
         reply = await one.request("open", kind="dm", cid=new_cid(), members=[other.id])
         return await self._told(reply["c"], one.user, other.id)
 
@@ -200,7 +200,7 @@ class World:
 
 
 async def until(condition: Any, what: str) -> Any:
-    """Wait for something that tells nobody when it happens; ``condition`` may be a coroutine function."""
+    """Wait for something that raises no event when it happens; ``condition`` may be a coroutine function."""
     deadline = asyncio.get_running_loop().time() + PATIENCE_S
     while True:
         value = condition()

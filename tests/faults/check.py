@@ -28,7 +28,7 @@ def logs_are_dense(logs: Logs, broken: Broken) -> None:
 
 
 def sends_are_kept(logs: Logs, senders: Iterable[Sender], broken: Broken) -> tuple[int, int]:
-    """What was acknowledged is there at its seq, once; what was not, at most once; a sender's order holds.
+    """Acknowledged messages are there at their seqs, once; others at most once; a sender's order holds.
 
     Returns how many were acknowledged, and how many of the others are there.
     """
@@ -68,7 +68,7 @@ def sends_are_kept(logs: Logs, senders: Iterable[Sender], broken: Broken) -> tup
 
 
 def records_are_the_log(logs: Logs, devices: Iterable[Device], broken: Broken) -> int:
-    """What each client holds is the log from where it began. Returns how many entries were compared."""
+    """The entries that each client holds are the log from where it began. Returns how many entries were compared."""
     compared = 0
     digests = {conv: [digest(row.entry) for row in log] for conv, log in logs.items()}
     for device in devices:
@@ -96,7 +96,7 @@ def pages_are_the_log(logs: Logs, where: str, pages: Mapping[str, Sequence[Messa
 
 
 def nothing_is_ahead(heads: Mapping[str, int], held: Mapping[str, int], when: str, broken: Broken) -> None:
-    """Nobody was told, or acknowledged, what is not stored: ``held`` was looked at before ``heads``."""
+    """No client was sent, or acknowledged, an entry that is not stored: ``held`` was read before ``heads``."""
     for conv, seq in held.items():
         if seq > heads.get(conv, 0):
             broken.add(

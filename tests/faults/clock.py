@@ -1,4 +1,4 @@
-"""A wall clock of our own for the processes under test: the machine's is everybody's and stays as it is."""
+"""A wall clock of our own for the processes under test: the machine's, which all processes share, stays as it is."""
 
 from __future__ import annotations
 
@@ -42,5 +42,5 @@ class Clock:
         self._page[:8] = struct.pack("=q", int(self.ahead_s * 1e6))
 
     def close(self) -> None:
-        """What obeys it must be gone."""
+        """The processes that obey it must be gone."""
         self._page.close()

@@ -1,4 +1,4 @@
-"""Everybody who takes part in a run: who is in which conversation, and how they behave."""
+"""All clients of a run: which conversations they are in, and how they behave."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Crowd:
         self.senders: list[Sender] = []
         self.receivers: list[Device] = []
         self.convs: list[str] = []
-        self.reader: tuple[str, str] = ("", "")  # user and token of who is in every conversation
+        self.reader: tuple[str, str] = ("", "")  # user and token of a user who is in every conversation
         self._chance = random.Random(f"crowd {seed}")
         self._addresses = addresses
         self._still = asyncio.Event()
@@ -60,7 +60,7 @@ class Crowd:
 
     # --- setting up ----------------------------------------------------------------
     def _members(self) -> list[list[str]]:
-        """Who is in which conversation, by names; the first is the hot one."""
+        """The members of each conversation, by names; the first is the hot one."""
         cold = self.scale.conversations - 1
         members: list[list[str]] = [[] for _ in range(self.scale.conversations)]
         for kind, count, every in (
@@ -130,7 +130,7 @@ class Crowd:
 
     # --- a run ---------------------------------------------------------------------
     async def connect(self) -> None:
-        """Everybody comes; returns when all are there."""
+        """Connect all clients; returns when all are ready."""
         loop = asyncio.get_running_loop()
         for device in self.devices:
             self._lives.append(loop.create_task(device.live(), name=f"live {device.name}"))
@@ -145,7 +145,7 @@ class Crowd:
             sender.flowing.set() if on else sender.flowing.clear()
 
     def begin(self) -> None:
-        """Everybody sends, while they flow."""
+        """All senders send, while messages flow."""
         loop = asyncio.get_running_loop()
         every_s = len(self.senders) / self.scale.per_s
         self._talks = [loop.create_task(sender.talk(every_s, SIZES), name=sender.name) for sender in self.senders]
@@ -191,7 +191,7 @@ class Crowd:
                 wire.go_on()
 
     async def hush(self) -> None:
-        """No new messages, nobody moves about any more; all are attached and read."""
+        """End new messages and all moving about; all clients are attached and read."""
         for sender in self.senders:
             sender.sending = False
             sender.wake()
@@ -207,7 +207,7 @@ class Crowd:
         return sum(sender.queue() for sender in self.senders)
 
     def waiting(self, heads: dict[str, int]) -> Iterator[str]:
-        """Who does not hold everything up to these seqs, and what."""
+        """The clients that do not hold everything up to these seqs, and what they hold."""
         for device in self.devices:
             for conv, log in device.record.logs.items():
                 if log.held < heads[conv]:

@@ -1,9 +1,9 @@
-"""One client: it connects, resumes, keeps what it is told, and comes back whatever happens, as docs/protocol.md says.
+"""One client: it connects, resumes, keeps what it is sent, and comes back whatever happens, as docs/protocol.md says.
 
 Where it differs from what the protocol advises, it is because a run packs the faults of a year into minutes:
 the wait before coming back is at most ``BACKOFF_MOST_S`` and starts again after ``GOOD_S`` of a good connection
 (not a minute each), so that what is measured is the server's doing and not the clients' patience; and on a
-loopback a ping that is not answered within ``PONG_S`` (not 5 s) means that nobody is there.
+loopback a ping that is not answered within ``PONG_S`` (not 5 s) means that the server is gone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .wire import Wire, dial
 ENTRIES = frozenset({"msg", "member", "meta", "edit", "del", "react"})
 GOOD_S = 1.0
 PONG_S = 1.0
-#: A client that hears nothing asks whether anybody is there; sooner if it waits for an answer.
+#: A client that hears nothing asks whether the server is there; sooner if it waits for an answer.
 PING_S = 5.0
 ASK_S = 1.0
 #: From the upgrade to the answer of `auth`; FerretDB reads every document there is for each login.
@@ -68,9 +68,9 @@ class Device:
         self.life = Life()
         self.chance = chance
         self.ready = asyncio.Event()
-        self.moved: Callable[[], None] = lambda: None  # told of every entry
-        self.away = False  # what it wants
-        self.detached = False  # what this connection is
+        self.moved: Callable[[], None] = lambda: None  # called for every entry
+        self.away = False  # the state that it wants
+        self.detached = False  # the state of this connection
         self.slow = slow
         self.wire: Wire | None = None
         self.only_address: tuple[str, int] | None = None
@@ -176,7 +176,7 @@ class Device:
         wire.send(orjson.dumps(auth))
 
     async def _watch(self, wire: Wire) -> None:
-        """Ask whether anybody is there when nothing was heard; drop the connection if not."""
+        """Ask whether the server is there when nothing was heard; drop the connection if not."""
         login_until = self._loop.time() + AUTH_S
         while True:
             await asyncio.sleep(0.25)
@@ -265,7 +265,7 @@ class Device:
             log = self.record.logs[conv]
             reply = await self.request({"t": "history", "c": conv, "after": log.held, "limit": PAGE, "raw": True})
             if reply is None or self.wire is not wire:
-                return  # whoever comes back asks again
+                return  # the next connection asks again
             if reply["t"] == "error":
                 if "retry_after_ms" not in reply:
                     self.broken.add("refused", f"{self.name}: history was answered with {reply}")
@@ -301,7 +301,7 @@ class Device:
             wire.abort()  # its next login attaches all
 
     async def look(self, conv: str) -> None:
-        """Open a conversation, as an app does: its newest page holds what this client was told before it asked."""
+        """Open a conversation, as an app does: its newest page holds all that this client had heard of before."""
         log = self.record.logs.get(conv)
         # Until it is logged in, what it asks may be answered with `unauthenticated`: behind an `auth` that failed.
         if log is None or not self.ready.is_set() or self.detached:

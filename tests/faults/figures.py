@@ -1,4 +1,4 @@
-"""What clients saw of a run: how available it was, and how long they took to recover from each fault."""
+"""A run as clients saw it: how available it was, and how long they took to recover from each fault."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .sender import Sender
 
 #: A send is answered in time within this, from when it was due.
 DEADLINE_S = 5.0
-#: What comes so long after a fault was repaired may still be its doing.
+#: Trouble so long after a fault was repaired may still be its doing.
 AFTER_S = 5.0
 #: A send that takes longer than this during a fault was hit by it.
 HIT_S = 1.0
@@ -108,7 +108,7 @@ def figure(
 
 
 def _between(windows: Iterable[tuple[float, float]], began: float, ended: float) -> Iterable[tuple[float, float]]:
-    """What is left of a time without these windows."""
+    """The parts of a time outside these windows."""
     at = began
     for a, b in sorted(windows):
         if a > at:
@@ -130,7 +130,7 @@ def _connected(devices: Sequence[Device], windows: Sequence[tuple[float, float]]
 
 
 def _late_deliveries(senders: Sequence[Sender], devices: Sequence[Device]) -> list[tuple[str, float, float]]:
-    """What came more than HIT_S after it was acknowledged: to whom, and both times."""
+    """Deliveries more than HIT_S after the acknowledgement: the receiver, and both times."""
     acked = {
         (message.conv, message.seq): message.acked for sender in senders for message in sender.sent if message.acked
     }
@@ -153,7 +153,7 @@ def _recover(
 ) -> None:
     """From when the fault (or, if that was later, what the client missed) began, until the client is served again.
 
-    What begins after ``until`` is not its doing.
+    Whatever begins after ``until`` is not its doing.
     """
     began = one.began
     hit: dict[str, float] = {}
@@ -163,7 +163,7 @@ def _recover(
                 hit[device.name] = max(hit.get(device.name, 0.0), back - gone)
     here = {device.name for device in steady if device.name.endswith("(steady)") or device.name.startswith("s")}
     for name, since, came in late:
-        # Who is away or drops its connection by itself waits for other reasons.
+        # A client that is away or drops its connection by itself waits for other reasons.
         if name in here and began - HIT_S <= since <= until and came > began:
             hit[name] = max(hit.get(name, 0.0), came - max(began, since))
     for sender in senders:

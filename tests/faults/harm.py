@@ -38,7 +38,7 @@ class Skipped(Exception):
 
 @dataclass
 class Scene:
-    """What faults work on, and what they note for the checker."""
+    """The objects that faults work on, and their notes for the checker."""
 
     site: Site
     crowd: Crowd
@@ -201,7 +201,7 @@ async def knocking(scene: Scene, host: Host) -> AsyncIterator[None]:
             async with asyncio.timeout(KNOCK_S):
                 while not wire.greeted and not wire.ended.is_set():
                     await asyncio.sleep(0.01)
-            # Closed with 1012 instead of a greeting: it was taken and told.
+            # Closed with 1012 instead of a greeting: the worker accepted it, and sent the reason.
             if wire.reset and not wire.greeted:
                 scene.resets.append("reset after the upgrade, before any message")
         except ConnectionResetError:
@@ -365,5 +365,5 @@ HARM: dict[str, Callable[[Scene, Fault], Awaitable[None]]] = {
         bus_swallows_down, bus_half_closed, clock, never_reads,
     )
 }  # fmt: skip
-#: Those that replace workers without anybody's being reset.
+#: Those that replace workers without resetting any connection.
 REPLACING = (reload, drain_worker)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..server import BACKENDS, Backend, Server
 
-#: A supervisor that died leaves workers that drain; who restarts it (systemd) tries so often, for so long.
+#: A supervisor that died leaves workers that drain; systemd, which restarts it, tries so often, for so long.
 AGAIN_S = 0.25
 RESTART_S = 40.0
 #: A line of the log that begins one, and is no part of a traceback.
@@ -34,7 +34,7 @@ class Host(Server):
         launcher: tuple[str, ...] = ("chatcore",),
     ) -> None:
         super().__init__(data, workers=workers, settings=settings, backend=backend, launcher=launcher, extra=extra)
-        self.away = False  # as clients are told: do not even try
+        self.away = False  # clients are not even to try
         self._once: set[int] = set()  # every process that it ever had
 
     def start(self) -> Host:
@@ -63,7 +63,7 @@ class Host(Server):
         self._close()
 
     def status(self) -> dict[str, Any]:
-        """What it says of itself."""
+        """The status that it reports."""
         return self.ask("status")
 
     def workers_now(self) -> dict[int, int]:

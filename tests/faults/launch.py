@@ -22,7 +22,7 @@ TASKS_FILE = "tasks-{}"
 
 
 def worker_main(made_of: type[Worker]) -> WorkerMain:
-    """What `chatcore.server.worker.main` does, with this class."""
+    """The same as `chatcore.server.worker.main`, with this class."""
 
     def main(context: WorkerContext) -> int:
         sys.setswitchinterval(SWITCH_INTERVAL_S)

@@ -59,7 +59,7 @@ KINDS: Final = {
     )
 }  # fmt: skip
 
-#: What the short lane has of each pair, in this order.
+#: The faults of the short lane for each pair, in this order.
 SHORT: Final = {
     SQLITE: ("kill_in_batch", "disk_full", "reload"),
     MONGODB: ("kill_worker", "bus_swallows_down", "redis_emptied"),

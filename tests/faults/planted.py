@@ -16,7 +16,7 @@ from chatcore.supervisor.worker_process import WorkerContext
 
 #: Long enough that a kill falls into it, and that the log is looked at before it is over.
 EARLY_S = 1.0
-#: One of so many entries is told to other workers, so that a hole is found; the last ones are mostly not.
+#: One of so many entries is announced to other workers, so that a hole is found; the last ones are mostly not.
 TOLD_OF = 5
 #: The looks that would find what the bus lost.
 NEVER_MS = 600_000

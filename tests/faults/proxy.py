@@ -14,7 +14,7 @@ CHUNK = 65536
 
 
 class How(enum.Enum):
-    """What happens to bytes that go one way."""
+    """The fate of bytes that go one way."""
 
     WELL = "well"
     LATE = "late"  # held back for ``delay_s``

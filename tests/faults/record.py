@@ -1,4 +1,4 @@
-"""What a client was told, kept small: where it began in each conversation, and a digest of every entry since.
+"""The entries that a client was sent, kept small: where it began in each conversation, and a digest of each since.
 
 Millions of deliveries are recorded in a run; the digests are compared with those of the stored log at the end.
 """
@@ -28,8 +28,8 @@ def digest(entry: Message) -> int:
 class Broken:
     """The promises that were broken: how often, with some examples of each.
 
-    Kinds: ``lost`` (a hole, an acknowledged message that is not there), ``doubled`` (stored or told twice),
-    ``order``, ``phantom`` (told but not stored), ``refused`` (a final error where none is due), and others
+    Kinds: ``lost`` (a hole, an acknowledged message that is not there), ``doubled`` (stored or sent twice),
+    ``order``, ``phantom`` (sent but not stored), ``refused`` (a final error where none is due), and others
     that the checker names.
     """
 
@@ -77,7 +77,7 @@ class Log:
 
     @property
     def reached(self) -> int:
-        """The last seq that it was told of."""
+        """The last seq that it has heard of."""
         return max(self.held, self.missing_to) + len(self.later)
 
 
@@ -130,7 +130,7 @@ class Record:
         return True
 
     def looked(self, conv: str, told: int, entries: list[Message], at: int) -> None:
-        """A newest page came, to who had been told of everything up to ``told``."""
+        """A newest page came, to a client that had heard of everything up to ``told``."""
         log = self.logs[conv]
         seqs = [entry["s"] for entry in entries]
         if not seqs or at < told or seqs != list(range(at - len(seqs) + 1, at + 1)):
@@ -143,11 +143,11 @@ class Record:
                 self.broken.add("stale", f"{self.name}: a page of {conv} has another {entry['s']} than was pushed")
 
     def lately(self) -> str:
-        """What the client did last."""
+        """The last things that the client did."""
         return "; ".join(f"{time.monotonic() - at:.2f} s ago {what}" for at, what in self.events)
 
     def note(self, what: str) -> None:
-        """Keep it for who wonders how something came about."""
+        """Keep it, for a person who looks for the cause of a broken promise."""
         self.events.append((time.monotonic(), what))
 
     def page(self, conv: str, entries: list[Message]) -> bool:

@@ -24,7 +24,7 @@ leaves out what was due from 5 s before such a fault until 5 s after its repair 
 store killed, stalled, full or failing). **Connected** is the share of the time of all clients that want to be
 connected in which they were logged in and caught up; the waits that a draining worker asks for (up to 5 s) count as
 absence. **Recovery** is counted from the fault, or from when the client lost its connection if that was later, until
-it was served again: connected and caught up, its message acknowledged, or told of what others had been acknowledged.
+it was served again: connected and caught up, its message acknowledged, or sent what others had been acknowledged.
 It is of the clients that were hit: lost their connection, or waited for more than a second.
 
 Clients come back as docs/protocol.md says, but wait at most 4 s between attempts and take 1 s without an answer to a
@@ -53,7 +53,7 @@ class Results:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, result: Result, *, keep: bool) -> str:
-        """What it says, for people; ``keep`` it for the report."""
+        """The result as text, for people; ``keep`` it for the report."""
         kept: dict[str, Any] = {
             "backend": result.backend,
             "seed": result.seed,

@@ -1,4 +1,4 @@
-"""One run: everybody comes, faults happen in the middle of traffic, and in the end everything is compared."""
+"""One run: all clients connect, faults happen in the middle of traffic, and in the end everything is compared."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .site import Site
 from .use import Use, measure
 from .wire import dial
 
-#: Everybody holds everything so long after the last fault, without a further send.
+#: All clients hold everything so long after the last fault, without a further send.
 CONVERGE_S = 10.0
-#: What the servers use in the end may be so much more than before the first fault.
+#: In the end the servers may use so much more than before the first fault.
 GROWTH = 0.05
 #: Traffic before what the servers use is measured, as a part of a run, at least and at most: caches fill, those of
 #: SQLite's pages last.
@@ -39,7 +39,7 @@ EXPECTED_LOG = r"died|signal 9|store|disk|I/O|mongo|redis|unavailable|full|stuck
 
 @dataclass
 class Result:
-    """What came of a run."""
+    """The result of a run."""
 
     backend: str
     seed: int
@@ -153,7 +153,7 @@ class Run:
         await well(scene.site)
 
     async def _ahead(self, scene: Scene, when: str) -> None:
-        """Right after a kill: whatever anybody was told is stored."""
+        """Right after a kill: every entry that a client has heard of is stored."""
         crowd = scene.crowd
         held: dict[str, int] = dict.fromkeys(crowd.convs, 0)
         for device in crowd.devices:
@@ -167,7 +167,7 @@ class Run:
 
     # --- the end ----------------------------------------------------------------------
     async def _converge(self, site: Site, crowd: Crowd, hushed: float) -> tuple[int, float]:
-        """Wait until everybody holds everything; how many are not acknowledged, and how long it took."""
+        """Wait until all clients hold everything; how many messages are not acknowledged, and how long it took."""
         loop = asyncio.get_running_loop()
         unacked = await crowd.quiet(CONVERGE_S)
         if unacked:
@@ -230,7 +230,7 @@ class Run:
         raise AssertionError(f"no connection reached worker {slot}")
 
     def _resets(self, scene: Scene) -> None:
-        """While workers are replaced, nobody who waits to be accepted is reset."""
+        """While workers are replaced, no connection that waits to be accepted is reset."""
         windows = [(one.began, one.healed) for one in self.happened if HARM[one.fault.kind.name] in REPLACING]
         for device in scene.crowd.devices:
             if any(began <= at <= healed for at in device.life.resets for began, healed in windows):

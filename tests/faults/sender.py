@@ -1,6 +1,6 @@
 """A client that sends: each message at its time, with one cid, again and again until it is acknowledged.
 
-The times are set beforehand and do not wait for the server: what is due while nobody answers waits in the
+The times are set beforehand and do not wait for the server: what is due while no worker answers waits in the
 client's own queue, and its waiting counts.
 """
 
@@ -56,7 +56,7 @@ class Sender(Device):
         return sum(map(len, self._queues.values()))
 
     def wake(self) -> None:
-        """Let those who wait for messages see that there will be none."""
+        """Let tasks that wait for messages see that there will be none."""
         self.flowing.set()
         for news in self._news.values():
             news.set()

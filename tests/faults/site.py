@@ -1,4 +1,4 @@
-"""What a run runs on: hosts, the services behind them, and the means to harm each.
+"""The site of a run: hosts, the services behind them, and the means to harm each.
 
 ``sqlite-local`` is one host of four workers, since a data folder belongs to one server; ``mongodb-redis`` is two
 hosts of two workers with folders of their own, which share a MongoDB-wire server and a Redis, each host through
@@ -98,8 +98,8 @@ class Site:
         self.clock = Clock(folder)
         self._stack.callback(self.clock.close)
         if self.backend == "sqlite-local":
-            # A write-ahead log keeps the blocks that it has: with the default of 64 MiB a full disk would be felt by
-            # nobody in the seconds for which it lasts here, as the log goes round in them.
+            # A write-ahead log keeps the blocks that it has: with the default of 64 MiB no client would notice a
+            # full disk in the seconds for which it lasts here, as the log goes round in them.
             self._host("a", 4, {"CHATCORE_STORE_CHECKPOINT_PAGES": "1000"})
         else:
             await self._services()

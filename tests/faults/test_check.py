@@ -58,7 +58,7 @@ async def test_what_was_acknowledged_is_where_it_was_said_to_be() -> None:
         ([Sent("c", "cid2", "b2", 0, acked=1, seq=2), Sent("c", "cid1", "b1", 0, acked=1, seq=1)], {"order"}),
     ):
         sender, broken = device(), Broken()
-        # What the others sent is not looked for here.
+        # Messages of the other senders are not looked for here.
         sender.sent = sent
         known = {message.cid for message in sent}
         log = {"c": [row for row in LOG["c"] if row.cid in known]}
@@ -75,7 +75,7 @@ async def test_what_nobody_sent_is_seen() -> None:
 async def test_a_record_is_the_log_from_where_it_began() -> None:
     for told, kinds in (
         ([entry(3), entry(4), entry(5)], set()),
-        ([entry(3), entry(4)], set()),  # that everybody holds everything is asked while they are connected
+        ([entry(3), entry(4)], set()),  # that all clients hold everything is checked while they are connected
         ([entry(3), entry(4, body="another")], {"order"}),
         ([entry(3), entry(4), entry(5), entry(6)], {"phantom"}),
     ):

@@ -31,7 +31,7 @@ def run(plant: str | None, *faults: str) -> Result:
         pytest.param("acks-early", ["kill_worker"], "lost", id="ack before commit"),
         # A worker that dies makes the others look, which would find what was dropped.
         pytest.param("drops-last", [], "lost", id="dropped last publish"),
-        # Between the two kills something is said, which those who come back have missed.
+        # Between the two kills clients send messages, which the clients that come back have missed.
         pytest.param("repeats", ["kill_worker", "kill_worker"], "doubled", id="repeat on resume"),
         pytest.param("stale", ["kill_worker"], "stale", id="stale cache"),
     ],

@@ -1,4 +1,4 @@
-"""The proxy does to one direction what it says, and nothing to the other."""
+"""The proxy harms the direction that it is to harm, and not the other."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from .proxy import How, Proxy
 
 PATIENCE_S = 10.0
-#: What does not come within this does not come.
+#: Bytes that do not come within this do not come.
 NOTHING_S = 0.3
 LATE_S = 0.3
 
@@ -38,7 +38,7 @@ async def line() -> AsyncIterator[tuple[Proxy, asyncio.StreamReader, asyncio.Str
 
 
 async def told(reader: asyncio.StreamReader, within_s: float = PATIENCE_S) -> bytes | None:
-    """What comes; None: nothing."""
+    """The bytes that come; None: none."""
     try:
         async with asyncio.timeout(within_s):
             return await reader.read(100)
@@ -59,7 +59,7 @@ async def test_bytes_vanish_one_way_and_the_connection_stays_until_it_is_healed(
         writer.write(b"one")
         assert await told(reader, NOTHING_S) is None
         proxy.heal()
-        # What lost bytes cannot go on: it ends, one way or the other.
+        # A connection that lost bytes cannot go on: it ends, one way or the other.
         with contextlib.suppress(ConnectionError):
             assert await told(reader) == b""
         again, there = await asyncio.open_connection("127.0.0.1", proxy.port)

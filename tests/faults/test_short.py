@@ -25,7 +25,7 @@ def test_three_faults_break_no_promise(backend: str) -> None:
     faults = plan(backend, SEED, 60.0, names=SHORT[backend], warm_s=WARM_S, rest_s=(3.0, 4.0))
     assert len(faults) == 3
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        # What is in use is compared in the long lane: caches are not full yet here.
+        # The long lane compares what the servers use: caches are not full yet here.
         run = Run(backend, SEED, 60.0, SCALES[backend], faults, compare_use=False)
         result = runner.run(run.run())
     for one in result.happened:

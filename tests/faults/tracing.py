@@ -19,7 +19,7 @@ class Trace:
         self._lines = text.splitlines()
 
     def problem(self, cid: str, id: int) -> str | None:
-        """What is wrong with the acknowledgement of the message ``cid``, asked for by request ``id``; None: nothing.
+        """The problem with the acknowledgement of the message ``cid``, asked for by request ``id``; None: nothing.
 
         The call that wrote it has to be there, then a sync that began after it and succeeded, then the first
         byte of the reply.

@@ -1,4 +1,4 @@
-"""What the processes of the servers use: memory, open files, tasks."""
+"""The resources that the processes of the servers use: memory, open files, tasks."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any, cast
 TEXT, CLOSE, PING, PONG = 0x81, 0x88, 0x89, 0x8A
 #: A worker that does not accept, or accepts and says nothing, is given up after this.
 DIAL_S = 1.0
-#: What the kernel may keep for a client that is slow on purpose.
+#: The most that the kernel may keep for a client that is slow on purpose.
 SLOW_BUFFER_BYTES = 8192
 
 

@@ -16,7 +16,7 @@ __all__ = ["pytest_pyfunc_call", "pytest_runtest_makereport"]
 
 @pytest.fixture(scope="module")
 def common_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """Hosts that nobody harms."""
+    """Hosts that no test harms."""
     site = Site(tmp_path_factory.mktemp("hosts"))
     try:
         yield site.start()

@@ -29,7 +29,7 @@ from ..services.redis import RedisServer
 WORKERS = 2
 #: Promised after Redis is back: every client holds everything, and all parts are well.
 CONVERGE_S = 10.0
-#: Promised after a host died without a word: who was on it appears offline.
+#: Promised after a host died without a word: its users appear offline.
 PRESENCE_S = 30.0
 
 
@@ -90,7 +90,7 @@ class Site:
         eventually(lambda: all(_state(task) == "T" for task in tasks.iterdir()), "every thread has stopped")
 
     def need_own_store(self) -> None:
-        """Skip the test if the store is somebody else's: it is to be stopped or killed."""
+        """Skip the test if the store is not ours: the test stops or kills it."""
         if self.mongo.external:
             pytest.skip("the server of CHATCORE_TEST_MONGODB_URL may not be stopped")
 
@@ -117,8 +117,8 @@ class HostWorld(World):
 
 
 class Pair:
-    """The two hosts' sides of a test. All clients are known to both, so that whoever opens a conversation
-    waits until those on the other host have been told of it, too."""
+    """The two hosts' sides of a test. All clients are known to both, so that a test that opens a conversation
+    waits until those on the other host have its `conv`, too."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -141,7 +141,7 @@ class Pair:
 
 
 async def readyz(server: Server) -> dict[int, tuple[int, dict[str, str]]]:
-    """What each worker answers: the status and its parts, by slot."""
+    """The answer of each worker: the status and its parts, by slot."""
     told: dict[int, tuple[int, dict[str, str]]] = {}
     for _ in range(200):
         http = await Http.open(server.address)
@@ -250,7 +250,7 @@ class HostTraffic(Traffic):
             await asyncio.gather(*self._senders)
 
     async def converge(self) -> float:
-        """Wait until everybody holds all that was acknowledged; after how many seconds."""
+        """Wait until all talkers hold all acknowledged messages; after how many seconds."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         heads = dict.fromkeys(self.convs, 0)
@@ -261,7 +261,7 @@ class HostTraffic(Traffic):
         return loop.time() - began
 
     def longest_gap(self, since: float, until: float) -> float:
-        """The longest time between two acknowledgements to anybody, in this time."""
+        """The longest time between two acknowledgements to any talkers, in this time."""
         times = sorted(t for roamer in self.roamers for t in roamer.ack_times if since <= t <= until)
         return max(b - a for a, b in zip([since, *times], [*times, until], strict=True))
 
@@ -315,12 +315,12 @@ async def crosses(one: Client, other: Client, conv: str) -> None:
 
 
 async def settled(watcher: Client, user: str, state: str) -> None:
-    """Wait until this is what the watcher was told last of the user."""
+    """Wait until this is the last state of the user that the watcher was sent."""
     await watcher.until(lambda: last_told(watcher, user) == state, f"{user} is {state}")
 
 
 def last_told(watcher: Client, user: str) -> str:
-    """What it was told last, by a push or in the answer to `watch`."""
+    """The last state that it was sent, by a push or in the answer to `watch`."""
     told = ""
     for message in watcher.received:
         for one in message.get("states", [message] if message["t"] == "presence" else []):
@@ -330,7 +330,7 @@ def last_told(watcher: Client, user: str) -> str:
 
 
 async def run(pair: Pair, talkers: int, conversations: int, pause_s: float, work: Callable[[HostTraffic], Any]) -> None:
-    """Run ``work`` in the middle of traffic, then prove that nothing was lost or told twice."""
+    """Run ``work`` in the middle of traffic, then prove that nothing was lost or sent twice."""
     traffic = HostTraffic(pair)
     try:
         await traffic.begin(talkers, conversations, pause_s)

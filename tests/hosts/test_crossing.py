@@ -1,4 +1,4 @@
-"""What happens on one host is told on the other: everything that clients see, and nothing else than the log."""
+"""Changes on one host reach clients on the other: everything that clients see, and nothing else than the log."""
 
 from __future__ import annotations
 
@@ -117,12 +117,12 @@ async def test_presence_crosses(pair: Pair) -> None:
     carol = await pair.a.user("carol")
     await pair.a.group(a, carol)
     states = (await a.request("watch", users=[bob.id, carol.id]))["states"]
-    # He is on the other host: told now, or as soon as that is known here.
+    # He is on the other host: online in the reply, or pushed as soon as this host knows it.
     if {state["user"]: state["state"] for state in states}[bob.id] == "offline":
         await a.expect(t="presence", user=bob.id, state="online")
     c = await pair.b.connect(carol)
     await a.expect(t="presence", user=carol.id, state="online")
-    # One of two devices goes, on whichever host: that is told to nobody.
+    # One of two devices goes, on whichever host: watchers are pushed nothing.
     second = await pair.a.connect(bob)
     await b.close()
     await c.close()

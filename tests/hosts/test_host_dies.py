@@ -63,7 +63,7 @@ async def test_who_was_on_a_host_that_died_resumes_on_the_other_or_appears_offli
             for user in stays:
                 await settled(watcher, user.id, "offline")
         offline_s = loop.time() - died
-        # Who watches from now on is told the same.
+        # A watcher that comes now is sent the same.
         now = await pair.b.connect(watcher_user)
         await now.request("watch", users=[user.id for user in (*backs, *stays)])
         appear = {user.id: "online" for user in backs} | {user.id: "offline" for user in stays}
@@ -73,7 +73,7 @@ async def test_who_was_on_a_host_that_died_resumes_on_the_other_or_appears_offli
         for user in (*backs, talker):
             assert last_told(watcher, user.id) == "online"
             assert not watcher.got(t="presence", user=user.id, state="offline"), "he was back in time"
-        # The host comes back, and knows who is where.
+        # The host comes back, and knows which users are online.
         await asyncio.to_thread(site.servers[0].start)
         here = await pair.a.connect(watcher_user)
         await here.request("watch", users=[user.id for user in (*backs, *stays)])
@@ -126,7 +126,7 @@ async def test_a_host_stops_in_time_while_a_part_does_not_answer(make_site: Call
             site.freeze_store()
         else:
             site.redis.freeze()
-        ended = asyncio.create_task(asyncio.to_thread(site.servers[0].stop))  # sees that nobody had to be killed
+        ended = asyncio.create_task(asyncio.to_thread(site.servers[0].stop))  # checks that no worker had to be killed
         assert (await client.end()).code == 1012
         await ended
     finally:

@@ -1,6 +1,6 @@
 """Redis stands still, dies, loses everything, or comes later: sends, acknowledgements and history never stop.
 
-What crosses between the hosts meanwhile goes through the store. When Redis is back everybody has
+Entries that cross between the hosts meanwhile go through the store. When Redis is back all clients have
 everything without another send, and the parts are well again without a restart.
 """
 
@@ -17,14 +17,14 @@ CONVERSATIONS = 2
 PAUSE_S = 0.3
 #: How long Redis stands still (the promise is about just that).
 AWAY_S = 10.0
-#: The longest that nobody at all is acknowledged; what a busy machine needs for its looks at the store, at most.
+#: The longest time without any acknowledgement; what a busy machine needs for its looks at the store, at most.
 GAP_S = 3.0
 #: The longest that a page of history takes, and that one talker waits for an acknowledgement and its pause.
 WAIT_S = 10.0
 
 
 class Watched:
-    """Somebody on each host who watches those who come and go on the other while Redis is away."""
+    """A client on each host that watches users who come and go on the other while Redis is away."""
 
     def __init__(self, pair: Pair) -> None:
         self.pair = pair
@@ -53,13 +53,13 @@ class Watched:
         await self.b.expect(t="msg", c=self.conv, s=sent["s"])
 
     async def see(self) -> None:
-        """Redis is back: what is told at most once crosses in both directions, and everybody appears as he is."""
+        """Redis is back: pushes that are sent at most once cross in both directions, and each user's state is right."""
         await crosses(self.a, self.b, self.conv)
         await crosses(self.b, self.a, self.conv)
         async with asyncio.timeout(PRESENCE_S):
             await settled(self.b, self.comes.id, "online")
             await settled(self.b, self.goes.id, "offline")
-        # A watcher that comes now is told the same.
+        # A watcher that comes now is sent the same.
         states = (await (await self.pair.b.connect(self.comes)).request("watch", users=[self.goes.id]))["states"]
         assert [state["state"] for state in states] == ["offline"]
 
@@ -92,7 +92,7 @@ async def _through_an_outage(
         ended = loop.time()
         gap, wait = traffic.longest_gap(began, ended), traffic.longest_wait(began, ended)
         page = max([await reader.end() for reader in readers])
-        # From here on nobody sends.
+        # From here on no talker sends.
         await traffic.hush()
         come()
         converged, well = await asyncio.gather(

@@ -32,7 +32,7 @@ async def test_a_store_that_is_away_acknowledges_nothing_and_loses_nothing(
         alice, a = await pair.a.pair("alice", on=0)
         bob = await pair.b.user("bob")
         b = await pair.b.connect(bob, on=0)
-        # Somebody is on every worker: see the test below for those that nobody uses.
+        # Each worker has a client: see the test below for workers without any.
         await pair.a.connect(alice, on=1)
         await pair.b.connect(bob, on=1)
         conv = await pair.a.group(a, bob)
@@ -50,7 +50,7 @@ async def test_a_store_that_is_away_acknowledges_nothing_and_loses_nothing(
         refused_s = loop.time() - began
         noticed_s = await noticed
         for client in (a, b):
-            # What is remembered is still shown; what is not cannot be.
+            # Cached pages are still answered; others cannot be.
             reply = await client.answer(await client.begin("history", c=conv))
             assert reply["t"] == "ok" or reply["code"] == "unavailable", reply
         acks = traffic.acks - before

@@ -1,4 +1,4 @@
-"""Two writers on two hosts hammer one conversation: nothing lost, nothing twice, no hole, and nobody starves."""
+"""Two writers on two hosts hammer one conversation: nothing lost, nothing twice, no hole, and neither starves."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Unavailable(Exception):
 class MongoServer:
     """One server with its own data, which outlive a restart and go with ``close``.
 
-    ``external`` is true when it is somebody else's: then only ``url`` and ``fresh_database`` work.
+    ``external`` is true when it is not ours: then only ``url`` and ``fresh_database`` work.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class MongoServer:
             return
         self._program = program()
         self.port = _free_port()
-        # What no standalone server has; pymongo would find that out by itself, a test should not depend on it.
+        # A standalone server has neither; pymongo would find that out by itself, a test should not depend on it.
         self.url = f"mongodb://127.0.0.1:{self.port}/?directConnection=true&retryWrites=false"
         self._folder = Path(tempfile.mkdtemp(prefix="chatcore-mongodb-"))
         self._log = self._folder / "log"
@@ -142,7 +142,7 @@ class MongoServer:
 
     @contextlib.contextmanager
     def fresh_database(self) -> Iterator[str]:
-        """The name of a database that nobody else uses; it is dropped afterwards if the server answers."""
+        """The name of a database that no other test uses; it is dropped afterwards if the server answers."""
         name = f"chatcore_test_{secrets.token_hex(6)}"
         try:
             yield name
@@ -152,7 +152,7 @@ class MongoServer:
                     client.drop_database(name)
             except PyMongoError:
                 if self.external:
-                    raise  # ours goes with its data; somebody else's would keep it
+                    raise  # ours goes with its data; an external one would keep it
 
     def client(self, *, limit: float = 5.0) -> MongoClient[dict[str, Any]]:
         """A synchronous client, for a test to look into the database; ``limit`` in seconds for each call."""
@@ -160,7 +160,7 @@ class MongoServer:
         return MongoClient(self.url, timeoutMS=milliseconds, serverSelectionTimeoutMS=milliseconds)
 
     def log(self) -> str:
-        """What the server wrote so far."""
+        """The log of the server so far."""
         return "" if self.external else self._log.read_text(errors="replace")
 
     def _running(self) -> subprocess.Popen[bytes]:
@@ -297,7 +297,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 def _run(*command: str) -> str:
-    """What it writes; its failure shows in what is missing afterwards."""
+    """The output of the command; its failure shows in what is missing afterwards."""
     ran = subprocess.run(
         command,
         cwd=MODULE,

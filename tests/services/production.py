@@ -1,4 +1,4 @@
-"""MongoDB (or what speaks its protocol) and Redis, started once for a whole run and ended with it."""
+"""MongoDB (or a server that speaks its protocol) and Redis, started once for a whole run and ended with it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .redis import RedisServer
 
 @cache
 def mongodb() -> MongoServer:
-    """The one of this run; started when somebody first needs it."""
+    """The one of this run; started when a test first needs it."""
     server = MongoServer()
     server.__enter__()
     atexit.register(server.close)

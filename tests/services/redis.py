@@ -66,7 +66,7 @@ def binary(name: str) -> str:
 
 
 def free_port() -> int:
-    """A port that nobody listens to at this moment."""
+    """A port that no process listens on at this moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]
@@ -106,7 +106,7 @@ class RedisServer:
 
         :raises RuntimeError: it does not start; with its log.
         """
-        for _ in range(5):  # somebody else may take the free port first
+        for _ in range(5):  # another process may take the free port first
             port = self.port or free_port()
             self.folder.mkdir(parents=True, exist_ok=True)
             log = self.folder / "log"
