@@ -1,4 +1,4 @@
-"""What all benches share: options, which servers take part, interleaved rounds, progress."""
+"""The parts that all benches share: options, which servers take part, interleaved rounds, progress."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .results import Results
 CONSOLE = Console(stderr=True)
 #: A window in which nothing happened goes on, this long at most.
 WINDOW_MAX_S = 10.0
-#: Told what begins now.
+#: Called with the name of the step that begins now.
 StepTold = Callable[[str], None]
 
 
@@ -43,7 +43,7 @@ SIZES = (
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What was asked for on the command line."""
+    """The options of the command line."""
 
     size: Size
     peers: tuple[Peer, ...]
@@ -56,7 +56,7 @@ class Options:
         return self.size.name == "tiny"
 
     def results(self, bench: str, *, ratio_of: str = "cpu_us_per_unit") -> Results:
-        """Results of the servers that take part; who does not is noted."""
+        """Results of the servers that take part; those that do not are noted."""
         results = Results(bench, self.peers, ratio_of=ratio_of)
         for line in self.missing:
             results.note(line)
@@ -79,7 +79,7 @@ def parser(bench: str, doc: str | None) -> argparse.ArgumentParser:
 
 
 def options(bench: str, args: argparse.Namespace) -> Options:
-    """What was asked for. Ends the program if a name is unknown."""
+    """The options that were given. Ends the program if a name is unknown."""
     size = next(s for s in SIZES if s.name == ("tiny" if args.tiny else "quick" if args.quick else "full"))
     size = Size(size.name, args.rounds or size.rounds, args.seconds or size.seconds, size.warm_s)
     known = {name: peer for name, peer in find_peers().items() if bench in peer.benches}
@@ -136,7 +136,7 @@ def survive(results: Results, peer: Peer) -> Iterator[None]:
 
 
 def window(server: Running, generator: Generator, seconds: float) -> tuple[Stats, Usage]:
-    """What happens from now on, for some seconds, or longer until anything has."""
+    """Counts and usage from now on, for some seconds, or longer until there is a first event."""
     generator.reset()
     before = server.usage()
     deadline = time.monotonic() + seconds + WINDOW_MAX_S

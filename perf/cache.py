@@ -3,7 +3,7 @@
 Some workers, each a cached store over the same SQLite file with the real local bus between them, in
 this one process; Redis is a real one (``--redis``, else one is started). A *visit* is what a client
 does: log in to any worker (session, list, views), open some conversations (role, last 50 entries,
-names of who wrote), write in some, now and then be asked for its session again by HTTP. Users open
+names of the authors), write in some, now and then be asked for its session again by HTTP. Users open
 the conversations that they are active in, some more often than others; one open in ten is *cold*: of a
 conversation without active members. After half of the visits one worker is replaced by a new one,
 whose memory is empty.
@@ -48,7 +48,7 @@ from chatcore.store.sqlite.store import SQLiteStore
 from .machine import machine, versions
 
 KINDS = ("last_entries", "sessions", "profiles", "roles")
-#: What the issue asks of each kind.
+#: The hit ratio that each kind is to reach.
 TARGET = 0.85
 COLD = 0.10
 DAY_MS = 86_400_000
@@ -108,7 +108,7 @@ class Worker:
             confirm_timeout_ms=bus.confirm_timeout_ms,
             heartbeat_ms=bus.heartbeat_ms,
         )
-        self.heads: dict[str, int] = {}  # what delivery knows of live rooms
+        self.heads: dict[str, int] = {}  # the heads of live rooms, as delivery knows them
 
     async def start(self) -> None:
         await self.cache.start()

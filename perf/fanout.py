@@ -38,7 +38,7 @@ class Group:
 
 
 def groups(opts: Options, peer: Peer) -> list[Group]:
-    """What is measured with this server."""
+    """The rooms that are measured with this server."""
     if opts.tiny:
         return [Group(10, (128, 1024)), Group(50, idle=20)]
     full = opts.size.name == "full"

@@ -1,4 +1,4 @@
-"""What chatcore is meant to reach, and whether it does: computed from the results of all benches."""
+"""The goals of chatcore, and whether it reaches them: computed from the results of all benches."""
 
 from __future__ import annotations
 

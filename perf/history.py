@@ -92,7 +92,7 @@ def wire(peer: Seeded, remembers: bool, sizes: Sequence[int], world: World, opts
         for room, size in enumerate(sizes):
             kinds: dict[str, list[int | None]] = {f"newest page over the wire, {size:,} entries": [None] * SESSIONS}
             if not remembers:
-                first = SESSIONS + 1  # entries that say who came in
+                first = SESSIONS + 1  # the entries of the members that came in
                 spread = [first + size * (i + 1) // (SESSIONS + 1) for i in range(SESSIONS)]
                 kinds[f"older pages over the wire, {size:,} entries"] = [*spread]
             for case, bounds in kinds.items():

@@ -94,7 +94,7 @@ SETTINGS: Final = {
     "store.check_interval_ms": "60000",
     "bus.heartbeat_ms": "60000",
 }
-#: What a worker caches lives for an hour. Names differ between trees, so each tree is asked for its own.
+#: Cached values of a worker live for an hour. Names differ between trees, so each tree is asked for its own.
 CACHED: Final = re.compile(r"cache\.(?!l2_|negative_|unheard_)\w+_ttl_ms")
 MAX_MEMBERS: Final = 1000
 START_S: Final = 300.0
@@ -147,7 +147,7 @@ def cases_for(members: int) -> tuple[Case, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Count:
-    """What one load cost. ``per_unit`` is without what the clock caused; ``idle`` is the share of that."""
+    """The cost of one load. ``per_unit`` is without what the clock caused; ``idle`` is the share of that."""
 
     per_unit: float
     idle: float
@@ -321,7 +321,7 @@ def serving(tree: Path, data: Path, command: Sequence[str]) -> Iterator[tuple[in
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(STOP_S)
-            # What is left of it: its session is of this run alone.
+            # The processes that are left of it: its session is of this run alone.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -415,7 +415,7 @@ class Member:
             raise RuntimeError(f"a connection was closed after {self._tail!r}")
         seen = self._tail + data
         for mark in MARKS:
-            # What is in the tail as a whole has been counted: some marks are shorter than the longest.
+            # Marks that lie wholly in the tail have been counted: some marks are shorter than the longest.
             self.counts[mark] += seen.count(mark) - self._tail.count(mark)
         self._tail = seen[-LONGEST + 1 :]
         if self.counts[ERROR]:
@@ -468,7 +468,7 @@ class Load:
             member.socket.close()
 
     def send(self, batches: int, batch: int) -> None:
-        """Send so many batches. The next one is sent when everybody has all of the last, and the sender each `ok`.
+        """Send so many batches. Each waits until all members have all of the last one, and the sender each `ok`.
 
         :raises TimeoutError: the server does not answer.
         """
@@ -528,7 +528,7 @@ class Callgrind:
         self._tell("zero")
 
     def dump(self) -> Counted:
-        """What was counted since the last of `zero` and `dump`."""
+        """The counts since the last of `zero` and `dump`."""
         self._tell("dump")
         self._dumps += 1
         path = self._out / f"callgrind.out.{self._pid}.{self._dumps}"

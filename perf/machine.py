@@ -1,4 +1,4 @@
-"""What a figure was measured on: without it, the figure says nothing."""
+"""The machine that a figure was measured on: without it, the figure says nothing."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-#: What is drawn of each bench: metric, its name, whether the axis is logarithmic.
+#: The plot of each bench: metric, its name, whether the axis is logarithmic.
 SHOWN = {
     "fanout": ("cpu_us_per_unit", "server CPU per delivery (µs)", True),
     "send": ("cpu_us_per_unit", "server CPU per acknowledged message (µs)", True),

@@ -24,7 +24,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What some processes have used since they began, and hold now.
+    """The resources that some processes have used since they began, and hold now.
 
     ``cpu_ns`` is exact; ``user_s`` and ``kernel_s`` are counted in ticks and only good for their ratio.
     """
@@ -36,7 +36,7 @@ class Usage:
     services_cpu_ns: int = 0
 
     def since(self, before: Usage) -> Usage:
-        """What was used between; memory is the growth."""
+        """The usage between; memory is the growth."""
         return Usage(
             self.cpu_ns - before.cpu_ns,
             self.user_s - before.user_s,
@@ -71,7 +71,7 @@ def _cpu_ns(pid: int) -> int:
 
 
 def usage(pids: list[int], services: list[int]) -> Usage:
-    """What these processes have used."""
+    """The usage of these processes."""
     cpu = rss = 0
     user = kernel = 0.0
     for pid in pids:
@@ -127,7 +127,7 @@ class Running:
         self._stack.close()
 
     def usage(self) -> Usage:
-        """What its process tree has used."""
+        """The usage of its process tree."""
         return usage(tree(self._process.pid), list(self._services.pids))
 
     def log(self) -> str:

@@ -108,7 +108,7 @@ def write(measured: dict[str, dict[str, Any]], out: Path) -> None:
 
 
 def about(name: str) -> list[str]:
-    """What a bench says of itself, as Markdown."""
+    """The docstring of a bench, as Markdown."""
     doc = (import_module(f"perf.{name}").__doc__ or "").strip().replace("``", "`")
     first, _, rest = doc.partition("\n")
     title = first.partition(": ")[2]
@@ -121,7 +121,7 @@ def quantity(value: float) -> str:
 
 
 def goal_table(wanted: list[Goal]) -> list[str]:
-    """What was to be reached, and what was."""
+    """The goals, and the measured values."""
     lines = ["| goal | wanted | measured | |", "|---|---:|---:|---|"]
     for goal in wanted:
         sign = "≥" if goal.at_least else "≤"
@@ -132,7 +132,7 @@ def goal_table(wanted: list[Goal]) -> list[str]:
 
 
 def servers(measured: dict[str, dict[str, Any]]) -> list[str]:
-    """What was measured: each server, its versions, and limits that were raised for it."""
+    """The servers that were measured: each one, its versions, and limits that were raised for it."""
     about: dict[str, str] = {}
     found: dict[str, dict[str, str]] = {}
     raised: dict[str, dict[str, str]] = {}

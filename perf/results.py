@@ -1,4 +1,4 @@
-"""What a bench measured: samples of interleaved rounds, made into rows with medians, ranges and ratios."""
+"""The results of a bench: samples of interleaved rounds, made into rows with medians, ranges and ratios."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ class Results:
         ]
 
     def json(self) -> dict[str, Any]:
-        """What ``--json`` writes."""
+        """The object that ``--json`` writes."""
         settings = {peer.name: peer.settings() for peer in self.peers if peer.settings()}
         return {
             "bench": self.bench,

@@ -1,6 +1,6 @@
 """``send``: messages in many small rooms, until they are acknowledged.
 
-Rooms of 10; everybody sends, so each message is stored once and delivered 10 times. *Flood*: everybody has one
+Rooms of 10; all members send, so each message is stored once and delivered 10 times. *Flood*: each member has one
 message under way, always. *At 70 %*: paced at 70 % of what this server reached so. *Paced*: the same 200 messages per
 second for every server. In chatcore an acknowledged message is on disk; the peers relay and keep nothing, and where
 they do not acknowledge, the sender's own copy counts.

@@ -44,7 +44,7 @@ def run(peer: Peer, n: int, opts: Options, results: Results) -> None:
     away_s = 0.2 if opts.tiny else AWAY_S
     with Running(peer, opts.workers, world) as server:
         clients = [Client(peer.join(i, rooms_of(i)), peer.resume(i, rooms_of(i), ENTRIES)) for i in range(n)]
-        # Who writes while the others are away: another session of the first of each block, one for each conversation.
+        # The writers while the others are away: another session of the first of each block, one for each conversation.
         writers = [
             Client(
                 peer.join(room // CONVERSATIONS * MEMBERS, [room]), (), peer.send(room // CONVERSATIONS * MEMBERS, room)

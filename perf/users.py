@@ -33,7 +33,7 @@ BROKEN_ERRORS = 0.05
 PATIENCE_S = 12.0
 #: The users of the next step have so long to get in, and 10 ms each.
 CONNECT_S = 30.0
-#: What the people who asked for chatcore call good enough.
+#: A response time that is good enough.
 GOOD_P80_MS = 200.0
 
 
@@ -47,7 +47,7 @@ class Plan:
 
 
 def plan(opts: Options, seconds: float | None) -> Plan:
-    """What is run: the step is one interval long, so that everybody has sent once."""
+    """The steps to run: each is one interval long, so that every user has sent once."""
     if opts.tiny:
         return Plan((40, 60), 0.5, 0.5)
     if opts.size.name == "quick":
@@ -135,7 +135,7 @@ def measure(peer: Peer, server: Running, generator: Generator, wanted: Plan, use
     figures = sample(sending, used, sending.counts["acked"])
     for key, share in (("p50_ms", 0.5), ("p80_ms", 0.8), ("p99_ms", 0.99), ("p999_ms", 0.999)):
         value = stats.ack.ms(share)
-        # Who was never answered waited for longer than any other.
+        # A user who was never answered waited for longer than any other.
         due = stats.counts["sent"] - stats.counts["abandoned"]
         figures[key] = PATIENCE_S * 1000 if value is None or stats.ack.n < share * due else value
     figures["delivery_p99_ms"] = stats.delivery.ms(0.99) or 0.0
@@ -150,7 +150,7 @@ def measure(peer: Peer, server: Running, generator: Generator, wanted: Plan, use
 
 
 def memory(used: Usage) -> dict[str, float]:
-    """What all its processes hold."""
+    """The memory that all its processes hold."""
     return {"rss_mib": used.rss_bytes / 2**20}
 
 

@@ -42,7 +42,7 @@ class Client:
 
 @dataclass
 class Stats:
-    """What all processes counted in one window."""
+    """The counts of all processes in one window."""
 
     counts: dict[str, int] = field(default_factory=dict)
     ack: Histogram = field(default_factory=Histogram)
@@ -247,11 +247,11 @@ class Generator:
         self._all("reset")
 
     def stats(self) -> Stats:
-        """What was counted since `reset`."""
+        """The counts since `reset`."""
         return self._counted("stats")
 
     def totals(self) -> Stats:
-        """What was counted since the start; also ends the window."""
+        """The counts since the start; also ends the window."""
         return self._counted("totals")
 
     def drain(self, timeout_s: float = 10.0) -> Stats:

@@ -154,7 +154,7 @@ static void timer_due(struct load *l, struct timer t)
     struct conn *c = &l->conns[t.conn];
     if (t.kind == TIMER_SEND) {
         if (t.epoch != l->mode_epoch || c->state != LIVE)
-            return; /* who comes back begins anew */
+            return; /* a client that comes back begins anew */
         hist_add(&l->window_stats.late, (int64_t)(clock_ns(CLOCK_MONOTONIC) - t.due));
         send_message(l, c, t.due);
         timer_add(l, t.due + l->interval_ns / 2 + random_below(l, l->interval_ns), c, TIMER_SEND);

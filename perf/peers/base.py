@@ -1,14 +1,14 @@
-"""What a benchmark needs to know of a server under test: the contract of every module in this folder.
+"""The facts that a benchmark needs of a server under test: the contract of every module in this folder.
 
 A module has ``PEERS``, a tuple of `Peer` objects; `find_peers` collects them. The load generator knows no
 protocol: it upgrades, follows the steps of `Peer.join`, and from then on sends `Peer.send` templates. What it
 wants of the server:
 
-- *Everybody* in the room gets each message, its sender too, with the body (`BODY`) as it was sent. Several
+- *All members* of the room get each message, its sender too, with the body (`BODY`) as it was sent. Several
   messages may come in one frame, one per line (text between newlines); a body occurs once in a delivery.
 - Where `Peer.ack` is set, each send is answered by a line that begins with it, and then has the request id
   in digits. Without, the sender's own copy is the answer.
-- Nothing is compressed, nothing is sent to who has not joined.
+- Nothing is compressed, nothing is sent to a client that has not joined.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ Step = Send | Wait
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Who there is, known before the server starts: users and rooms are numbers from 0."""
+    """The users and rooms, known before the server starts: both are numbers from 0."""
 
     #: Members of each room.
     rooms: Sequence[Sequence[int]]
@@ -73,7 +73,7 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What else runs for a server: environment for it, and the processes, whose CPU is reported apart."""
+    """The other programs that a server needs: environment for it, and the processes, whose CPU is reported apart."""
 
     env: Mapping[str, str] = field(default_factory=dict)
     pids: Sequence[int] = ()
@@ -91,14 +91,14 @@ class Peer(ABC):
     multi_process: bool = False
     #: Whether an acknowledged message is on disk.
     durable: bool = False
-    #: No server that anybody could use, but what the kernel asks for the same writes: never the best peer.
+    #: No usable server, but what the kernel asks for the same writes: never the best peer.
     floor: bool = False
 
     # -- WebSocket
     path: str = "/"
     headers: Mapping[str, str] = {}
     subprotocol: str = ""
-    #: What an acknowledgement's line begins with; the request id follows in digits.
+    #: The beginning of an acknowledgement's line; the request id follows in digits.
     ack: str | None = None
     #: A line without a message that contains this is an error.
     error: str | None = None
@@ -113,7 +113,7 @@ class Peer(ABC):
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
-        """What is measured: package to version."""
+        """The versions that are measured, by package."""
 
     @abstractmethod
     def command(self, port: int, workers: int, data: Path) -> list[str]:
@@ -145,7 +145,7 @@ class Peer(ABC):
         """From the upgrade to being a live member of these rooms. Ends with a `Wait`, if the server answers at all."""
 
     def resume(self, user: int, rooms: Sequence[int], have: int) -> list[Step]:
-        """The same for who was there, and has ``have`` messages of each room (servers without this: as `join`)."""
+        """The same for a returning user with ``have`` messages of each room (servers without this: as `join`)."""
         return self.join(user, rooms)
 
     @abstractmethod

@@ -58,7 +58,7 @@ class Chatcore(Peer):
         self._first: list[int] = []  # entries of each room before its messages
 
     def seeded_as(self, other: Chatcore) -> None:
-        """What is known of the data that another one has made."""
+        """Take over the users and rooms that another peer has seeded."""
         self.users, self.convs, self._tokens, self._first = other.users, other.convs, other._tokens, other._first
 
     def missing(self) -> str | None:

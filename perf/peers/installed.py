@@ -26,7 +26,7 @@ class Artifact:
 
     name: str
     sources: tuple[Path, ...]
-    #: What else it depends on.
+    #: Its other dependencies.
     beside: str = ""
 
     @property

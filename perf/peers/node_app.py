@@ -20,7 +20,7 @@ MONGODB_URL: Final = "CHATCORE_TEST_MONGODB_URL"
 
 
 class _App(NodePeer):
-    """What both variants share: everything but the database."""
+    """The parts that both variants share: everything but the database."""
 
     benches = frozenset({"users"})
     packages = ("socket.io", "@socket.io/redis-adapter", "redis", "mongodb", "bufferutil")

@@ -133,7 +133,7 @@ def services() -> None:
 
 
 def say(line: str) -> None:
-    """What is going on."""
+    """Print a line of progress."""
     print(f"  {line}", flush=True)
 
 

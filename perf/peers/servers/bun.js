@@ -10,7 +10,7 @@
 
 const { HOST, JOINED, MAX_MESSAGE_BYTES, port } = require("./common.js");
 
-const MAX_BACKPRESSURE_BYTES = 64 << 20; // told by settings() of node.py; its default is 16 MiB
+const MAX_BACKPRESSURE_BYTES = 64 << 20; // reported by settings() of node.py; its default is 16 MiB
 
 const server = Bun.serve({
   hostname: HOST,

@@ -1,4 +1,4 @@
-"""What the servers in Python share: the command line, the limits of the system, the protocol of relay.py."""
+"""The parts that the servers in Python share: the command line, the limits of the system, the protocol of relay.py."""
 
 from __future__ import annotations
 

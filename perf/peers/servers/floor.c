@@ -2,7 +2,7 @@
  *
  * A loop over epoll that does only what every delivery needs: one send() of a frame that was built
  * once per message. The handshake is checked for its key alone, frames only for what the load generator sends; no
- * queues, no limits, no timers. A member that reads slowly stops everybody, which is fair for a floor only.
+ * queues, no limits, no timers. A member that reads slowly stops all others, which is fair for a floor only.
  *
  *     floor --port N
  *

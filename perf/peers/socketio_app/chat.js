@@ -1,7 +1,7 @@
-// What the app does for its clients: who they are, which conversations they are in, and messages.
+// The work of the app for its clients: who they are, which conversations they are in, and messages.
 "use strict";
 
-const LAST_MESSAGES = 50; // of all conversations together, sent to who connects
+const LAST_MESSAGES = 50; // of all conversations together, sent to a client that connects
 
 exports.attach = function attach(io, store) {
   io.use(async (socket, next) => {

@@ -3,7 +3,7 @@
 //
 //     node server.js --port N [--workers 2] [--world FILE] [--store mongodb|memory]
 //
-// REDIS_URL, MONGODB_URL and MONGODB_DATABASE say where its services are. FILE tells who there is (seed.js).
+// REDIS_URL, MONGODB_URL and MONGODB_DATABASE say where its services are. FILE lists the users and rooms (seed.js).
 //
 // - PM2's cluster mode is node:cluster: the first process accepts and hands connections round. Clients use WebSocket
 //   only (socket.io/docs/v4/using-multiple-nodes: then no stickiness is needed).

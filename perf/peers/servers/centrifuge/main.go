@@ -68,7 +68,7 @@ func main() {
 			cb(centrifuge.SubscribeReply{}, nil)
 		})
 		client.OnPublish(func(e centrifuge.PublishEvent, cb centrifuge.PublishCallback) {
-			// Published from here, it does not carry who the publisher is, which nobody asks for: a third fewer bytes.
+			// Published from here, it does not carry the publisher, which no client asks for: a third fewer bytes.
 			result, err := node.Publish(e.Channel, e.Data)
 			cb(centrifuge.PublishReply{Result: &result}, err)
 		})
