@@ -1,4 +1,4 @@
-// The server that the people who asked for chatcore have today: Node.js, Socket.IO with its Redis adapter, MongoDB,
+// The usual server of small teams: Node.js, Socket.IO with its Redis adapter, MongoDB,
 // processes as PM2's cluster mode starts them. A small app, but each step is one that such an app takes.
 //
 //     node server.js --port N [--workers 2] [--world FILE] [--store mongodb|memory]
