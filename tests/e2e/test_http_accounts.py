@@ -122,10 +122,13 @@ async def test_a_wrong_password_and_an_unknown_user_take_the_same_time(serve: Se
     await duration(_name())  # on each worker the first unknown user costs a hash more
     await asyncio.gather(*(duration(_name()) for _ in range(8)))
     known, unknown = [], []
-    for _ in range(11):
+    ratio = 0.0
+    # Disturbances only add time: more tries bring both minima nearer to what a log-in costs, and never a real
+    # difference to nothing.
+    while len(known) < 11 or (not 0.6 < ratio < 1.7 and len(known) < 60):
         known.append(await duration(user.name))
         unknown.append(await duration(_name()))
-    ratio = min(known) / min(unknown)  # disturbances only add time
+        ratio = min(known) / min(unknown)
     assert 0.6 < ratio < 1.7, (known, unknown)
     assert min(unknown) > 0.005, "no hash was computed"
 
