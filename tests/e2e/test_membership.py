@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .client import Client
-from .world import World, new_cid
+from .world import User, World, new_cid
 
 
 class Roles:
@@ -28,15 +28,8 @@ class Roles:
                 self.role[m["c"]] = m["role"]
 
 
-async def _resumed(world: World, user: Any, held: dict[str, int], sync: str) -> tuple[Client, Roles]:
-    client = await world.connect(user, have=held, sync=sync)
-    roles = Roles(user.id)
-    roles.take(client.received)
-    return client, roles
-
-
-async def test_who_was_removed_and_invited_again_while_away_knows_that_it_is_in(world: World) -> None:
-    """The replay brings the removal, too: a client that took it for news forgot a conversation that it is in."""
+async def _gone_away(world: World) -> tuple[Client, User, str, int, str]:
+    """A group that bob disconnected from: alice, bob's account, the group, bob's last seq, bob's `sync`."""
     _, alice = await world.pair("alice")
     bob = await world.user("bob")
     client = await world.connect(bob)
@@ -45,6 +38,19 @@ async def test_who_was_removed_and_invited_again_while_away_knows_that_it_is_in(
     await client.reach(conv, held)
     sync = (await client.request("ping"))["sync"]
     await client.close()
+    return alice, bob, conv, held, sync
+
+
+async def _resumed(world: World, user: User, held: dict[str, int], sync: str) -> tuple[Client, Roles]:
+    client = await world.connect(user, have=held, sync=sync)
+    roles = Roles(user.id)
+    roles.take(client.received)
+    return client, roles
+
+
+async def test_who_was_removed_and_invited_again_while_away_knows_that_it_is_in(world: World) -> None:
+    """The replay brings the removal, too: a client that took it for news forgot a conversation that it is in."""
+    alice, bob, conv, held, sync = await _gone_away(world)
     await alice.request("member", c=conv, user=bob.id, role="none")
     await alice.request("member", c=conv, user=bob.id, role="member")
     last = (await world.send(alice, conv, "welcome back"))["s"]
@@ -56,14 +62,7 @@ async def test_who_was_removed_and_invited_again_while_away_knows_that_it_is_in(
 
 
 async def test_who_was_invited_and_removed_again_while_away_knows_that_it_is_out(world: World) -> None:
-    _, alice = await world.pair("alice")
-    bob = await world.user("bob")
-    client = await world.connect(bob)
-    conv = await world.group(alice, bob)
-    held = (await client.expect(t="conv", c=conv))["head"]
-    await client.reach(conv, held)
-    sync = (await client.request("ping"))["sync"]
-    await client.close()
+    alice, bob, conv, held, sync = await _gone_away(world)
     for role in ("none", "member", "none"):
         await alice.request("member", c=conv, user=bob.id, role=role)
     _, roles = await _resumed(world, bob, {conv: held}, sync)
