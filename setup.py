@@ -34,7 +34,7 @@ setup(
                 extra_compile_args=[*CFLAGS, "-Wno-unused-function"],
                 extra_link_args=LDFLAGS,
             )
-            for name in ("bucket", "frames", "outbox", "uring", "conns", "topics", "reactor")
+            for name in ("bucket", "frames", "outbox", "uring", "conns", "topics", "reactor", "runs")
         ],
         compiler_directives={
             "language_level": "3",

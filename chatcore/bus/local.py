@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..common.tasks import Tasks
+from ..common.unix_address import unix_address
 from .base import (
     MAX_CHANNEL_BYTES,
     MAX_PAYLOAD_BYTES,
@@ -52,8 +53,6 @@ from .local_link import (
 
 log = logging.getLogger(__name__)
 
-#: sockaddr_un holds 108 bytes with the closing NUL.
-MAX_ADDRESS_BYTES: Final = 107
 #: Connections that wait to be accepted: more than a host has workers.
 BACKLOG: Final = 128
 
@@ -84,7 +83,6 @@ class LocalBus:
         self._name = name
         self._confirm_s = confirm_timeout_ms / 1000
         self._beat_s = heartbeat_ms / 1000
-        self._dir_fd = -1
         self._server: asyncio.Server | None = None
         self._visible = False
         self._closing = False
@@ -139,12 +137,12 @@ class LocalBus:
         self.on_bus = listener.on_bus
         self._confirmations = Confirmations(self.loop, self._confirm_s, self.need_resync)
         self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._dir_fd = os.open(self.run_dir, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         hidden = self.run_dir / f".bus-{self._name}.sock"
         try:
             hidden.unlink(missing_ok=True)
-            sock.bind(self._address(hidden))
+            with unix_address(hidden) as address:
+                sock.bind(address)
             hidden.chmod(0o600)
             # Listening before it is visible: a refused connection then means "dead", never "not yet".
             sock.listen(BACKLOG)
@@ -154,7 +152,6 @@ class LocalBus:
         except BaseException:
             self._visible = False
             sock.close()
-            os.close(self._dir_fd)
             raise
         self._scan_folder()
         self._beating = self._tasks.spawn(self._beat_forever(), "bus-heartbeat")
@@ -193,7 +190,6 @@ class LocalBus:
             self._end(peer)
         self._confirmations.finish_all()
         await asyncio.sleep(0)  # for the aborted transports' callbacks
-        os.close(self._dir_fd)
 
     async def subscribe(self, channels: list[str]) -> None:
         """See :meth:`Bus.subscribe`. A peer that does not confirm in time calls for a resync, and for another
@@ -306,11 +302,6 @@ class LocalBus:
     def _path(self, name: str) -> Path:
         return self.run_dir / f"bus-{name}.sock"
 
-    def _address(self, path: Path) -> str:
-        """The path for `bind` and `connect`: by way of the open folder if it is too long for them."""
-        direct = str(path)
-        return direct if len(os.fsencode(direct)) <= MAX_ADDRESS_BYTES else f"/proc/self/fd/{self._dir_fd}/{path.name}"
-
     def _scan_folder(self) -> None:
         """Connect to every worker in the folder that there is no connection with."""
         names = [match[1] for match in map(_SOCKET.fullmatch, os.listdir(self.run_dir)) if match]
@@ -326,7 +317,8 @@ class LocalBus:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         path = self._path(name)
         try:
-            sock.connect(self._address(path))
+            with unix_address(path) as address:
+                sock.connect(address)
         except OSError as exc:
             sock.close()
             if isinstance(exc, ConnectionRefusedError):

@@ -7,15 +7,16 @@ from its own state and the stats page; it never waits for a worker or a caller h
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
+
+from ..common.unix_address import unix_address
 
 log = logging.getLogger("chatcore.control")
 
@@ -26,8 +27,6 @@ MAX_REQUEST_BYTES: Final = 4096
 MAX_CLIENTS: Final = 32
 #: Time for a caller to send its request, and again to read the answer; then the connection is closed.
 REQUEST_TIMEOUT_S: Final = 5.0
-#: sun_path holds 108 bytes, the closing zero included.
-MAX_ADDRESS_BYTES: Final = 107
 
 
 class ControlError(Exception):
@@ -37,20 +36,6 @@ class ControlError(Exception):
 def socket_path(data: Path) -> Path:
     """The control socket of the server that runs on `data`."""
     return data / "run" / "control.sock"
-
-
-@contextlib.contextmanager
-def _address(path: Path) -> Iterator[str]:
-    """`path` as an address for bind or connect, whatever its length. Raises OSError."""
-    if len(os.fsencode(path)) <= MAX_ADDRESS_BYTES:
-        yield str(path)
-        return
-    # An address cannot be longer, but the kernel follows a link to the directory.
-    fd = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        yield f"/proc/self/fd/{fd}/{path.name}"
-    finally:
-        os.close(fd)
 
 
 class Caller:
@@ -98,7 +83,7 @@ class ControlServer:
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         before = os.umask(0o177)
         try:
-            with _address(self._path) as address:
+            with unix_address(self._path) as address:
                 self._listener.bind(address)
         except OSError:
             self._listener.close()
@@ -183,7 +168,7 @@ def call(data: Path, request: Json, timeout_s: float | None = None) -> Json:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)
         try:
-            with _address(path) as address:
+            with unix_address(path) as address:
                 connection.connect(address)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
             raise ControlError(f"no server runs on data directory {data.absolute()}") from None
