@@ -27,8 +27,15 @@ from .settings import Settings
 
 if TYPE_CHECKING:
     from .queue.base import DeadLetter, Queue
-    from .supervisor.worker_process import WorkerMain
+    from .supervisor.worker_process import StoreMains, WorkerMain
 
+VERIFY_TEXT = (
+    "Check the embedded store: its files, every log (dense, each cid once, right counters), the rows of members, read"
+    " marks and titles against the log, and the index against the log. Nothing is changed, and the server may run;"
+    " chatcore.db-wal grows meanwhile, as all is read in one state of the database. The log is sorted in temporary"
+    " files in /var/tmp (or in SQLITE_TMPDIR): about 100 bytes for each entry. Exit code 0: all is well, 1: there are"
+    " problems."
+)
 LOG_FORMAT = "%(asctime)s.%(msecs)03d %(levelname)s %(process)d %(name)s: %(message)s"
 
 
@@ -39,15 +46,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def main(argv: Sequence[str] | None = None, *, worker_main: WorkerMain | None = None) -> int:
-    """Run one command; returns the exit code. `worker_main` replaces the worker that `serve` runs (in tests)."""
+def main(
+    argv: Sequence[str] | None = None,
+    *,
+    worker_main: WorkerMain | None = None,
+    store_mains: StoreMains | None = None,
+) -> int:
+    """Run one command; returns the exit code. `worker_main` and `store_mains` (None: no such processes) replace what
+    `serve` runs (in tests)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         if arguments[:1] == ["chat"]:  # the terminal chat has its own options
             from .client.terminal import main as chat
 
             return chat(arguments[1:])
-        parsed = _parser().parse_args(arguments, argparse.Namespace(worker_main=worker_main))
+        mains = (worker_main, store_mains) if worker_main else None
+        parsed = _parser().parse_args(arguments, argparse.Namespace(mains=mains))
         command: Callable[[argparse.Namespace], int] = parsed.command
         return command(parsed)
     except ConfigError as error:
@@ -159,6 +173,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     shards.set_defaults(command=_db_shard_plan)
 
+    verify = commands.add_parser(
+        "verify", parents=[where], help="check the stored data for damage and contradictions", description=VERIFY_TEXT
+    )
+    verify.set_defaults(command=_verify)
+
     config = commands.add_parser("config", parents=[settings], help="print all settings with their origins and reasons")
     config.add_argument("--json", action="store_true")
     config.set_defaults(command=_config)
@@ -197,9 +216,11 @@ def _serve(parsed: argparse.Namespace) -> int:
         datefmt="%Y-%m-%dT%H:%M:%S",
     )
     try:
+        worker_main, store_mains = parsed.mains or _real_mains()
         return Supervisor(
             settings,
-            parsed.worker_main or _real_worker(),
+            worker_main,
+            store_mains=store_mains,
             reread=lambda: load(getattr(parsed, "config", None), os.environ, _flags(parsed)),
             announce=_announce,
         ).run()
@@ -207,16 +228,18 @@ def _serve(parsed: argparse.Namespace) -> int:
         return _fail(str(error), 1)
 
 
-def _real_worker() -> WorkerMain:
-    """The main function of a worker. It is loaded before the fork, so that workers share its memory and a replacement
-    starts at once. Raises StartError when the native modules are not built."""
+def _real_mains() -> tuple[WorkerMain, StoreMains]:
+    """The main functions of a worker and of the embedded store's processes. They are loaded before the fork, so that
+    the processes share their memory and a replacement starts at once. Raises StartError when the native modules are not
+    built."""
     from .supervisor.worker_process import StartError
 
     try:
+        from .server.store_processes import STORE_MAINS
         from .server.worker import main as worker_main
     except ImportError as error:
         raise StartError(f"cannot load the worker; build chatcore first: {error}") from error
-    return worker_main
+    return worker_main, STORE_MAINS
 
 
 def _announce(url: str, settings: Settings, workers: int) -> None:
@@ -471,6 +494,23 @@ def _db_shard_plan(parsed: argparse.Namespace) -> int:
 
     print("\n".join(shard_plan(database_of(_load(parsed).settings))))
     return 0
+
+
+# -- verify
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    from .store.sqlite.schema import BrokenStore
+    from .store.sqlite.verify import verify
+
+    settings = _load(parsed).settings
+    if settings.store.mongodb_url:
+        return _fail("this checks the embedded store; `chatcore db check` checks MongoDB", 1)
+    try:
+        problems = verify(Path(settings.server.data), lambda line: print(line, flush=True))
+    except BrokenStore as error:
+        return _fail(str(error), 1)
+    return 1 if problems else 0
 
 
 # -- config

@@ -178,6 +178,12 @@ class Timeouts:
     stuck_worker_ms: int = _int(
         15_000, 200, 3_600_000, "A worker whose loop has not ticked for this long is killed; well above any pause."
     )
+    stuck_writer_ms: int = _int(
+        1_000,
+        200,
+        3_600_000,
+        "The same for the embedded store's writer, unless it waits for the disk; all writes wait.",
+    )
     worker_start_ms: int = _int(
         30_000, 100, 3_600_000, "Time that a worker has to get ready; its database may need to recover first."
     )
@@ -217,10 +223,22 @@ class StoreSettings:
     )
     batch_entries: int = _int(500, 1, 10_000, "Entries in one commit; a larger batch gains little and delays others.")
     checkpoint_pages: int = _int(
-        16_000,
+        4_000,
         1,
         1_000_000,
-        "Pages in the write-ahead log before a checkpoint, 64 MiB; batches repeated changes.",
+        "Pages in the write-ahead log before a checkpoint, 16 MiB; appended pages change only once.",
+    )
+    portion_entries: int = _int(
+        65_536,
+        16,
+        1_000_000,
+        "Entries that the index of the embedded store takes up at once; so many may be found in memory only.",
+    )
+    tail_entries: int = _int(
+        200_000,
+        1_000,
+        10_000_000,
+        "Entries not indexed yet, at most; beyond, messages are refused until the index has caught up.",
     )
 
 
@@ -375,6 +393,7 @@ ORDERED: tuple[tuple[str, str], ...] = (
     ("timeouts.ping_ms", "timeouts.ping_max_ms"),
     ("queue.retry_ms", "queue.retry_max_ms"),
     ("store.pool_min", "store.pool_max"),
+    ("store.portion_entries", "store.tail_entries"),
 )
 
 #: Pairs of settings that need each other: both are set, or neither.

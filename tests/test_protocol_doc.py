@@ -496,6 +496,7 @@ INTERNAL: Final = {
     "limits.ring_bytes",
     "timeouts.still_worker_ms",
     "timeouts.stuck_worker_ms",
+    "timeouts.stuck_writer_ms",
     "timeouts.worker_start_ms",
     "accounts.password_hash_memory_kib",
     "accounts.password_hash_time",

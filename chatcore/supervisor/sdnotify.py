@@ -45,6 +45,10 @@ class Notifier:
         """A reload begins. The time must be in the same datagram (Type=notify-reload)."""
         self._send("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
 
+    def extend_timeout(self, seconds: int) -> None:
+        """The start takes longer: do not give up within the next `seconds`."""
+        self._send(f"EXTEND_TIMEOUT_USEC={seconds * 1_000_000}")
+
     def stopping(self) -> None:
         self._send("STOPPING=1")
 

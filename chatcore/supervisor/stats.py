@@ -1,9 +1,10 @@
 """The shared page on which every worker publishes its state, its counters and the metrics of its parts.
 
 An anonymous shared mapping, made before the first fork. Each worker slot has two cells, since a draining worker and
-its successor overlap. Every field is 8 bytes, aligned, and has one writer (the worker; before its fork the
-supervisor), so a reader never sees half a value; values of different fields may be from different moments.
-Reading needs no answer from a worker: the supervisor sees a stuck worker, too, and reading costs the worker nothing.
+its successor overlap; one pair more is for the writer and the indexer of the embedded store. Every field is 8 bytes,
+aligned, and has one writer (the worker; before its fork the supervisor), so a reader never sees half a value; values
+of different fields may be from different moments. Reading needs no answer from a worker: the supervisor sees a stuck
+worker, too, and reading costs the worker nothing.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from .. import __version__
 from .stats import PartHealth
+from .store_processes import StoreProcesses
 from .worker_slot import WorkerProcess, WorkerSlot
 
 #: The parts whose health is shown, in this order.
@@ -17,7 +18,7 @@ PARTS: Final = ("store", "bus", "cache", "queue")
 CACHE_COUNTERS: Final = ("l1", "l2", "missed", "refreshed")
 
 
-def report(slots: Sequence[WorkerSlot], target: int, url: str, stopping: bool) -> dict[str, Any]:
+def report(slots: Sequence[WorkerSlot], store: StoreProcesses, target: int, url: str, stopping: bool) -> dict[str, Any]:
     """The answer to ``ctl status``, for JSON. A slot without a worker is listed with pid None."""
     now = time.monotonic_ns()
     workers = []
@@ -37,6 +38,7 @@ def report(slots: Sequence[WorkerSlot], target: int, url: str, stopping: bool) -
         "reads": _cache_reads(worker["metrics"] for worker in workers if worker["metrics"]),
         "target": target,
         "workers": workers,
+        "store_processes": store.report(now),
     }
 
 
@@ -104,6 +106,12 @@ def summary(status: dict[str, Any]) -> list[str]:
     """The lines above the table of workers that ``ctl status`` prints for an answer of :func:`report`."""
     parts = [f"{part} {status[part]}" for part in PARTS if status[part] != "none"]
     lines = [f"chatcore {status['version']} {status['state']} on {status['url']}", ", ".join(parts)]
+    for process in status["store_processes"]:
+        shown = f"{process['name']} {process['state']}"
+        if process["pid"]:
+            shown += f", process {process['pid']}, heartbeat {process['heartbeat_age_ms']} ms ago"
+        shown += f", {process['restarts']} restarts"
+        lines.append(shown + (f", the last one after: {process['error']}" if process["error"] else ""))
     metrics = [worker["metrics"] for worker in status["workers"] if worker["metrics"]]
     hit_ratios = [
         f"{kind.replace('_', ' ')} {100 * counts['ratio']:.1f} % of {counts['l1'] + counts['l2'] + counts['missed']}"

@@ -1,9 +1,9 @@
 """The parent of the workers: plain Python without an event loop or threads, and a client of no other service.
 
-The supervisor holds the listeners and the lock on the data directory, forks workers, replaces those that die or get
-stuck, and carries out the requests of signals and the control socket: drain, reload, scale. Each round of its loop
-(`_round`) checks the whole state and does what is due, so the order of events does not matter. It reads the state of
-the workers from the stats page.
+The supervisor holds the listeners and the lock on the data directory, forks the processes of the embedded store and the
+workers, replaces those that die or get stuck, and carries out the requests of signals and the control socket: drain,
+reload, scale. Each round of its loop (`_round`) checks the whole state and does what is due, so the order of events
+does not matter. It reads the state of the workers from the stats page.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -31,8 +32,9 @@ from .listeners import Listeners
 from .sdnotify import Notifier
 from .stats import StatsPage, WorkerState
 from .status import report
+from .store_processes import END_NS, StoreProcesses
 from .worker_pool import Reload, WorkerPool
-from .worker_process import EXIT_START_ERROR, StartError, WorkerContext, WorkerMain, fork_worker
+from .worker_process import EXIT_START_ERROR, StartError, StoreMains, WorkerContext, WorkerMain, fork_process
 from .worker_slot import MS, WorkerProcess, WorkerSlot, how_it_ended
 
 log = logging.getLogger("chatcore.supervisor")
@@ -46,6 +48,10 @@ ROUND_BUSY_MS: Final = 10
 ROUND_IDLE_MS: Final = 250
 #: A round that is this late means that the supervisor itself was suspended (Ctrl-Z, a frozen machine).
 SUSPENDED_NS: Final = 2_000 * MS
+#: Interval at which systemd is told that the start takes longer, and how much time each such message asks for: enough
+#: for the workers to start afterwards.
+EXTEND_NS: Final = 5_000 * MS
+EXTEND_BY_S: Final = 60
 
 SIGNALS: Final = (
     signal.SIGTERM,
@@ -66,14 +72,17 @@ class Supervisor:
         settings: Settings,
         worker_main: WorkerMain,
         *,
+        store_mains: StoreMains | None = None,
         reread: Callable[[], Settings] | None = None,
         announce: Callable[[str, Settings, int], None] = lambda url, settings, workers: None,
     ) -> None:
-        """`reread` returns fresh settings for a reload, or raises ConfigError.
+        """`store_mains` run beside the workers if the settings name the embedded store.
+        `reread` returns fresh settings for a reload, or raises ConfigError.
         `announce(url, settings, workers)` is called once, when all workers are ready."""
         self.settings = settings
         self.data = Path(settings.server.data).absolute()
         self._worker_main = worker_main
+        self._store_mains = None if settings.store.mongodb_url else store_mains
         self._reread = reread
         self._announce = announce
         self._reload: Reload | None = None
@@ -82,10 +91,11 @@ class Supervisor:
         self._announced = False
         self._ever_ready = False
         self._stopping = False
-        self._start_failure = ""  # why no worker can start; the server ends then
+        self._start_failure = ""  # why no worker, or not the writer, can start; the server ends then
         self._had_to_kill = False
         self._last_round_ns = 0
         self._ping_ns = 0
+        self._extend_ns = 0
 
     # -- from start to stop
 
@@ -95,7 +105,7 @@ class Supervisor:
         got ready."""
         self._notifier = Notifier(os.environ)
         self._host = socket.gethostname()
-        self._page = StatsPage(MAX_WORKERS)
+        self._page = StatsPage(MAX_WORKERS + 1)
         datadir.refuse_if_held(self.data)
         self._listeners = Listeners(self.settings.server.host, self.settings.server.port)
         self._pool = WorkerPool(self._listeners, self.settings.worker_count())
@@ -105,6 +115,9 @@ class Supervisor:
         except OSError as error:
             raise StartError(f"cannot create the control socket in {self.data}: {error.strerror}") from error
         self._parent_read, self._parent_write = os.pipe()
+        self._store = StoreProcesses(
+            self._store_mains, self.settings, self._host, self._page, self._parent_read, self._close_in_child
+        )
         self._install_signal_handlers()
         self._raise_file_limit()
         # All objects so far live until the end. Frozen, the collector does not touch them, so that their pages stay
@@ -119,7 +132,7 @@ class Supervisor:
         if self._start_failure:
             raise StartError(f"no worker could start: {self._start_failure}")
         log.info("stopped")
-        return 1 if self._had_to_kill else 0
+        return 1 if self._had_to_kill or self._store.had_to_kill else 0
 
     def _raise_file_limit(self) -> None:
         """Raise the limit of open files, which workers inherit, to what the system permits."""
@@ -141,9 +154,9 @@ class Supervisor:
 
     def _shut_down(self, lock_fd: int) -> None:
         """Leave nothing behind, whatever ended the loop. Callers of drain are answered after the lock is released."""
-        for worker in self._workers():
-            worker.kill("the supervisor ends")
-            os.waitpid(worker.pid, 0)
+        for process in (*self._workers(), *self._store.processes()):
+            process.kill("the supervisor ends")
+            os.waitpid(process.pid, 0)
         for slot in self._slots:
             slot.listener.close()
         signal.set_wakeup_fd(-1)
@@ -156,7 +169,7 @@ class Supervisor:
     def _loop(self) -> None:
         while True:
             self._round(time.monotonic_ns())
-            if (self._stopping or self._start_failure) and not any(self._workers()):
+            if (self._stopping or self._start_failure) and not any(self._processes()):
                 return
             poll = select.poll()
             for fd in (self._wake_read, *self._control.filenos()):
@@ -170,21 +183,24 @@ class Supervisor:
 
     def _poll_timeout_ms(self, now: int) -> int:
         """How long to wait for an event before the next round."""
-        if self._reload or any(worker.starting() for worker in self._workers()):
+        if self._reload or any(process.starting() for process in self._processes()):
             return ROUND_BUSY_MS
         due = [now + ROUND_IDLE_MS * MS]
         due += [slot.restart_ns for slot in self._slots if slot.restart_ns > now]
         due += [worker.kill_ns for worker in self._workers() if worker.kill_ns and not worker.kill_reason]
+        due += self._store.due_ns(now, self.settings.timeouts)
         return max(0, min(ROUND_IDLE_MS, -((now - min(due)) // MS)))
 
     def _round(self, now: int) -> None:
         """Check everything, and do what is due."""
-        late = now - self._last_round_ns - ROUND_IDLE_MS * MS
-        if self._last_round_ns and late > SUSPENDED_NS:
+        late = now - self._last_round_ns - ROUND_IDLE_MS * MS if self._last_round_ns else 0
+        if late > SUSPENDED_NS:
             log.warning("the supervisor was suspended for %d ms; the deadlines of all workers are extended", late // MS)
             for worker in self._workers():
                 worker.excuse(now, late)
         self._last_round_ns = now
+        self._store.step(now, self.settings.timeouts, late)
+        self._start_failure = self._start_failure or self._store.failure
         for slot in self._slots:
             for worker in list(slot.workers()):
                 code = worker.reap()
@@ -192,13 +208,16 @@ class Supervisor:
                     self._on_exit(slot, worker, code, now)
                 else:
                     self._check_worker(slot, worker, now)
+        if (self._stopping or self._start_failure) and not any(self._workers()):
+            self._store.stop(now + END_NS)  # not before: workers that drain still write
         if self._start_failure:
             return
         if not self._stopping:
             self._pool.step(now, self._kill_at(now), self.settings.timeouts, reloading=self._reload is not None)
-            self._fork_missing(now)
-            if self._reload and self._reload.step(now, self._spawn, self._kill_at(now)):
-                self._reloaded(self._reload)
+            if self._store.opened():
+                self._fork_missing(now)
+                if self._reload and self._reload.step(now, self._spawn, self._kill_at(now)):
+                    self._reloaded(self._reload)
             self._announce_ready()
         self._notify_systemd(now)
 
@@ -211,6 +230,10 @@ class Supervisor:
     def _workers(self) -> Iterator[WorkerProcess]:
         for slot in self._slots:
             yield from slot.workers()
+
+    def _processes(self) -> Iterator[WorkerProcess]:
+        yield from self._workers()
+        yield from self._store.processes()
 
     def _spawn(self, slot: WorkerSlot, settings: Settings) -> WorkerProcess | None:
         """Fork a worker for `slot`; None if that is not possible now. Logs why the fork failed."""
@@ -231,15 +254,21 @@ class Supervisor:
             version=__version__,
         )
         try:
-            pid = fork_worker(context, self._worker_main, lambda: self._close_in_child(slot))
+            pid = fork_process(
+                f"worker {slot.index}",
+                cell,
+                partial(self._worker_main, context),
+                lambda: self._close_in_child(slot),
+            )
         except OSError as error:
             log.error("cannot fork worker %d: %s", slot.index, error.strerror)
             return None
         log.debug("worker %d is process %d", slot.index, pid)
         return WorkerProcess(pid, nonce, cell_index, cell, time.monotonic_ns())
 
-    def _close_in_child(self, own: WorkerSlot) -> None:
-        """Close what a worker must not hold: with the write end of the pipe it would never see the supervisor die."""
+    def _close_in_child(self, own: WorkerSlot | None = None) -> None:
+        """Close what a child must not hold: with the write end of the pipe it would never see the supervisor die.
+        Of the listeners it keeps its `own`."""
         os.close(self._parent_write)
         os.close(self._wake_read)
         os.close(self._wake_write)
@@ -308,13 +337,19 @@ class Supervisor:
     def _notify_systemd(self, now: int) -> None:
         ready = sum(slot.is_ready() for slot in self._slots)
         state = "stopping" if self._stopping else "reloading" if self._reload else "serving"
-        self._notifier.status(f"{state}: {ready} of {len(self._slots)} workers ready")
+        writer = "" if self._store.serving() else ", the writer is not ready"
+        self._notifier.status(f"{state}: {ready} of {len(self._slots)} workers ready{writer}")
+        if not self._store.opened() and now >= self._extend_ns:
+            # The writer may have to migrate the data folder. It is killed if it gives no sign of life.
+            self._notifier.extend_timeout(EXTEND_BY_S)
+            self._extend_ns = now + EXTEND_NS
         if self._notifier.watchdog_s and now >= self._ping_ns:
             # The supervisor kills a stuck worker in time. When a worker stays stuck, or none serves, it sends no
-            # ping, so that systemd steps in.
-            fresh_ns = self.settings.timeouts.stuck_worker_ms * MS
+            # ping, so that systemd steps in. The same when no writer ticks.
+            limit_ms = self.settings.timeouts.stuck_worker_ms
             serving = [worker for worker in self._workers() if worker.ready_ns]
-            if serving and all(now - worker.last_tick_ns() <= fresh_ns for worker in serving):
+            ticking = all(now - worker.last_tick_ns() <= limit_ms * MS for worker in serving)
+            if serving and ticking and self._store.fresh(now, limit_ms):
                 self._notifier.watchdog()
             self._ping_ns = now + int(self._notifier.watchdog_s * 1e9)
 
@@ -328,6 +363,7 @@ class Supervisor:
                 self._stop()
                 for worker in self._workers():
                     worker.kill("stopped at once")
+                self._store.kill(time.monotonic_ns(), "stopped at once")
             elif number == signal.SIGHUP and not self._stopping:
                 self._start_reload(())
             elif number == signal.SIGTTIN:
@@ -338,9 +374,8 @@ class Supervisor:
     def _handle_request(self, request: Json, caller: Caller) -> None:
         match request.get("cmd"):
             case "status":
-                caller.answer(
-                    {"ok": True, **report(self._slots, self._pool.target, self._listeners.url, self._stopping)}
-                )
+                url, stopping = self._listeners.url, self._stopping
+                caller.answer({"ok": True, **report(self._slots, self._store, self._pool.target, url, stopping)})
             case "drain":
                 if request.get("wait", True):
                     self._drain_callers.append(caller)
@@ -398,6 +433,9 @@ class Supervisor:
             log.warning("host, port and data stay as they are until the server is restarted")
             server = replace(settings.server, host=fixed.host, port=fixed.port, data=fixed.data)
             settings = replace(settings, server=server)
+        if bool(settings.store.mongodb_url) != bool(self.settings.store.mongodb_url):
+            log.warning("the kind of store stays as it is until the server is restarted")
+            settings = replace(settings, store=self.settings.store, redis=self.settings.redis)
         log.info("reloading %d workers", len(self._slots))
         if self._announced:
             self._notifier.reloading()

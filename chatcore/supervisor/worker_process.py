@@ -1,4 +1,4 @@
-"""The contract between the supervisor and a worker process, and the fork that starts one.
+"""The contract between the supervisor and the processes that it forks, and the fork itself.
 
 The contract of ``worker_main(context) -> exit code``:
 
@@ -16,6 +16,17 @@ The contract of ``worker_main(context) -> exit code``:
   SIGTERM.
 - The worker raises :class:`StartError`, with the reason in one line, when the server cannot start (for example, the
   database file is broken).
+
+The embedded store has two processes more, the *writer* and the *indexer* (:class:`StoreMains`). Their contract,
+``main(context) -> exit code``, is the same but for this:
+
+- The writer is forked before all others, which are forked when it first calls ``context.stats.ready()``. Until then it
+  may change the data folder for as long as that takes, if it calls ``context.stats.beat()`` at least once in
+  ``settings.timeouts.worker_start_ms``. A StartError, or any other end before it was ever ready, ends the server.
+- A ready writer beats several times in ``settings.timeouts.stuck_writer_ms``: while it stands still nobody's write is
+  committed, so it is killed and replaced soon.
+- SIGTERM asks it to end: to commit what it was given, and to return 0. It is sent when the last worker has left.
+- When ``parent_fd`` becomes readable the workers begin to drain, and still need the writer.
 """
 
 from __future__ import annotations
@@ -28,18 +39,18 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 from ..settings import Settings
 from .stats import StatsCell, WorkerState
 
 log = logging.getLogger("chatcore.process")
 
-#: Exit code of a worker that raised StartError; a retry would fail in the same way.
+#: Exit code of a process that raised StartError; a retry would fail in the same way.
 EXIT_START_ERROR: Final = 3
 
 #: Signals that a terminal sends to the whole process group, or that are meant for the supervisor alone.
-IGNORED_BY_WORKERS: Final = (
+IGNORED_BY_CHILDREN: Final = (
     signal.SIGINT,
     signal.SIGQUIT,
     signal.SIGHUP,
@@ -75,10 +86,33 @@ class WorkerContext:
 WorkerMain = Callable[[WorkerContext], int]
 
 
-def fork_worker(context: WorkerContext, main: WorkerMain, in_child: Callable[[], None]) -> int:
-    """Fork a child that runs `main`; returns its pid (in the parent only).
+@dataclass(frozen=True, slots=True)
+class StoreProcessContext:
+    """Everything that the writer or the indexer of the embedded store gets from the supervisor."""
 
-    The child first calls `in_child`, which closes what only the parent may hold. Raises OSError if the fork fails.
+    settings: Settings  # those of the server's start: a reload changes nothing for these processes
+    host: str
+    name: str  # "writer" or "indexer"
+    parent_fd: int  # readable (end of file) when the supervisor is dead
+    stats: StatsCell
+    version: str
+
+
+StoreProcessMain = Callable[[StoreProcessContext], int]
+
+
+class StoreMains(NamedTuple):
+    """The main functions of the embedded store's processes; a field's name is the name of the process."""
+
+    writer: StoreProcessMain
+    indexer: StoreProcessMain
+
+
+def fork_process(name: str, stats: StatsCell, run: Callable[[], int], in_child: Callable[[], None]) -> int:
+    """Fork a child that calls `run` and exits with what it returns; returns its pid (in the parent only).
+
+    The child first calls `in_child`, which closes what only the parent may hold. `name` is for the log, "worker 0".
+    Raises OSError if the fork fails.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -87,14 +121,18 @@ def fork_worker(context: WorkerContext, main: WorkerMain, in_child: Callable[[],
     try:
         pid = os.fork()
         if pid == 0:
-            _child(context, main, in_child, blocked)
+            _child(name, stats, run, in_child, blocked)
         return pid
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _child(
-    context: WorkerContext, main: WorkerMain, in_child: Callable[[], None], mask: set[int | signal.Signals]
+    name: str,
+    stats: StatsCell,
+    run: Callable[[], int],
+    in_child: Callable[[], None],
+    mask: set[int | signal.Signals],
 ) -> NoReturn:
     """Run the child. It never returns to, or raises into, the code that called fork: that code is the parent's."""
     code = 1
@@ -104,22 +142,22 @@ def _child(
             # This resets the interpreter's own SIGINT handler, too; SIGINT is ignored just below.
             if callable(signal.getsignal(number)):
                 signal.signal(number, signal.SIG_DFL)
-        for ignored in IGNORED_BY_WORKERS:
+        for ignored in IGNORED_BY_CHILDREN:
             signal.signal(ignored, signal.SIG_IGN)
         in_child()
-        context.stats.pid = os.getpid()
+        stats.pid = os.getpid()
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        code = main(context)
+        code = run()
     except StartError as error:
         code = EXIT_START_ERROR
-        context.stats.error = str(error)
+        stats.error = str(error)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
     except BaseException as error:  # the supervisor reads the reason, whatever it was, from the cell
-        context.stats.error = f"{type(error).__name__}: {error}".splitlines()[0]
-        log.critical("worker %d failed\n%s", context.slot, traceback.format_exc().rstrip())
+        stats.error = f"{type(error).__name__}: {error}".splitlines()[0]
+        log.critical("%s failed\n%s", name, traceback.format_exc().rstrip())
     finally:
-        context.stats.state = WorkerState.STOPPED
+        stats.state = WorkerState.STOPPED
         try:
             sys.stdout.flush()
             sys.stderr.flush()

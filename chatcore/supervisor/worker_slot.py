@@ -8,7 +8,7 @@ import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import ClassVar, Final
 
 from ..settings import Timeouts
 from .stats import CELLS_PER_SLOT, StatsCell, WorkerState
@@ -39,7 +39,7 @@ class WorkerProcess:
     kill_ns: int = 0  # set when it is asked to drain: the time at which it is killed
     kill_reason: str = ""  # why the supervisor killed it
     excused_ns: int = 0  # the age of its heartbeat counts from here if the heartbeat is older
-    traced_ns: int = 0  # when a debugger was last seen holding it
+    held_ns: int = 0  # when it was last seen held by what excuses it, such as a debugger
 
     def starting(self) -> bool:
         return self.ready_ns == 0 and self.kill_ns == 0
@@ -87,43 +87,81 @@ class WorkerProcess:
             return "it had not drained at the deadline"
         if self.starting() and now - self.forked_ns > timeouts.worker_start_ms * MS:
             return f"it was not ready after {timeouts.worker_start_ms} ms"
+        return self.stuck(now, timeouts.stuck_worker_ms)
+
+    def stuck(self, now: int, limit_ms: int) -> str:
+        """The reason to kill it if it got ready, has not ticked for `limit_ms`, and has no excuse."""
         # A debugger or profiler stops a worker on purpose: once released, the worker gets the whole limit again to
         # tick. The check starts at half the limit, since the debugger may release the worker at any moment. A worker
         # stopped by SIGSTOP is not excused: clients wait in its queue.
-        limit_ns = timeouts.stuck_worker_ms * MS
+        limit_ns = limit_ms * MS
         if self.ready_ns and now - self.last_tick_ns() > limit_ns // 2:
-            if self.traced():
-                self.traced_ns = now
-            elif now - max(self.last_tick_ns(), self.traced_ns) > limit_ns:
-                return f"its loop has not ticked for {timeouts.stuck_worker_ms} ms"
+            if self.held():
+                self.held_ns = now
+            elif now - max(self.last_tick_ns(), self.held_ns) > limit_ns:
+                return f"its loop has not ticked for {limit_ms} ms"
         return ""
 
-    def traced(self) -> bool:
+    def held(self) -> bool:
         """Whether a debugger or profiler holds it."""
+        return self.kernel_status().get("TracerPid", "0") != "0"
+
+    def kernel_status(self) -> dict[str, str]:
+        """The first word of each line of /proc/PID/status, by its title; empty if that cannot be read."""
         try:
             with open(f"/proc/{self.pid}/status", encoding="ascii", errors="replace") as status:
-                return any(line.startswith("TracerPid:") and line.split()[1] != "0" for line in status)
+                lines = [line.split() for line in status]
         except OSError:
-            return False
+            return {}
+        return {line[0].rstrip(":"): line[1] for line in lines if len(line) > 1}
 
 
-class WorkerSlot:
+class Restarts:
+    """When the next process is forked after one died. For the process of a slot."""
+
+    #: So many early exits in a row cost no pause.
+    free_failures: ClassVar[int] = 0
+    #: Longest pause after processes that never got ready.
+    start_pause_max_ns: ClassVar[int] = BACKOFF_START_MAX_NS
+
+    def __init__(self) -> None:
+        self.failures = 0  # early exits in a row
+        self.ever_failed = False
+        self.restart_ns = 0  # no new process is forked before this time
+        self.error = ""  # why the last process died
+
+    def failed(self, process: WorkerProcess, now: int, error: str) -> int:
+        """Note that a process died unasked; returns how long to wait before the next start, in ns."""
+        self.error = error
+        self.ever_failed = True
+        pause = 0
+        if process.ready_ns and now - process.ready_ns >= EARLY_EXIT_NS:
+            self.failures = 0
+        else:
+            self.failures += 1
+            doublings = self.failures - self.free_failures - 1
+            if doublings >= 0:
+                longest = BACKOFF_READY_MAX_NS if process.ready_ns else self.start_pause_max_ns
+                # Jitter, so that processes that die of the same cause do not start again in step.
+                pause = int(min(BACKOFF_NS << min(doublings, 20), longest) * random.uniform(0.5, 1.0))
+        self.restart_ns = now + pause
+        return pause
+
+
+class WorkerSlot(Restarts):
     """A listener and its workers: `current` serves; during a replacement `successor` starts, or `predecessor` drains.
 
     There is never a successor and a predecessor at the same time, so two cells of the stats page are enough.
     """
 
     def __init__(self, index: int, listener: socket.socket) -> None:
+        super().__init__()
         self.index = index
         self.listener = listener
         self.current: WorkerProcess | None = None
         self.successor: WorkerProcess | None = None
         self.predecessor: WorkerProcess | None = None
         self.retire_ns = 0  # set when the slot is to be removed: its worker starts to drain at this time
-        self.failures = 0  # early exits in a row
-        self.ever_failed = False
-        self.restart_ns = 0  # no new worker is forked before this time
-        self.error = ""  # why the last worker died
 
     def workers(self) -> Iterator[WorkerProcess]:
         for worker in (self.current, self.successor, self.predecessor):
@@ -159,21 +197,6 @@ class WorkerSlot:
         self.predecessor, self.current, self.successor = self.current, self.successor, None
         if self.predecessor is not None:
             self.predecessor.drain(kill_ns)
-
-    def failed(self, worker: WorkerProcess, now: int, error: str) -> int:
-        """Note that a worker died unasked; returns how long to wait before the next start, in ns."""
-        self.error = error
-        self.ever_failed = True
-        if worker.ready_ns and now - worker.ready_ns >= EARLY_EXIT_NS:
-            self.failures = 0
-            pause = 0
-        else:
-            self.failures += 1
-            longest = BACKOFF_READY_MAX_NS if worker.ready_ns else BACKOFF_START_MAX_NS
-            # Jitter, so that workers that die of the same cause do not start again in step.
-            pause = int(min(BACKOFF_NS << min(self.failures - 1, 20), longest) * random.uniform(0.5, 1.0))
-        self.restart_ns = now + pause
-        return pause
 
 
 def how_it_ended(code: int) -> str:

@@ -70,7 +70,8 @@ class Answer(NamedTuple):
 
 
 class Server:
-    """`chatcore serve` on a free port of 127.0.0.1; `worker` is how its workers behave (see `tiny_worker`)."""
+    """`chatcore serve` on a free port of 127.0.0.1; `worker` is how its workers behave (see `tiny_worker`), and the
+    writer and the indexer (see `tiny_store_process`), which it has if `store`."""
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class Server:
         workers: int | None = 2,
         port: int | None = 0,
         worker: dict[str, object] | None = None,
+        store: bool = False,
         env: dict[str, str] | None = None,
     ) -> None:
         number = next(_numbers)
@@ -102,6 +104,7 @@ class Server:
                     **os.environ,
                     "PYTHONPATH": str(ROOT),
                     "CHATCORE_TEST_WORKER": str(self._behaviour),
+                    "CHATCORE_TEST_STORE": "1" if store else "",
                     **(env or {}),
                 },
                 stdin=subprocess.DEVNULL,
@@ -150,9 +153,24 @@ class Server:
         return control.call(self.data, {"cmd": cmd, **more}, PATIENCE_S)
 
     def workers(self) -> list[dict[str, Any]]:
-        workers: list[dict[str, Any]] = self.call("status")["workers"]
-        self.pids.update(worker["pid"] for worker in workers if worker["pid"])
+        status = self.call("status")
+        workers: list[dict[str, Any]] = status["workers"]
+        self.pids.update(process["pid"] for process in workers + status["store_processes"] if process["pid"])
         return workers
+
+    def store(self, name: str) -> dict[str, Any]:
+        """The status of the writer or the indexer."""
+        found: dict[str, Any] = next(one for one in self.call("status")["store_processes"] if one["name"] == name)
+        return found
+
+    def store_replaced(self, name: str, pid: int) -> dict[str, Any]:
+        """Wait until another process than `pid` is the ready writer or indexer."""
+
+        def is_replaced() -> dict[str, Any] | None:
+            found = self.store(name)
+            return found if found["state"] == "ready" and found["pid"] != pid else None
+
+        return eventually(is_replaced, f"{name} replaced; {self.log()}")
 
     def worker(self, slot: int) -> dict[str, Any]:
         """The serving worker of a slot; fails while there is none."""

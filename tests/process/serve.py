@@ -2,13 +2,15 @@
 
 Each worker accepts on its listener and answers each connection with one line: its own name and the line it read.
 CHATCORE_TEST_WORKER names a file with a JSON object that says how workers behave. Each new worker reads it, so a test
-can change the behaviour of later workers.
+can change the behaviour of later workers. With CHATCORE_TEST_STORE there are a writer and an indexer, too, which write
+nothing; they behave as the values of "writer" and "indexer" in the same object say.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import select
 import selectors
 import signal
 import socket
@@ -18,28 +20,38 @@ from pathlib import Path
 from typing import Any
 
 from chatcore import cli
+from chatcore.server.lifeline import Lifeline
 from chatcore.supervisor.stats import PartHealth, WorkerState
-from chatcore.supervisor.worker_process import StartError, WorkerContext
+from chatcore.supervisor.worker_process import StartError, StoreMains, StoreProcessContext, WorkerContext
 
 BEAT_S = 0.05
 
 
-def behaviour(slot: int) -> dict[str, Any]:
-    """The behaviour of a worker slot: the whole object; with "slot" in it, other slots behave as its "others"."""
+def read_behaviour() -> dict[str, Any]:
     path = os.environ.get("CHATCORE_TEST_WORKER", "")
     how: dict[str, Any] = json.loads(Path(path).read_text()) if path else {}
+    return how
+
+
+def behaviour(slot: int) -> dict[str, Any]:
+    """The behaviour of a worker slot: the whole object; with "slot" in it, other slots behave as its "others"."""
+    how = read_behaviour()
     return how if how.get("slot", slot) == slot else how.get("others", {})
 
 
-def tiny_worker(context: WorkerContext) -> int:
-    """The contract of `chatcore.supervisor.worker_process`, and nothing else."""
-    how = behaviour(context.slot)
+def fail_as_told(how: dict[str, Any]) -> None:
     if "start_error" in how:
         raise StartError(str(how["start_error"]))
     if "crash" in how:
         raise RuntimeError(str(how["crash"]))
     if "exit" in how:
-        return int(how["exit"])
+        sys.exit(int(how["exit"]))
+
+
+def tiny_worker(context: WorkerContext) -> int:
+    """The contract of `chatcore.supervisor.worker_process`, and nothing else."""
+    how = behaviour(context.slot)
+    fail_as_told(how)
     while "never_ready" in how and not Path(how["never_ready"]).exists():
         time.sleep(BEAT_S)
     drain, drained = os.pipe()
@@ -100,5 +112,33 @@ def answer(context: WorkerContext, connection: socket.socket) -> None:
     connection.shutdown(socket.SHUT_WR)
 
 
+def tiny_store_process(context: StoreProcessContext) -> int:
+    """The contract of the writer and the indexer, and nothing else."""
+    how = read_behaviour().get(context.name, {})
+    fail_as_told(how)
+    while "never_ready" in how and not Path(how["never_ready"]).exists():
+        time.sleep(BEAT_S)
+        if not how.get("silent"):
+            context.stats.beat()
+    lifeline = Lifeline(context)
+    poll = select.poll()
+    for fd in lifeline.fds:
+        poll.register(fd, select.POLLIN)
+    lifeline.ready()
+    while not poll.poll(BEAT_S * 1000):
+        lifeline.beat()
+    assert lifeline.stopping()
+    while how.get("ignore_term") and not lifeline.orphaned():
+        time.sleep(BEAT_S)
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit(cli.main(sys.argv[1:], worker_main=tiny_worker))
+    store = StoreMains(writer=tiny_store_process, indexer=tiny_store_process)
+    sys.exit(
+        cli.main(
+            sys.argv[1:],
+            worker_main=tiny_worker,
+            store_mains=store if os.environ.get("CHATCORE_TEST_STORE") else None,
+        )
+    )
