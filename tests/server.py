@@ -7,7 +7,6 @@ directory, a control socket and a log.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -23,6 +22,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import apsw
 
 from .services import production
 
@@ -45,15 +46,15 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def _hold_write_lock(data: Path) -> Iterator[None]:
-    """Keep all others from writing to the embedded store: it looks like a disk that hangs."""
-    files = [(data / name).open("r+") for name in ("write.next", "write.lock")]
+    """Keep the writer from writing to the embedded store: it looks like a disk that hangs."""
+    db = apsw.Connection(str(data / "chatcore.db"), flags=apsw.SQLITE_OPEN_READWRITE)
+    db.set_busy_timeout(int(PATIENCE_S * 1000))
+    db.execute("BEGIN IMMEDIATE")
     try:
-        for file in files:
-            fcntl.flock(file, fcntl.LOCK_EX)
         yield
     finally:
-        for file in reversed(files):
-            file.close()
+        db.execute("ROLLBACK")
+        db.close()
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,11 @@ class Server:
         """Process ids of the serving workers, by slot."""
         workers = self.ask("status")["workers"]
         return {w["slot"]: w["pid"] for w in workers if w["state"] == "ready"}
+
+    def store_pids(self) -> dict[str, int]:
+        """Process ids of the embedded store's writer and indexer, by name; those that are ready."""
+        processes = self.ask("status")["store_processes"]
+        return {p["name"]: p["pid"] for p in processes if p["state"] == "ready"}
 
     def slot_of(self, client_port: int) -> int | None:
         """Which worker has the connection that comes from a port of this machine (None: no serving one).

@@ -19,9 +19,7 @@ from ..settings import Settings
 from ..store.base import Entry, OnCommit, Store
 from ..store.mongo.client import MongoSettings
 from ..store.mongo.store import BrokenSchema, MongoStore
-from ..store.sqlite.schema import BrokenStore, prepare
 from ..store.sqlite.store import SQLiteStore
-from ..store.sqlite.threads import WriteLock
 from ..supervisor.worker_process import StartError, WorkerContext
 from .health import Metrics
 
@@ -102,8 +100,6 @@ def make_store(settings: Settings, on_commit: OnCommit, publish_yield: Callable[
         Path(settings.server.data),
         on_commit,
         queue=settings.limits.append_queue,
-        batch=settings.store.batch_entries,
-        checkpoint_pages=settings.store.checkpoint_pages,
         timeout_ms=settings.timeouts.store_ms,
         max_conversations=settings.limits.conversations_per_user,
     )
@@ -139,7 +135,7 @@ def shares_user_channel(bus: RedisBus | LocalBus) -> bool:
 
 
 async def start_store(settings: Settings, store: Store) -> None:
-    """Open the store; an empty one is set up.
+    """Open the store; an empty one of MongoDB is set up (the writer sets up the embedded one).
 
     :raises StartError: it cannot be used, in one line.
     :raises Unavailable: it does not answer.
@@ -147,15 +143,8 @@ async def start_store(settings: Settings, store: Store) -> None:
     data = Path(settings.server.data)
     (data / "run").mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        if not settings.store.mongodb_url:
-            lock = WriteLock(data)
-            try:
-                with lock:  # the workers start together; the first one makes the database
-                    prepare(data)
-            finally:
-                lock.close()
         await store.start()
-    except (BrokenStore, BrokenSchema) as exc:
+    except BrokenSchema as exc:
         raise StartError(str(exc)) from None
 
 

@@ -16,10 +16,10 @@ from chatcore.accounts.service import Accounts, token_hash
 from chatcore.errors import Unauthenticated
 from chatcore.settings import AccountSettings, Settings
 from chatcore.store.base import Account, Token
-from chatcore.store.sqlite.schema import prepare
 from chatcore.store.sqlite.store import SQLiteStore
 
 from ..store.harness import Opened, run
+from ..store.hosting import hosted
 
 FAR = 2**50
 
@@ -59,8 +59,7 @@ def with_accounts(data: Path, work: Callable[[Raced, Accounts], Awaitable[Any]])
             accounts.close()
             await store.close()
 
-    prepare(data)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with hosted(data), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main())
 
 

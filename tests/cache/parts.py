@@ -18,8 +18,9 @@ from chatcore.entries import MemberFields, MsgFields, NewEntry, new_entry
 from chatcore.errors import Unavailable
 from chatcore.settings import CacheSettings
 from chatcore.store.base import Appended, Changes, Entry, Known, Opening, Page, Token, User, View
-from chatcore.store.sqlite.schema import prepare
 from chatcore.store.sqlite.store import SQLiteStore
+
+from ..store.hosting import hosted
 
 T = TypeVar("T")
 
@@ -254,11 +255,11 @@ async def workers(
     clock: Clock | None = None,
 ) -> AsyncIterator[list[Worker]]:
     """Some workers on one database, with one bus; all reads of the store counted from 0."""
-    if not (data / "chatcore.db").exists():
-        prepare(data)
     hub = Hub()
     clock = clock or Clock()
     made = [Worker(data, hub, clock, settings, redis) for _ in range(count)]
+    host = contextlib.ExitStack()
+    host.enter_context(hosted(data))
     try:
         for w in made:
             await w.cache.start()
@@ -269,3 +270,4 @@ async def workers(
     finally:
         for w in made:
             await w.cache.close()
+        host.close()

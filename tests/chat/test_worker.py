@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -16,6 +17,7 @@ from chatcore.settings import AccountSettings, ServerSettings, Settings
 from chatcore.supervisor.stats import StatsCell
 from chatcore.supervisor.worker_process import WorkerContext
 
+from ..store.hosting import hosted
 from .parts import PATIENCE_S, until
 
 UPGRADE = (
@@ -25,9 +27,11 @@ UPGRADE = (
 
 
 class Running:
-    """A worker on a port of its own, until the block ends."""
+    """A worker on a port of its own, with a store, until the block ends."""
 
     def __init__(self, data: Path) -> None:
+        self._host = contextlib.ExitStack()
+        self._data = data
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._listener.setblocking(False)
         self.address = self._listener.getsockname()
@@ -40,6 +44,7 @@ class Running:
         self.worker = Worker(WorkerContext(settings, "test", 0, nonce, self._listener, self._parent[0], stats, "0.0.0"))
 
     async def __aenter__(self) -> Running:
+        self._host.enter_context(hosted(self._data))
         await self.worker.start()
         return self
 
@@ -50,6 +55,7 @@ class Running:
         loop.remove_reader(self._parent[0])
         for fd in self._parent:
             os.close(fd)
+        self._host.close()
 
 
 async def test_an_upgrade_whose_client_is_gone_leaves_no_session_behind(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from chatcore.entries import MemberFields, MsgFields, NewEntry, new_entry
 from chatcore.store.base import Entry, Opening, Store, User
 from chatcore.store.mongo.client import MongoSettings
 from chatcore.store.mongo.store import MongoStore
-from chatcore.store.sqlite.schema import prepare
+from chatcore.store.sqlite.schema import connect, database_path
 from chatcore.store.sqlite.store import SQLiteStore
+
+from .hosting import hosted
 
 _cids = itertools.count()
 
@@ -67,8 +70,31 @@ class Opened:
         return found
 
 
-def run(data: Place, work: Callable[[Opened], Awaitable[Any]], **options: Any) -> Any:
-    """Open a store on the folder or database, do the work on the loop that workers use, and close it."""
+@contextlib.contextmanager
+def stalled(data: Path) -> Iterator[None]:
+    """The writer of the folder waits meanwhile, as for a disk that does not answer (for up to five seconds)."""
+    db = connect(database_path(data), write=True)
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    finally:
+        db.execute("ROLLBACK")
+        db.close()
+
+
+def run(
+    data: Place,
+    work: Callable[[Opened], Awaitable[Any]],
+    *,
+    host: bool = True,
+    hosting: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """Open a store on the folder or database, do the work on the loop that workers use, and close it.
+
+    :param host: run the writer and the indexer of the folder meanwhile; False: they run already.
+    :param hosting: options for :func:`hosted`.
+    """
 
     async def main() -> Any:
         announced: list[Entry] = []
@@ -83,7 +109,6 @@ def run(data: Place, work: Callable[[Opened], Awaitable[Any]], **options: Any) -
         finally:
             await store.close()
 
-    if isinstance(data, Path):
-        prepare(data)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    hosting_it = hosted(data, **(hosting or {})) if host and isinstance(data, Path) else contextlib.nullcontext()
+    with hosting_it, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main())

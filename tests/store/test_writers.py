@@ -1,14 +1,11 @@
-"""Several writers on one database, stores that hang, and files that are broken."""
+"""Several workers on one writer, a writer that is killed or hangs, and files that are broken."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import multiprocessing
 import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +16,14 @@ import pytest
 from chatcore.entries import MemberFields, new_entry
 from chatcore.errors import Forbidden, Unavailable
 from chatcore.store.base import Appended, User
-from chatcore.store.sqlite.schema import BrokenStore, database_path, prepare
-from chatcore.store.sqlite.threads import WriteLock
+from chatcore.store.sqlite.accounts import AddUser
+from chatcore.store.sqlite.engine import Engine, Superseded
+from chatcore.store.sqlite.indexer import Indexer
+from chatcore.store.sqlite.lock import WriterLock
+from chatcore.store.sqlite.schema import BrokenStore, connect, database_path, prepare
 
-from .harness import Opened, message, run
+from .harness import Opened, message, run, stalled
+from .hosting import hosted_apart
 
 FORK = multiprocessing.get_context("fork")
 
@@ -38,35 +39,37 @@ def hammer(data: Path, conv: str, user: User, prefix: str, count: int, acked: An
         for at in range(0, count, 50):
             await asyncio.gather(*(one(i) for i in range(at, min(count, at + 50))))
 
-    run(data, work)
+    run(data, work, host=False)
     acked.send(None)
 
 
-def test_two_processes_write_one_dense_log(tmp_path: Path) -> None:
+def test_two_workers_write_one_dense_log(tmp_path: Path) -> None:
     async def setup(o: Opened) -> tuple[User, str]:
         alice = await o.user("alice")
         return alice, await o.conversation(alice, title=None)
 
-    alice, conv = run(tmp_path, setup)
-    pipes = [FORK.Pipe(duplex=False) for _ in range(2)]
-    writers = [
-        FORK.Process(target=hammer, args=(tmp_path, conv, alice, f"w{i}", 500, pipe[1])) for i, pipe in enumerate(pipes)
-    ]
-    for writer in writers:
-        writer.start()
-    acked: dict[str, int] = {}
-    for receive, _ in pipes:
-        while (got := receive.recv()) is not None:
-            acked[got[0]] = got[1]
-    for writer in writers:
-        writer.join(30)
+    with hosted_apart(tmp_path):
+        alice, conv = run(tmp_path, setup, host=False)
+        pipes = [FORK.Pipe(duplex=False) for _ in range(2)]
+        workers = [
+            FORK.Process(target=hammer, args=(tmp_path, conv, alice, f"w{i}", 500, pipe[1]))
+            for i, pipe in enumerate(pipes)
+        ]
+        for worker in workers:
+            worker.start()
+        acked: dict[str, int] = {}
+        for receive, _ in pipes:
+            while (got := receive.recv()) is not None:
+                acked[got[0]] = got[1]
+        for worker in workers:
+            worker.join(30)
 
-    async def check(o: Opened) -> None:
-        log = await o.log(conv)
-        assert [e.seq for e in log] == list(range(1, 1002))
-        assert sorted(acked.values()) == list(range(2, 1002))
+        async def check(o: Opened) -> None:
+            log = await o.log(conv)
+            assert [e.seq for e in log] == list(range(1, 1002))
+            assert sorted(acked.values()) == list(range(2, 1002))
 
-    run(tmp_path, check)
+        run(tmp_path, check, host=False)
 
 
 def change_roles(data: Path, conv: str, actor: User, user: User, roles: list[str], acked: Any) -> None:
@@ -77,118 +80,114 @@ def change_roles(data: Path, conv: str, actor: User, user: User, roles: list[str
             with contextlib.suppress(Forbidden):  # to appoint a user who is out
                 await o.store.append(new_entry(conv, actor.id, f"{os.getpid()}-{i}", MemberFields(user.id, role)))
 
-    run(data, work)
+    run(data, work, host=False)
     acked.send(None)
 
 
-def test_two_processes_that_change_one_member_each_know_the_role_before(tmp_path: Path) -> None:
+def test_two_workers_that_change_one_member_each_know_the_role_before(tmp_path: Path) -> None:
     async def setup(o: Opened) -> tuple[User, User, str]:
         alice, bob = await o.user("alice"), await o.user("bob")
         return alice, bob, await o.conversation(alice, bob)
 
-    alice, bob, conv = run(tmp_path, setup)
-    pipes = [FORK.Pipe(duplex=False) for _ in range(2)]
-    for (_, done), roles in zip(pipes, (["none", "member", "admin"], ["banned", "member"]), strict=True):
-        FORK.Process(target=change_roles, args=(tmp_path, conv, alice, bob, roles * 40, done)).start()
-    for receive, _ in pipes:
-        assert receive.poll(60)
-        receive.recv()
+    with hosted_apart(tmp_path):
+        alice, bob, conv = run(tmp_path, setup, host=False)
+        pipes = [FORK.Pipe(duplex=False) for _ in range(2)]
+        for (_, done), roles in zip(pipes, (["none", "member", "admin"], ["banned", "member"]), strict=True):
+            FORK.Process(target=change_roles, args=(tmp_path, conv, alice, bob, roles * 40, done)).start()
+        for receive, _ in pipes:
+            assert receive.poll(60)
+            receive.recv()
 
-    async def check(o: Opened) -> None:
-        before: dict[str, str] = {}
-        entries = [orjson.loads(e.wire) for e in await o.log(conv) if e.t == "member"]
-        assert len(entries) > 50
-        for e in entries:
-            assert e["was"] == before.get(e["user"], "none"), e
-            before[e["user"]] = e["role"]
+        async def check(o: Opened) -> None:
+            before: dict[str, str] = {}
+            entries = [orjson.loads(e.wire) for e in await o.log(conv) if e.t == "member"]
+            assert len(entries) > 50
+            for e in entries:
+                assert e["was"] == before.get(e["user"], "none"), e
+                before[e["user"]] = e["role"]
 
-    run(tmp_path, check)
+        run(tmp_path, check, host=False)
 
 
-def test_a_killed_writer_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    async def setup(o: Opened) -> tuple[User, str]:
+def test_a_killed_writer_loses_nothing_and_its_workers_go_on(tmp_path: Path) -> None:
+    """The worker asks again what was not answered, in its old order; what was committed already is announced, too."""
+
+    async def work(o: Opened) -> None:
         alice = await o.user("alice")
-        return alice, await o.conversation(alice, title=None)
+        conv = await o.conversation(alice, title=None)
+        acked: dict[str, int] = {}
 
-    alice, conv = run(tmp_path, setup)
-    receive, send = FORK.Pipe(duplex=False)
-    writer = FORK.Process(target=hammer, args=(tmp_path, conv, alice, "w", 100_000, send))
-    writer.start()
-    send.close()
-    acked: dict[str, int] = {}
-    while len(acked) < 2000:
-        cid, seq = receive.recv()
-        acked[cid] = seq
-    assert writer.pid is not None
-    os.kill(writer.pid, signal.SIGKILL)
-    writer.join(30)
-    try:
-        while True:
-            cid, seq = receive.recv()
-            acked[cid] = seq
-    except EOFError:
-        pass
+        async def one(cid: str) -> None:
+            acked[cid] = (await o.store.append(message(conv, alice, cid, cid))).seq
 
-    async def check(o: Opened) -> None:
+        for round_ in range(6):
+            sending = [asyncio.ensure_future(one(f"{round_}-{i}")) for i in range(1000)]
+            while len(acked) < 1000 * round_ + 300 * (round_ % 2):
+                await asyncio.sleep(0)
+            await asyncio.to_thread(host.kill)
+            await asyncio.to_thread(host.start)
+            await asyncio.gather(*sending)
         log = await o.log(conv)
-        assert [e.seq for e in log] == list(range(1, len(log) + 1))
-        again = await asyncio.gather(
-            *(o.store.append(message(conv, alice, cid.replace("-", " "), cid)) for cid in acked)
-        )
+        assert [e.seq for e in log] == list(range(1, 6002))
+        # In the order in which they were sent, none twice.
+        assert [orjson.loads(e.wire)["cid"] for e in log[1:]] == list(acked)
+        assert list(acked.values()) == list(range(2, 6002))
+        assert sorted({e.seq for e in o.announced}) == list(range(1, 6002)), "every entry was announced"
+        again = await asyncio.gather(*(o.store.append(message(conv, alice, cid, cid)) for cid in acked))
         assert [d.seq for d in again] == list(acked.values())
         assert all(d.dup for d in again)
 
-    run(tmp_path, check)
+    with hosted_apart(tmp_path, portion=500) as host:
+        run(tmp_path, work, host=False)
 
 
-def test_the_write_lock_is_fair(tmp_path: Path) -> None:
-    """A process that releases it and wants it again at once does not overtake one that waits."""
+def test_there_is_one_writer_and_a_stale_one_ends(tmp_path: Path) -> None:
+    """A writer that stood still while another one took over commits nothing any more."""
+    lock = WriterLock(tmp_path)
+    assert lock.acquire(0)
+    assert not WriterLock(tmp_path).acquire(0)
     prepare(tmp_path)
-    started, turn = FORK.Event(), FORK.Event()
+    Indexer(tmp_path).open()
+    stale = Engine(tmp_path)
+    stale.open()
+    assert stale.commit([AddUser("u1", "alice", "hash")])[0].error is None
+    new = Engine(tmp_path)
+    new.open()
+    with pytest.raises(Superseded):
+        stale.commit([AddUser("u2", "bob", "hash")])
+    stale.close()
+    assert new.commit([AddUser("u2", "bob", "hash")])[0].error is None
+    new.close()
+    lock.release()
 
-    def other() -> None:
-        lock = WriteLock(tmp_path)
-        started.set()
-        with lock:
-            turn.set()
 
-    lock = WriteLock(tmp_path)
-    rounds = 0
-    with lock:
-        process = FORK.Process(target=other)
-        process.start()
-        assert started.wait(10)
-        # It waits now, or in a moment: it holds `next` while it does.
-        probe = os.open(tmp_path / "write.next", os.O_RDWR)
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                fcntl.flock(probe, fcntl.LOCK_UN)
-            except BlockingIOError:
-                break
-        os.close(probe)
-    while not turn.is_set() and rounds < 1000:
-        with lock:
-            rounds += 1
-    process.join(10)
-    lock.close()
-    # At most the round that had begun to ask before the other was through the first lock.
-    assert rounds <= 2
+def test_a_log_that_somebody_else_wrote_to_ends_the_writer(tmp_path: Path) -> None:
+    async def work(o: Opened) -> None:
+        alice = await o.user("alice")
+        conv = await o.conversation(alice, title=None)
+        await o.store.append(message(conv, alice))
+
+    run(tmp_path, work)
+    engine = Engine(tmp_path)
+    engine.open()
+    db = connect(database_path(tmp_path), write=True)
+    db.execute("INSERT INTO entries SELECT id + 1, conv, seq + 1, t, sender, 2, 2, 'x', digest, ts, fields"
+               " FROM entries ORDER BY id DESC LIMIT 1")  # fmt: skip
+    db.close()
+    with pytest.raises(Superseded):
+        engine.commit([AddUser("u", "bob", "hash")])
+    engine.close()
 
 
 def test_a_store_that_hangs_answers_unavailable_and_the_same_cid_finds_out(tmp_path: Path) -> None:
     async def work(o: Opened) -> None:
         alice = await o.user("alice")
         conv = await o.conversation(alice)
-        lock = os.open(tmp_path / "write.lock", os.O_RDWR)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(Unavailable):
-            await o.store.append(message(conv, alice, "a", "stuck"))
-        assert not o.store.healthy
-        assert await o.store.heads([conv]), "reads go on"
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        os.close(lock)
+        with stalled(tmp_path):
+            with pytest.raises(Unavailable):
+                await o.store.append(message(conv, alice, "a", "stuck"))
+            assert not o.store.healthy
+            assert await o.store.heads([conv]), "reads go on"
         done = await o.store.append(message(conv, alice, "a", "stuck"))
         assert done.dup, "the stuck one was written after all, once"
         assert [e.seq for e in await o.log(conv)] == [1, 2, done.seq]
@@ -201,18 +200,15 @@ def test_a_full_queue_refuses_instead_of_growing(tmp_path: Path) -> None:
     async def work(o: Opened) -> None:
         alice = await o.user("alice")
         conv = await o.conversation(alice, title=None)
-        lock = os.open(tmp_path / "write.lock", os.O_RDWR)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        futures = [o.store.append(message(conv, alice)) for _ in range(40)]
-        refused = [f for f in futures if f.done() and isinstance(f.exception(), Unavailable)]
-        assert len(refused) >= 40 - 20 - 10  # the queue, and the batch that was taken
-        fcntl.flock(lock, fcntl.LOCK_UN)
-        os.close(lock)
+        with stalled(tmp_path):
+            futures = [o.store.append(message(conv, alice)) for _ in range(40)]
+            refused = [f for f in futures if f.done() and isinstance(f.exception(), Unavailable)]
+            assert len(refused) == 20
         done = await asyncio.gather(*futures, return_exceptions=True)
         taken = [d for d in done if isinstance(d, Appended)]
-        assert [d.seq for d in taken] == list(range(2, 2 + len(taken)))
+        assert [d.seq for d in taken] == list(range(2, 22))
 
-    run(tmp_path, work, queue=20, batch=10)
+    run(tmp_path, work, queue=20)
 
 
 def garbage(path: Path) -> None:

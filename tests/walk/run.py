@@ -1,6 +1,7 @@
 """Runs a whole worker (real sockets, real files) in this process, and one request through it.
 
-Also at commit b45e24f, whose modules lie elsewhere: copy ``tests/walk`` into a worktree of it for the figures before.
+The writer and the indexer of the store run in a process of their own, as they do in a server: the way is that through
+the worker.
 """
 
 from __future__ import annotations
@@ -15,20 +16,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from chatcore.server.worker import Worker
 from chatcore.settings import AccountSettings, ServerSettings, Settings
+from chatcore.supervisor.stats import StatsCell
+from chatcore.supervisor.worker_process import WorkerContext
 
 from ..e2e.client import Client
 from ..e2e.rest import http
+from ..store.hosting import Apart
 from .trace import Tracer, Walk
-
-try:
-    from chatcore.server.worker import Worker
-    from chatcore.supervisor.stats import StatsCell
-    from chatcore.supervisor.worker_process import WorkerContext
-except ImportError:  # commit b45e24f
-    from chatcore.process import WorkerContext  # type: ignore[no-redef, import-not-found]
-    from chatcore.stats import StatsCell  # type: ignore[no-redef, import-not-found]
-    from chatcore.worker import Worker  # type: ignore[no-redef, import-not-found]
 
 SCENARIOS: Final = ("send", "resume")
 #: Runs of a scenario; the way that most of them took is its way. The others had a timer of the worker in between.
@@ -40,6 +36,8 @@ TURNS: Final = 20
 @asynccontextmanager
 async def _worker(data: Path) -> AsyncIterator[tuple[Worker, tuple[str, int]]]:
     """A worker without a supervisor, and its address."""
+    host = Apart(data)
+    host.start()
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
     parent = os.pipe()
@@ -57,6 +55,7 @@ async def _worker(data: Path) -> AsyncIterator[tuple[Worker, tuple[str, int]]]:
         asyncio.get_running_loop().remove_reader(parent[0])
         for fd in parent:
             os.close(fd)
+        host.stop()
 
 
 class _Talk:

@@ -1,22 +1,19 @@
-"""What a write transaction does: appends in bulk, everything else one by one.
+"""Requests that append to logs, and what an entry changes in rows.
 
-All run in the writer thread, inside ``BEGIN IMMEDIATE``: they read the newest
-state, and no other process writes. Appends of messages that stand next to each
-other in the batch share their statements, whose values are bound, up to 64 rows in
-each: per row they cost half of what ``json_each`` over one parameter costs, and a
-statement gives up the interpreter lock, which under load is slow to come back.
+All run in the writer, inside its transaction: they read the newest state, and nobody else writes. Messages that
+stand next to each other in a batch are appended together: one INSERT has up to 64 of them, and their facts come from
+memory (:class:`~.transaction.LogState`).
 """
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Final
 
-import apsw
+import msgspec
 
+from ..._fast.runs import key_of
 from ...common.clock import now_ms
 from ...entries import (
     ENTRY_TYPES,
@@ -34,193 +31,171 @@ from ...entries import (
     takes_no_messages,
 )
 from ...errors import ChatError, Conflict, NotFound
-from ...protocol import MEMBER_ROLES, encode_entry
-from ..base import Appended, Entry, Opened, Opening
+from ..base import Opened, Opening
 from ..opening import DM_REQUEST, conversation_id, first_entries, first_members, request_id
-from .schema import POSITION
+from .requests import Reply, Request
+from .transaction import Committed, Found, Log, Transaction, in_bulk, is_member
 
 _ROLES: Final = "('member', 'admin', 'owner')"
 
-#: The facts about each message: the entry that its cid has already; the standing of its sender; and, where `first`
-#: (the first message of a conversation in the batch), the newest entry.
-_KNOWN: Final = """
-WITH v(i, conv, sender, cid, first) AS (VALUES {values})
-SELECT v.i, e.seq, e.ts, e.digest, c.kind, m.role,
-  c.kind = 'dm' AND EXISTS(SELECT 1 FROM blocks b
-    WHERE b.user = CASE WHEN c.a = v.sender THEN c.b ELSE c.a END AND b.other = v.sender),
-  h.seq, h.msgs
-FROM v LEFT JOIN entries e ON e.conv = v.conv AND e.sender = v.sender AND e.cid = v.cid
-LEFT JOIN convs c ON c.id = v.conv
-LEFT JOIN members m ON m.conv = v.conv AND m.user = v.sender
-LEFT JOIN entries h
-  ON h.id = CASE WHEN v.first THEN (SELECT id FROM entries WHERE conv = v.conv ORDER BY seq DESC LIMIT 1) END
-"""
 _INSERT: Final = """
-INSERT INTO entries(id, conv, seq, t, sender, cid, digest, ts, msgs, last_msg, fields) VALUES {values}
+INSERT INTO entries(id, conv, seq, t, sender, msgs, last_msg, cid, digest, ts, fields) VALUES {values}
 """
-# Sending moves the sender's mark, without a push of its own: the entry itself is pushed.
-_MARKS: Final = """
-WITH v(conv, user, seq, msgs) AS (VALUES {values})
-UPDATE members SET read = v.seq, read_msgs = v.msgs FROM v
-WHERE members.conv = v.conv AND members.user = v.user AND members.read < v.seq
-"""
-#: Rows of one statement, at most. Each number of rows is a statement of its own to SQLite, so numbers are powers of
-#: two, and all of them stay prepared.
-_ROWS: Final = 64
 
 
-@functools.cache
-def _with_rows(sql: str, rows: int, columns: int) -> str:
-    row = f"({', '.join('?' * columns)})"
-    return sql.format(values=", ".join([row] * rows))
+class Append(Request, frozen=True, gc=False):
+    """Append an entry; ``fields`` is the JSON of its fields, ``digest`` that of what was asked for.
+
+    ``most`` is how many conversations a user may be in.
+    """
+
+    conv: str
+    sender: str
+    cid: str
+    t: str
+    fields: bytes
+    digest: bytes
+    most: int
+
+    grows = True
+
+    def apply(self, tx: Transaction) -> Reply:
+        """The outcome; messages go through :func:`append_messages`."""
+        fields = msgspec.json.decode(self.fields, type=ENTRY_TYPES[self.t].fields)
+        e = NewEntry(self.conv, self.sender, self.cid, self.t, self.fields, self.digest, fields.change())
+        return _append_one(tx, e, self.most)
 
 
-def _in_bulk(db: apsw.Connection, sql: str, rows: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
-    """Run a statement with VALUES of these rows, in as few parts as there can be; what they return together."""
-    found: list[tuple[Any, ...]] = []
-    at = 0
-    while at < len(rows):
-        n = min(_ROWS, 1 << ((len(rows) - at).bit_length() - 1))
-        values = list(itertools.chain.from_iterable(rows[at : at + n]))
-        found += db.execute(_with_rows(sql, n, len(rows[at])), values)
-        at += n
-    return found
-
-
-class Transaction:
-    """One open write transaction: the counter, and the entries that it appended."""
-
-    def __init__(self, db: apsw.Connection, secret: bytes, max_conversations: int = 1000) -> None:
-        self.db = db
-        self.secret = secret
-        self.max_conversations = max_conversations
-        self.appended: list[Entry] = []
-        self._counter = -1
-
-    def tick(self, n: int = 1) -> int:
-        """The first of the next ``n`` values of the change counter (fresh for this transaction)."""
-        if self._counter < 0:
-            row = self.one(POSITION)
-            assert row is not None
-            self._counter = int(row[0])
-        first = self._counter + 1
-        self._counter += n
-        return first
-
-    def rewind(self) -> None:
-        """A savepoint was rolled back: what the counter gave out may be given again or not."""
-        self._counter = -1
-
-    def one(self, sql: str, args: Sequence[Any] = ()) -> tuple[Any, ...] | None:
-        """The first row, or None."""
-        return self.db.execute(sql, args).fetchone()
-
-
-Outcome = Appended | ChatError
-Op = Callable[[Transaction], Any]
-
-
-def append_messages(tx: Transaction, batch: Sequence[NewEntry]) -> list[Outcome]:
+def append_messages(tx: Transaction, batch: Sequence[Append]) -> list[Reply]:
     """Append messages (:data:`~chatcore.entries.MESSAGES`), in order; each gets its own outcome."""
-    outcomes: list[Outcome | None] = [None] * len(batch)
-    convs: set[str] = set()
-    asked: list[tuple[Any, ...]] = []
-    for i, e in enumerate(batch):
-        asked.append((i, e.conv, e.sender, e.cid, e.conv not in convs))
-        convs.add(e.conv)
-    known = {row[0]: row for row in _in_bulk(tx.db, _KNOWN, asked)}
-    heads: dict[str, tuple[int, int]] = {}
-    new: dict[tuple[str, str, str], int] = {}  # first of several with one cid in this batch
+    replies: list[Reply] = []
     rows: list[tuple[Any, ...]] = []
-    marks: dict[tuple[str, str], tuple[int, int]] = {}
+    keys: list[int] = []
+    marks: list[tuple[str, str, int, int, int]] = []
+    new: dict[int, list[int]] = {}  # key -> places in `rows`
     ts = now_ms()
-    for i, e in enumerate(batch):
-        _, at, then, digest, kind, role, blocked, head, msgs = known[i]
-        if e.conv not in heads:
-            heads[e.conv] = (head or 0, msgs or 0)
-        if at is not None:
-            outcomes[i] = same_or_conflict(e, at, then, digest)
+    id = tx.position
+    # What every message of the server passes through: names are local, and facts are asked for once.
+    secret, own_log, member, may_know = tx.key_secret, tx.own_log, tx.member, tx.may_know
+    for e in batch:
+        conv, user, cid = e.conv, e.sender, e.cid
+        log = own_log(conv)
+        n, sender = log.n, member(conv, user)
+        found = None
+        if sender:
+            key = key_of(secret, n, sender, cid)
+            if may_know(key):
+                found = tx.find(key, n, sender, cid)
+            if found is None and key in new:
+                found = _in(rows, new[key], n, sender, cid)
+        else:
+            key = 0
+            found = _of_former_member(tx, log, e)
+        if found is not None:
+            replies.append(_repeated(e, found))
             continue
-        first = new.get((e.conv, e.sender, e.cid))
-        if first is not None:
-            earlier = outcomes[first]
-            assert isinstance(earlier, Appended)
-            outcomes[i] = same_or_conflict(e, earlier.seq, earlier.ts, batch[first].digest.hex())
-            continue
-        refused = check_message(kind, role, blocked)
+        blocked = log.kind == "dm" and tx.blocks(log.b if log.a == user else log.a, user)  # type: ignore[arg-type]
+        refused = None if sender and not blocked else check_message(log.kind, tx.role(conv, user), blocked)
         if refused is not None:
-            outcomes[i] = refused
+            replies.append(refusal(refused))
             continue
-        head, msgs = heads[e.conv]
-        seq, msgs = head + 1, msgs + 1
-        heads[e.conv] = (seq, msgs)
-        new[(e.conv, e.sender, e.cid)] = i
-        marks[(e.conv, e.sender)] = (seq, msgs)
-        outcomes[i] = Appended(seq, ts)
-        rows.append((e.conv, seq, e.t, e.sender, e.cid, e.digest.hex(), ts, msgs, seq, e.fields.decode()))
-        wire = encode_entry(e.t, e.conv, seq, e.sender, ts, e.cid, e.fields)
-        tx.appended.append(Entry(e.conv, seq, e.t, e.sender, msgs, seq, wire))
+        id += 1
+        log.seq = log.last_msg = seq = log.seq + 1
+        log.msgs = msgs = log.msgs + 1
+        places = new.get(key)
+        if places is None:
+            new[key] = [len(rows)]
+        else:
+            places.append(len(rows))
+        marks.append((conv, user, seq, msgs, id))
+        rows.append((id, n, seq, e.t, sender, msgs, seq, cid, e.digest, ts, e.fields.decode()))
+        keys.append(key)
+        replies.append(Reply(seq, ts, msgs, False, True))
     if rows:
-        first_id = tx.tick(len(rows))
-        _in_bulk(tx.db, _INSERT, [(first_id + i, *row) for i, row in enumerate(rows)])
-        _in_bulk(tx.db, _MARKS, [(*key, *mark) for key, mark in marks.items()])
-    return outcomes  # type: ignore[return-value]
+        tx.tick(len(rows))
+        in_bulk(tx.db, _INSERT, rows)
+        tx.wrote([(row[0], row[1], row[4], row[2], key) for row, key in zip(rows, keys, strict=True)], marks)
+    return replies
 
 
-def same_or_conflict(e: NewEntry, seq: int, ts: int, digest: str) -> Outcome:
+def _in(rows: Sequence[tuple[Any, ...]], places: Sequence[int], conv: int, sender: int, cid: str) -> Found | None:
+    """The entry with a cid among those that are about to be written."""
+    for at in places:
+        _, n, seq, _, s, msgs, _, c, digest, ts, _ = rows[at]
+        if (n, s, c) == (conv, sender, cid):
+            return Found(seq, ts, digest, msgs)
+    return None
+
+
+def _of_former_member(tx: Transaction, log: Log, e: Append) -> Found | None:
+    """What a user who is no member now has sent with this cid before."""
+    if not log.n:
+        return None
+    row = tx.one("SELECT n FROM ids WHERE id = ?", (e.sender,))
+    return None if row is None else tx.find(tx.key(log.n, row[0], e.cid), log.n, row[0], e.cid)
+
+
+def refusal(error: ChatError) -> Reply:
+    """A request was refused."""
+    return Reply(error=(error.code, error.message))
+
+
+def _repeated(e: Append | NewEntry, found: Found) -> Reply:
     """A cid that is in the log already: the first result again, or a conflict."""
-    if digest == e.digest.hex() or (e.t in MESSAGES and digest == _digest_0_1(e)):
-        return Appended(seq, ts, dup=True)
-    return Conflict(f"cid {e.cid} was used for something else")
+    if found.digest == e.digest or (e.t in MESSAGES and found.digest == _digest_0_1(e)):
+        return Reply(found.seq, found.ts, found.msgs, True)
+    return refusal(Conflict(f"cid {e.cid} was used for something else"))
 
 
-def _digest_0_1(e: NewEntry) -> str:
+def _digest_0_1(e: Append | NewEntry) -> bytes:
     """The digest of a message as version 0.1 stored it: a message sent then may be repeated now."""
-    return hashlib.blake2b(e.fields, digest_size=8).hexdigest()
+    return hashlib.blake2b(e.fields, digest_size=8).digest()
 
 
-def append_one(e: NewEntry) -> Op:
-    """Append an entry of any type by the rule of its type, and apply its change, in the same transaction."""
-
-    def op(tx: Transaction) -> Appended:
-        row = tx.one(
-            "SELECT seq, ts, digest FROM entries WHERE conv = ? AND sender = ? AND cid = ?", (e.conv, e.sender, e.cid)
-        )
-        if row is not None:
-            outcome = same_or_conflict(e, *row)
-            if isinstance(outcome, ChatError):
-                raise outcome
-            return outcome
-        standing = _standing(tx, e)
-        rule = ENTRY_TYPES[e.t].rule
-        while isinstance(decision := rule(e, standing), Fact):
-            _load(tx, decision, e, standing)
-        if decision is None:
-            return Appended(0, now_ms())
-        if isinstance(decision, ChatError):
-            raise decision
-        if standing.kind == "channel" and by_oneself(e):
-            # The row alone, no entry: the change is as of the newest one.
-            head = tx.one("SELECT seq, msgs FROM entries WHERE conv = ? ORDER BY seq DESC LIMIT 1", (e.conv,))
-            apply(tx, e.conv, decision.change, *(head or (0, 0)))
-            return Appended(0, now_ms())
-        return write_entry(tx, decision, now_ms())
-
-    return op
+def _append_one(tx: Transaction, e: NewEntry, most: int) -> Reply:
+    """Append an entry of any type by the rule of its type, and apply its change."""
+    log = tx.log(e.conv)
+    if log.n:
+        sender = tx.number(e.sender)
+        found = tx.find(tx.key(log.n, sender, e.cid), log.n, sender, e.cid)
+        if found is not None:
+            # With the entry as it is in the log, whose fields only the head knew: it may have to be announced.
+            return msgspec.structs.replace(_repeated(e, found), entries=[_committed(tx, e, log, found)])
+    standing = _standing(tx, log, e, most)
+    rule = ENTRY_TYPES[e.t].rule
+    while isinstance(decision := rule(e, standing), Fact):
+        _load(tx, decision, e, standing)
+    if decision is None:
+        return Reply(0, now_ms())
+    if isinstance(decision, ChatError):
+        return refusal(decision)
+    if standing.kind == "channel" and by_oneself(e):
+        # The row alone, no entry: the change is as of the newest one.
+        apply(tx, e.conv, decision.change, log.seq, log.msgs)
+        return Reply(0, now_ms())
+    ts = now_ms()
+    head = write_entry(tx, decision, ts)
+    return Reply(head.seq, ts, head.msgs, False, True)
 
 
-def _standing(tx: Transaction, e: NewEntry) -> Standing:
+def _committed(tx: Transaction, e: NewEntry, log: Log, found: Found) -> Committed:
+    row = tx.one("SELECT msgs, last_msg, fields FROM entries WHERE id = ?", (tx.id_at(log, found.seq),))
+    assert row is not None
+    return Committed(e.conv, found.seq, e.t, e.sender, found.ts, e.cid, row[0], row[1], row[2].encode())
+
+
+def _standing(tx: Transaction, log: Log, e: NewEntry, most: int) -> Standing:
     """The facts that nearly every rule needs."""
-    conv = tx.one("SELECT kind, members, a, b FROM convs WHERE id = ?", (e.conv,))
-    if conv is None or conv[0] == DM_REQUEST:
+    if log.kind is None:
         return Standing(None, None)
-    kind, members, a, b = conv
-    found = Standing(kind, _role(tx, e.conv, e.sender), members=members, max_conversations=tx.max_conversations)
-    if kind == "dm":
-        other = b if a == e.sender else a
-        found.blocked = tx.one("SELECT 1 FROM blocks WHERE user = ? AND other = ?", (other, e.sender)) is not None
+    row = tx.one("SELECT members FROM convs WHERE id = ?", (e.conv,))
+    assert row is not None
+    found = Standing(log.kind, tx.role(e.conv, e.sender), members=row[0], max_conversations=most)
+    if log.kind == "dm":
+        other = log.b if log.a == e.sender else log.a
+        found.blocked = tx.blocks(str(other), e.sender)
     if isinstance(e.change, RoleChange):
-        found.user_role = _role(tx, e.conv, e.change.user)
+        found.user_role = tx.role(e.conv, e.change.user)
     return found
 
 
@@ -237,11 +212,7 @@ def _load(tx: Transaction, fact: Fact, e: NewEntry, standing: Standing) -> None:
         case Fact.CONVERSATIONS:
             standing.user_conversations = _conversations_of(tx, e.change.user)
         case Fact.BLOCKS:
-            standing.user_blocks = _blocks(tx, e.change.user, e.sender)
-
-
-def _blocks(tx: Transaction, user: str, other: str) -> bool:
-    return tx.one("SELECT 1 FROM blocks WHERE user = ? AND other = ?", (user, other)) is not None
+            standing.user_blocks = tx.blocks(e.change.user, e.sender)
 
 
 def _conversations_of(tx: Transaction, user: str) -> int:
@@ -250,26 +221,25 @@ def _conversations_of(tx: Transaction, user: str) -> int:
     return int(row[0])
 
 
-def _role(tx: Transaction, conv: str, user: str) -> str | None:
-    row = tx.one("SELECT role FROM members WHERE conv = ? AND user = ?", (conv, user))
-    return row[0] if row else None
-
-
-def write_entry(tx: Transaction, e: NewEntry, ts: int) -> Appended:
-    """Write one entry that was found new, allowed and complete, and apply its change."""
-    row = tx.one("SELECT seq, msgs, last_msg FROM entries WHERE conv = ? ORDER BY seq DESC LIMIT 1", (e.conv,))
-    seq, msgs, last = row or (0, 0, 0)
-    seq += 1
+def write_entry(tx: Transaction, e: NewEntry, ts: int) -> Log:
+    """Write one entry that was found new, allowed and complete, and apply its change; the head after it."""
+    sender = tx.number(e.sender)
+    head = tx.own_log(e.conv)
+    head.seq += 1
     if e.t in MESSAGES:
-        msgs, last = msgs + 1, seq
-    tx.db.execute(
-        "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (tx.tick(), e.conv, seq, e.t, e.sender, e.cid, e.digest.hex(), ts, msgs, last, e.fields.decode()),
+        head.msgs += 1
+        head.last_msg = head.seq
+    id = tx.tick()
+    row = (id, head.n, head.seq, e.t, sender, head.msgs, head.last_msg, e.cid, e.digest, ts, e.fields.decode())
+    in_bulk(tx.db, _INSERT, [row])
+    is_message = e.t in MESSAGES
+    tx.wrote(
+        [(id, head.n, sender if is_message else 0, head.seq, tx.key(head.n, sender, e.cid))],
+        [(e.conv, e.sender, head.seq, head.msgs, id)] if is_message else [],
     )
-    wire = encode_entry(e.t, e.conv, seq, e.sender, ts, e.cid, e.fields)
-    tx.appended.append(Entry(e.conv, seq, e.t, e.sender, msgs, last, wire))
-    apply(tx, e.conv, e.change, seq, msgs)
-    return Appended(seq, ts)
+    tx.appended.append(Committed(e.conv, head.seq, e.t, e.sender, ts, e.cid, head.msgs, head.last_msg, e.fields))
+    apply(tx, e.conv, e.change, head.seq, head.msgs)
+    return head
 
 
 def apply(tx: Transaction, conv: str, change: Change | None, as_of: int, msgs: int) -> None:
@@ -283,9 +253,9 @@ def apply(tx: Transaction, conv: str, change: Change | None, as_of: int, msgs: i
 
 def set_role(tx: Transaction, conv: str, user: str, role: str, as_of: int, msgs: int) -> None:
     """Write a member's row as of an entry; a user who comes in starts with everything read."""
-    before = _role(tx, conv, user)
-    was, is_ = before in MEMBER_ROLES, role in MEMBER_ROLES
-    rev = tx.tick()
+    before = tx.role(conv, user)
+    was, is_ = is_member(before), is_member(role)
+    rev = tx.row_changed(conv, user)
     if before is None:
         tx.db.execute(
             "INSERT INTO members(conv, user, role, as_of, read, read_msgs, rev) VALUES (?, ?, ?, ?, ?, ?, ?)",
@@ -301,37 +271,64 @@ def set_role(tx: Transaction, conv: str, user: str, role: str, as_of: int, msgs:
             "UPDATE members SET role = ?, as_of = ?, rev = ? WHERE conv = ? AND user = ?",
             (role, as_of, rev, conv, user),
         )
+    tx.set_role(conv, user, role)
     if was != is_:
         tx.db.execute("UPDATE convs SET members = members + ? WHERE id = ?", (1 if is_ else -1, conv))
 
 
-def open_conversation(o: Opening) -> Op:
-    """Make a conversation and its first entries, or find what the same request made."""
+class OpenConversation(Request, frozen=True, gc=False):
+    """Make a conversation and its first entries, or find what the same request made.
 
-    def op(tx: Transaction) -> Opened:
+    ``most`` is how many conversations a user may be in.
+    """
+
+    opening: Opening
+    most: int
+
+    result = Opened
+
+    def apply(self, tx: Transaction) -> Opened | Reply:
+        o = self.opening
         conv = conversation_id(tx.secret, o)
         _check_cid(tx, o)
         if tx.one("SELECT 1 FROM convs WHERE id = ?", (conv,)) is not None:
-            return Opened(conv, False)
+            # With its first entries: who asks again may be the only one who could have announced them.
+            made = msgspec.msgpack.encode(Opened(conv, False))
+            return Reply(dup=True, value=made, entries=_first_entries(tx, conv, o))
         users = first_members(o)
         for user in users:
             if tx.one("SELECT 1 FROM users WHERE id = ? AND disabled = 0", (user,)) is None:
                 raise NotFound(f"no such user: {user}")
-            refused = check_room_for(user, _conversations_of(tx, user), tx.max_conversations)
+            refused = check_room_for(user, _conversations_of(tx, user), self.most)
             if refused is not None:
                 raise refused
-            if user != o.creator and _blocks(tx, user, o.creator):
+            if user != o.creator and tx.blocks(user, o.creator):
                 raise takes_no_messages() if o.kind == "dm" else takes_no_invitations(user)
         ts = now_ms()
         a, b = sorted(users) if o.kind == "dm" else (None, None)
         _insert_conversation(tx, conv, o.kind, o.title, a, b, ts)
+        tx.begin_log(conv, Log(tx.number(conv), o.kind, a, b))
         if o.kind == "dm":
             _insert_conversation(tx, request_id(tx.secret, o), DM_REQUEST, None, a, b, ts)
         for e in first_entries(conv, o, users):
             write_entry(tx, e, ts)
         return Opened(conv, True)
 
-    return op
+
+def _first_entries(tx: Transaction, conv: str, o: Opening) -> list[Committed]:
+    """What a conversation began with, as it is in the log."""
+    log = tx.log(conv)
+    found: list[Committed] = []
+    for seq in range(1, len(first_members(o)) + (o.title is not None) + 1):
+        row = tx.one(
+            "SELECT e.t, s.id, e.ts, e.cid, e.msgs, e.last_msg, e.fields FROM entries e CROSS JOIN ids s"
+            " ON s.n = e.sender WHERE e.id = ?",
+            (tx.id_at(log, seq),),
+        )
+        assert row is not None
+        t, sender, ts, cid, msgs, last_msg, fields = row
+        found.append(Committed(conv, seq, t, sender, ts, cid, msgs, last_msg, fields.encode()))
+    return found
 
 
 def _check_cid(tx: Transaction, o: Opening) -> None:
@@ -343,10 +340,16 @@ def _check_cid(tx: Transaction, o: Opening) -> None:
     if o.kind == "dm":
         same = made == (DM_REQUEST, *sorted((o.creator, o.members[0])))
     else:
-        first = tx.one("SELECT digest FROM entries WHERE conv = ? AND seq = 1", (request,))
-        same = first is not None and first[0] == o.digest.hex()
+        same = made[0] != DM_REQUEST and _first_digest(tx, request) == o.digest
     if not same:
         raise Conflict(f"cid {o.cid} was used for something else")
+
+
+def _first_digest(tx: Transaction, conv: str) -> bytes | None:
+    """The digest of the first entry of a conversation: that of the whole request which made it."""
+    id = tx.id_at(tx.log(conv), 1)
+    row = None if id is None else tx.one("SELECT digest FROM entries WHERE id = ?", (id,))
+    return None if row is None else bytes(row[0])
 
 
 def _insert_conversation(

@@ -1,11 +1,14 @@
-"""The embedded store: SQLite, one file, safe between the workers of one host."""
+"""The embedded store, as a worker has it: a connection to the host's writer, and a reader of its own."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import secrets
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+import apsw
 
 from ...entries import NewEntry
 from ..base import (
@@ -24,9 +27,12 @@ from ..base import (
     User,
     View,
 )
-from . import accounts, ops, reads
+from . import accounts, reads
+from .client import WriterClient
+from .ops import Append, OpenConversation
+from .reader import Reader
+from .requests import Request
 from .schema import connect, database_path
-from .threads import Reader, Writer
 
 T = TypeVar("T")
 
@@ -34,8 +40,7 @@ T = TypeVar("T")
 class SQLiteStore:
     """Implements :class:`~chatcore.store.base.Store`.
 
-    Made inside the running loop, after the fork. ``start`` opens the file, which
-    must have been prepared (:func:`~.schema.prepare`).
+    Made inside the running loop, after the fork. ``start`` opens the file, which the writer has prepared.
     """
 
     name = "sqlite"
@@ -47,21 +52,17 @@ class SQLiteStore:
         on_commit: OnCommit,
         *,
         queue: int = 10_000,
-        batch: int = 500,
-        checkpoint_pages: int = 16_000,
         timeout_ms: int = 5000,
         max_conversations: int = 1000,
     ) -> None:
         self._data = data
         self._on_commit = on_commit
         self._queue = queue
-        self._batch = batch
-        self._checkpoint_pages = checkpoint_pages
         self._timeout_s = timeout_ms / 1000
         self._max_conversations = max_conversations
         self._store_id = ""
         self._reader: Reader
-        self._writer: Writer
+        self._writer: WriterClient
         self._sweeper: asyncio.Task[None] | None = None
 
     @property
@@ -75,33 +76,26 @@ class SQLiteStore:
         return self._reader.healthy and self._writer.healthy
 
     async def start(self) -> None:
-        """Start the threads."""
-        loop = asyncio.get_running_loop()
+        """Connect to the writer, and start the reader.
+
+        :raises Unavailable: there is no writer.
+        """
+        self._writer = WriterClient(self._data, self._on_commit, limit=self._queue)
+        await self._writer.start(self._timeout_s)
         db = connect(database_path(self._data), write=False)
         try:
-            rows: list[Any] = db.execute("SELECT key, value FROM meta").fetchall()
+            row = db.execute("SELECT value FROM meta WHERE key = 'store_id'").fetchone()
         finally:
             db.close()
-        meta = dict(rows)
-        self._store_id = meta["store_id"]
-        self._reader = Reader(self._data, loop)
-        self._writer = Writer(
-            self._data,
-            loop,
-            meta["secret"],
-            self._on_commit,
-            queue=self._queue,
-            batch=self._batch,
-            checkpoint_pages=self._checkpoint_pages,
-            max_conversations=self._max_conversations,
-        )
+        assert row is not None
+        self._store_id = row[0]
+        self._reader = Reader(self._data, asyncio.get_running_loop())
         self._reader.start()
-        self._writer.start()
         self._sweeper = asyncio.create_task(self._sweep(), name="store-timeouts")
 
     async def close(self) -> None:
-        """Commit and answer what is queued, then end the threads."""
-        await self._writer.stop()
+        """Wait for the answers of what was asked, then end the reader."""
+        await self._writer.close(self._timeout_s)
         await self._reader.stop()
         if self._sweeper is not None:
             self._sweeper.cancel()
@@ -115,17 +109,17 @@ class SQLiteStore:
             self._reader.give_up(self._timeout_s)
             # Find out whether it works again without waiting for a request.
             if not self._writer.healthy and self._writer.idle():
-                self._writer.put(_nothing).add_done_callback(_retrieved)
+                self._writer.put(accounts.Ping()).add_done_callback(_retrieved)
             if not self._reader.healthy and self._reader.idle():
                 self._reader.put(reads.position).add_done_callback(_retrieved)
 
-    def write(self, op: ops.Op) -> asyncio.Future[Any]:
-        """One operation of another part that keeps its tables here, in the next commit."""
-        return self._writer.put(op)
+    def write(self, request: Request) -> asyncio.Future[Any]:
+        """One request of another part that keeps its tables here, in the next commit."""
+        return self._writer.put(request)
 
-    def read(self, query: reads.Query[Any]) -> asyncio.Future[Any]:
+    def read(self, query: Callable[[apsw.Connection], Any]) -> asyncio.Future[Any]:
         """One query of such a part."""
-        return self._reader.put(query)
+        return self._reader.read_db(query)
 
     async def _read(self, query: reads.Query[T]) -> T:
         result: T = await self._reader.put(query)
@@ -133,10 +127,11 @@ class SQLiteStore:
 
     # --- the log -----------------------------------------------------------
     def append(self, entry: NewEntry) -> asyncio.Future[Appended]:
-        return self._writer.put(entry)
+        e = entry
+        return self._writer.put(Append(e.conv, e.sender, e.cid, e.t, e.fields, e.digest, self._max_conversations))
 
     async def open(self, conv: Opening) -> Opened:
-        opened: Opened = await self._writer.put(ops.open_conversation(conv))
+        opened: Opened = await self._writer.put(OpenConversation(conv, self._max_conversations))
         return opened
 
     async def heads(self, convs: Sequence[str]) -> dict[str, int]:
@@ -154,7 +149,11 @@ class SQLiteStore:
         return await self._read(reads.position)
 
     async def changes(self, after: int, known: Known | None = None, everything: bool = True) -> Changes:
-        return await self._read(reads.changes(after))
+        found = await self._read(reads.changes(after))
+        if found is None:
+            convs, users = ([], []) if known is None else (list(known.lasts()), known.users())
+            found = await self._read(reads.everything(after, convs, users))
+        return found
 
     # --- conversations -------------------------------------------------------
     async def memberships(self, user: str, since: int | None = None) -> Memberships:
@@ -178,13 +177,13 @@ class SQLiteStore:
         return await self._read(reads.channels(user, prefix, after, limit))
 
     async def set_read(self, user: str, conv: str, upto: int) -> bool:
-        return bool(await self._writer.put(accounts.set_read(user, conv, upto)))
+        return bool(await self._writer.put(accounts.SetRead(user, conv, upto)))
 
     async def set_notify(self, user: str, conv: str, level: str) -> None:
-        await self._writer.put(accounts.set_notify(user, conv, level))
+        await self._writer.put(accounts.SetNotify(user, conv, level))
 
     async def block(self, user: str, other: str, on: bool) -> None:
-        await self._writer.put(accounts.block(user, other, on))
+        await self._writer.put(accounts.Block(user, other, on))
 
     async def acquainted(self, user: str, others: Sequence[str]) -> set[str]:
         return await self._read(reads.acquainted(user, others))
@@ -197,15 +196,15 @@ class SQLiteStore:
 
     # --- accounts --------------------------------------------------------------
     async def add_user(self, name: str, password: str) -> User:
-        user: User = await self._writer.put(accounts.add_user(name, password))
+        user: User = await self._writer.put(accounts.AddUser(secrets.token_urlsafe(9), name, password))
         return user
 
     async def update_user(self, user: str, name: str | None, password: str | None, keep: bytes = b"") -> User:
-        changed: User = await self._writer.put(accounts.update_user(user, name, password, keep))
+        changed: User = await self._writer.put(accounts.UpdateUser(user, name, password, keep))
         return changed
 
     async def set_disabled(self, name: str, disabled: bool) -> None:
-        await self._writer.put(accounts.set_disabled(name, disabled))
+        await self._writer.put(accounts.SetDisabled(name, disabled))
 
     async def account(self, name: str) -> Account | None:
         return await self._read(reads.account(name))
@@ -220,23 +219,19 @@ class SQLiteStore:
         return await self._read(reads.seen(ids))
 
     async def mark_seen(self, users: Sequence[str]) -> None:
-        await self._writer.put(accounts.mark_seen(users))
+        await self._writer.put(accounts.MarkSeen(tuple(users)))
 
     async def add_token(self, token_hash: bytes, user: str, expires: int, password: str) -> None:
-        await self._writer.put(accounts.add_token(token_hash, user, expires, password))
+        await self._writer.put(accounts.AddToken(token_hash, user, expires, password))
 
     async def token(self, token_hash: bytes) -> Token | None:
         return await self._read(reads.token(token_hash))
 
     async def extend_token(self, token_hash: bytes, expires: int) -> bool:
-        return bool(await self._writer.put(accounts.extend_token(token_hash, expires)))
+        return bool(await self._writer.put(accounts.ExtendToken(token_hash, expires)))
 
     async def revoke_token(self, token_hash: bytes) -> None:
-        await self._writer.put(accounts.revoke_token(token_hash))
-
-
-def _nothing(tx: ops.Transaction) -> None:
-    """A transaction that only shows that there can be one."""
+        await self._writer.put(accounts.RevokeToken(token_hash))
 
 
 def _retrieved(future: asyncio.Future[Any]) -> None:

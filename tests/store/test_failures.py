@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +12,20 @@ import uvloop
 
 from chatcore.entries import NewEntry
 from chatcore.errors import Unavailable
-from chatcore.store.base import Appended, Entry, Opening
-from chatcore.store.sqlite.schema import database_path, prepare
+from chatcore.store.base import Appended, Entry, Opening, User
+from chatcore.store.sqlite.schema import database_path
 from chatcore.store.sqlite.store import SQLiteStore
 
-from .harness import Opened, message, run
+from .harness import Opened, message, run, stalled
+from .hosting import hosted
 
 # Only what fails ever waits so long.
 PATIENCE_S = 10.0
 
 
-@contextlib.contextmanager
-def _write_lock(data: Path) -> Iterator[None]:
-    """No other process commits meanwhile."""
-    lock = os.open(data / "write.lock", os.O_RDWR)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        os.close(lock)
-
-
-@contextlib.contextmanager
-def _gone(path: Path) -> Iterator[None]:
-    """The database is not where it was: a store that has not written yet cannot begin to."""
-    aside = path.with_name("aside")
-    path.rename(aside)
-    try:
-        yield
-    finally:
-        aside.rename(path)
+def _broken(conv: str, sender: User) -> NewEntry:
+    """Not what any client can cause: its text is no text, so the whole transaction fails."""
+    return NewEntry(conv, sender.id, "broken", "msg", b'{"body":"\xff"}', b"12345678")
 
 
 async def _healthy(store: SQLiteStore) -> None:
@@ -107,7 +87,7 @@ def test_what_is_put_back_keeps_its_order(tmp_path: Path) -> None:
         assert [done.seq for done in await asyncio.gather(*sent)] == list(range(2, 62))
         await asyncio.gather(*opened)
 
-    run(tmp_path, work, batch=40)  # so that others wait behind what is put back
+    run(tmp_path, work, hosting={"batch": 40})  # so that others wait behind what is put back
 
 
 # --- failures ----------------------------------------------------------------------------------
@@ -121,21 +101,20 @@ def test_what_waits_behind_a_failed_batch_fails_with_it(tmp_path: Path) -> None:
     async def work(o: Opened) -> None:
         alice = await o.user("alice")
         conv = await o.conversation(alice, title=None)
-        # Not what any client can cause: its text is no text, so the whole transaction fails.
-        broken = NewEntry(conv, alice.id, "broken", "msg", b'{"body":"\xff"}', b"12345678")
-        with _write_lock(tmp_path):
-            futures = [o.store.append(entry) for entry in (broken, message(conv, alice), message(conv, alice))]
+        with stalled(tmp_path):
+            futures = [
+                o.store.append(entry) for entry in (_broken(conv, alice), message(conv, alice), message(conv, alice))
+            ]
         outcomes = await asyncio.gather(*futures, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [Unavailable] * 3
         assert [e.seq for e in await o.log(conv)] == [1]
         assert (await o.store.append(message(conv, alice))).seq == 2, "it goes on"
 
-    run(tmp_path, work, batch=1)
+    run(tmp_path, work, hosting={"batch": 1})
 
 
 def test_who_waits_is_answered_although_telling_of_the_entries_fails(tmp_path: Path) -> None:
     """An exception of on_commit went to the loop's handler, and the futures of that batch were never resolved."""
-    prepare(tmp_path)
     announced: list[Entry] = []
 
     def deaf(entries: list[Entry]) -> None:
@@ -156,32 +135,7 @@ def test_who_waits_is_answered_although_telling_of_the_entries_fails(tmp_path: P
         finally:
             await store.close()
 
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(work())
-
-
-def test_a_writer_that_cannot_open_its_lock_says_so_and_tries_again(tmp_path: Path) -> None:
-    """With no file descriptor left the thread died as it began: its callers waited for ever, and health said ok."""
-    prepare(tmp_path)
-    lock = tmp_path / "write.lock"
-    lock.unlink()
-    lock.mkdir()  # so it cannot be opened for writing
-
-    async def work() -> None:
-        store = SQLiteStore(tmp_path, lambda entries: None)
-        await store.start()
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                with pytest.raises(Unavailable):
-                    await store.add_user("alice", "hash")
-                assert not store.healthy
-                lock.rmdir()
-                assert (await store.add_user("alice", "hash")).name == "alice"
-                assert store.healthy
-        finally:
-            await store.close()
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with hosted(tmp_path), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(work())
 
 
@@ -192,12 +146,13 @@ def test_a_writer_that_failed_is_healthy_again_without_anybody_writing(tmp_path:
     """Health came back with the next write only. A balancer that asks for it sent no clients, so none came."""
 
     async def work(o: Opened) -> None:
-        with _gone(database_path(tmp_path)):
-            with pytest.raises(Unavailable):
-                await o.user("alice")
-            assert not o.store.healthy
+        alice = await o.user("alice")
+        conv = await o.conversation(alice)
+        with pytest.raises(Unavailable):
+            await o.store.append(_broken(conv, alice))
+        assert not o.store.healthy
         await _healthy(o.store)
-        assert (await o.user("alice")).name == "alice"
+        assert (await o.user("bob")).name == "bob"
 
     run(tmp_path, work, timeout_ms=2_000)
 
