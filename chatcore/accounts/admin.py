@@ -1,4 +1,4 @@
-"""Accounts from the command line: directly in the store, whether a server runs or not.
+"""Accounts from the command line; it works whether a server runs or not.
 
 A running server sees these changes within its check interval.
 """
@@ -8,60 +8,19 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import apsw
-
-from ..errors import BadRequest, Unavailable
 from ..settings import Settings
-from ..store.base import Store
+from ..store.base import Store, User
 from ..store.names import check_name
-from ..store.sqlite import accounts, ops
-from ..store.sqlite.schema import BrokenStore, connect, database_path, prepare
-from ..store.sqlite.threads import WriteLock
+from ..store.sqlite import command
+from ..store.sqlite.accounts import AddUser, SetDisabled
 from .passwords import Passwords, check_password
 
 T = TypeVar("T")
-
-
-@contextmanager
-def _database(settings: Settings, *, create: bool) -> Iterator[apsw.Connection]:
-    """The embedded database, under its write lock; with `create` it is made if there is none."""
-    data = Path(settings.server.data)
-    if not database_path(data).exists():
-        if not create:
-            raise BadRequest(f"there is no chatcore data in {data}")
-        data.mkdir(parents=True, exist_ok=True, mode=0o700)
-    lock = WriteLock(data)
-    try:
-        with lock:
-            prepare(data)
-            db = connect(database_path(data), write=True)
-            try:
-                yield db
-            finally:
-                db.close()
-    except (BrokenStore, apsw.Error) as exc:
-        raise Unavailable(str(exc)) from None
-    finally:
-        lock.close()
-
-
-def _write(settings: Settings, op: ops.Op, *, create: bool) -> object:
-    with _database(settings, create=create) as db:
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            result: object = op(ops.Transaction(db, b""))
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
-        return result
 
 
 class _IgnoreBus:
@@ -121,8 +80,9 @@ def add_user(settings: Settings, name: str, password: str) -> str:
         hasher.close()
     if settings.store.mongodb_url:
         return _with_hosts(settings, lambda store: store.add_user(name, hashed)).id
-    user = _write(settings, accounts.add_user(name, hashed), create=True)
-    return str(getattr(user, "id", ""))
+    request = AddUser(secrets.token_urlsafe(9), name, hashed)
+    user: User = command.submit(Path(settings.server.data), request, create=True)
+    return user.id
 
 
 def list_users(settings: Settings) -> list[tuple[str, str, int, bool]]:
@@ -131,8 +91,8 @@ def list_users(settings: Settings) -> list[tuple[str, str, int, bool]]:
         from ..store.mongo.admin import accounts as list_accounts
 
         return list_accounts(settings)
-    with _database(settings, create=False) as db:
-        rows: list[Any] = db.execute("SELECT id, name, created, disabled FROM users ORDER BY name_key").fetchall()
+    sql = "SELECT id, name, created, disabled FROM users ORDER BY name_key"
+    rows: list[Any] = command.read(Path(settings.server.data), lambda db: db.execute(sql).fetchall())
     return [(id, name, created, bool(disabled)) for id, name, created, disabled in rows]
 
 
@@ -144,4 +104,4 @@ def disable_user(settings: Settings, name: str) -> None:
     if settings.store.mongodb_url:
         _with_hosts(settings, lambda store: store.set_disabled(name, True))
         return
-    _write(settings, accounts.set_disabled(name, True), create=False)
+    command.submit(Path(settings.server.data), SetDisabled(name, True), create=False)

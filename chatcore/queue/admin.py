@@ -1,4 +1,4 @@
-"""The queue for the command line: it opens the storage itself, so it works whether a server runs or not."""
+"""The queue for the command line; it works whether a server runs or not."""
 
 from __future__ import annotations
 
@@ -8,14 +8,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-import apsw
-
 from ..common.redis_client import RedisClient, parse_url
-from ..errors import BadRequest, ChatError, Unavailable
+from ..errors import BadRequest, ChatError
 from ..settings import Settings
-from ..store.sqlite.ops import Op, Transaction
-from ..store.sqlite.schema import BrokenStore, connect, database_path, prepare
-from ..store.sqlite.threads import WriteLock
+from ..store.sqlite.command import read, submit
 from .base import Queue
 from .redis import PREFIXES, RedisQueue
 from .sqlite import SQLiteQueue
@@ -64,25 +60,11 @@ async def _redis(settings: Settings, prefix: str | None) -> AsyncIterator[Queue]
 @asynccontextmanager
 async def _sqlite(settings: Settings) -> AsyncIterator[Queue]:
     data = Path(settings.server.data)
-    if not database_path(data).exists():
-        raise BadRequest(f"there is no chatcore data in {data}")
-    lock = WriteLock(data)
-    try:
-        with lock:
-            prepare(data)
-        db = connect(database_path(data), write=True)
-        try:
-            yield SQLiteQueue(
-                lambda op: _run_now(lambda: _commit(db, lock, op)),
-                lambda query: _run_now(lambda: query(db)),
-                settings.queue,
-            )
-        finally:
-            db.close()
-    except (BrokenStore, apsw.Error) as exc:
-        raise Unavailable(str(exc)) from None
-    finally:
-        lock.close()
+    yield SQLiteQueue(
+        lambda request: _run_now(lambda: submit(data, request, create=False)),
+        lambda query: _run_now(lambda: read(data, query)),
+        settings.queue,
+    )
 
 
 def _run_now(work: Callable[[], Any]) -> asyncio.Future[Any]:
@@ -93,16 +75,3 @@ def _run_now(work: Callable[[], Any]) -> asyncio.Future[Any]:
     except ChatError as exc:
         future.set_exception(exc)
     return future
-
-
-def _commit(db: apsw.Connection, lock: WriteLock, op: Op) -> Any:
-    with lock:
-        db.execute("BEGIN IMMEDIATE")
-        try:
-            result = op(Transaction(db, b""))
-            db.execute("COMMIT")
-        except BaseException:
-            if db.in_transaction:
-                db.execute("ROLLBACK")
-            raise
-    return result

@@ -335,7 +335,8 @@ class Execution:
         elif exc is None:
             self.error = "cancelled itself"
         else:
-            self.error = f"{type(exc).__name__}: {exc}"[:ERROR_CHARS_MAX]
+            # Any text that can be stored: a message may quote a file's name, in which bytes are lone surrogates.
+            self.error = f"{type(exc).__name__}: {exc}"[:ERROR_CHARS_MAX].encode(errors="replace").decode()
         log.warning(
             "%s %s of key %s failed in delivery %d: %s",
             job.topic,

@@ -1,4 +1,4 @@
-"""The embedded queue: tables in the store's database, written by the store's writer thread.
+"""The embedded queue: tables in the store's database, written by the store's writer.
 
 The workers of one host share the work: each takes keys (see :mod:`.sqlite_ops`) under a lease, renews it while
 handlers run, and loses it when it is silent for ``queue.lease_ms``. A worker finds its own messages at once, and
@@ -20,7 +20,7 @@ import apsw
 
 from ..common.tasks import Tasks
 from ..errors import ChatError
-from ..store.sqlite.ops import Op
+from ..store.sqlite.requests import Request
 from . import sqlite_ops as ops
 from .base import (
     DIED,
@@ -31,6 +31,7 @@ from .base import (
     Job,
     JobHandler,
     Outcome,
+    QueueFull,
     QueueSettings,
     TopicStats,
     backoff_ms,
@@ -49,14 +50,14 @@ CHECKS: Final = 24
 # Pause after the store did not answer.
 PAUSE_S: Final = 0.5
 
-StoreWrite = Callable[[Op], "asyncio.Future[Any]"]
+StoreWrite = Callable[[Request], "asyncio.Future[Any]"]
 StoreRead = Callable[[Callable[[apsw.Connection], Any]], "asyncio.Future[Any]"]
 
 
 class SQLiteQueue:
     """Implements :class:`~.base.Queue`.
 
-    :param write: gives an operation to the store's writer, which commits it durably.
+    :param write: gives a request to the store's writer, which commits it durably; its result.
     :param read: gives a query to the store's reader.
     """
 
@@ -81,7 +82,7 @@ class SQLiteQueue:
 
         :raises Unavailable: the store does not answer.
         """
-        await self.write(ops.make_tables)
+        await self.write(ops.MakeQueueTables())
 
     async def probe(self) -> None:
         """See :meth:`.base.Queue.probe`. Other users of the store notice its failures, so this asks only after one."""
@@ -92,12 +93,12 @@ class SQLiteQueue:
         """Stop all consumers; the store must still be open."""
         await asyncio.gather(*(c.stop(grace_s) for c in list(self._consumers.values())))
 
-    async def write(self, op: Op) -> Any:
-        """Run one operation in the writer; its result.
+    async def write(self, request: Request) -> Any:
+        """Let the writer do one request; its result.
 
         :raises Unavailable: its outcome is unknown.
         """
-        return await self._watched(self._write(op))
+        return await self._watched(self._write(request))
 
     async def read(self, query: Callable[[apsw.Connection], Any]) -> Any:
         """Run one query in the reader; its result.
@@ -120,24 +121,16 @@ class SQLiteQueue:
     async def put(
         self, topic: str, key: str, payload: bytes, *, delay_ms: int = 0, dedupe_id: str | None = None
     ) -> str:
-        id: str = await self.write(self.put_op(topic, key, payload, delay_ms=delay_ms, dedupe_id=dedupe_id))
-        self.wake(topic)
-        return id
-
-    def put_op(
-        self, topic: str, key: str, payload: bytes, *, delay_ms: int = 0, dedupe_id: str | None = None
-    ) -> Callable[[Any], str]:
-        """A put as an operation of the store's writer, to be part of another transaction. Call :meth:`wake` when
-        that is committed; else a consumer finds the message at its next query.
-
-        :raises BadRequest, TooLarge: as :meth:`put`, at once; QueueFull comes from the operation.
-        """
         check_message(topic, key, payload, delay_ms, dedupe_id, self.settings.payload_bytes)
-        message = ops.PutRequest(new_id(), topic, key, payload, delay_ms, dedupe_id)
-        return lambda tx: ops.put(tx, message, self.settings, self.clock.wall_ms())
+        put: str | int = await self.write(
+            ops.QueuePut(new_id(), topic, key, payload, delay_ms, dedupe_id, self.settings, self.clock.wall_ms())
+        )
+        if isinstance(put, int):
+            raise QueueFull(topic, put)
+        self._wake(topic)
+        return put
 
-    def wake(self, topic: str) -> None:
-        """A topic has new messages."""
+    def _wake(self, topic: str) -> None:
         if (consumer := self._consumers.get(topic)) is not None:
             consumer.wake()
 
@@ -170,19 +163,19 @@ class SQLiteQueue:
         return letters
 
     async def retry(self, id: str | None) -> int:
-        count = await self._letters(lambda tx: ops.retry(tx, id, self.clock.wall_ms()))
+        count = await self._letters(ops.QueueRetry(id, self.clock.wall_ms()))
         for consumer in self._consumers.values():
             consumer.wake()
         return count
 
     async def drop(self, id: str | None) -> int:
-        return await self._letters(lambda tx: ops.drop(tx, id))
+        return await self._letters(ops.QueueDrop(id))
 
-    async def _letters(self, op: Op) -> int:
+    async def _letters(self, request: Request) -> int:
         # Not more than there are now: a retried message may be dead again at once.
         left = sum(topic.dead for topic in await self.stats())
         total = 0
-        while total < left and (count := int(await self.write(op))):
+        while total < left and (count := int(await self.write(request))):
             total += count
         return total
 
@@ -256,10 +249,10 @@ class SQLiteConsumer:
         queue, settings, clock = self._queue, self._queue.settings, self._queue.clock
         # A worker that stood still may find its own leases run out, whose handlers have to end first.
         busy = frozenset(execution.job.key for execution in self._running)
-        # Before the transaction: the lease counts from then at the earliest.
-        until = safe_until(clock.mono_ms(), settings.lease_ms)
+        now = clock.mono_ms()
+        until = safe_until(now, settings.lease_ms)
         jobs: list[Job] = await queue.write(
-            lambda tx: ops.take(tx, self.topic, queue.lease, most, busy, settings, clock.wall_ms(), clock.mono_ms())
+            ops.QueueTake(self.topic, queue.lease, most, busy, settings, clock.wall_ms(), now)
         )
         for job in jobs:
             execution = Execution(self._handler, job, settings.handler_timeout_ms / 1000)
@@ -282,18 +275,19 @@ class SQLiteConsumer:
     async def _write_outcome(self, execution: Execution, outcome: Outcome) -> bool:
         """Write the outcome of a delivery. False: unknown whether it is written, try again."""
         queue, settings, clock, job = self._queue, self._queue.settings, self._queue.clock, execution.job
-        op: Op
+        taken = ops.Taken.of(job)
+        request: Request
         if outcome is Outcome.DONE:
-            op = lambda tx: ops.done(tx, job, queue.lease)  # noqa: E731
+            request = ops.QueueDone(taken, queue.lease)
         elif outcome is Outcome.ABANDONED and self._stopping:
-            op = lambda tx: ops.give_back(tx, job, queue.lease)  # noqa: E731
+            request = ops.QueueGiveBack(taken, queue.lease)
         else:
             # A lease that ran out counts as a failure: the handler may be why it was not renewed.
             error = execution.error or DIED
-            wait = backoff_ms(settings, job.delivery)
-            op = lambda tx: ops.failed(tx, job, queue.lease, error, wait, settings, clock.wall_ms())  # noqa: E731
+            wait_ms = backoff_ms(settings, job.delivery) if job.delivery < settings.deliveries else None
+            request = ops.QueueFailed(taken, queue.lease, error, wait_ms, settings, clock.wall_ms())
         try:
-            if not await queue.write(op):
+            if not await queue.write(request):
                 log.info("%s %s: its lease was lost, delivery %d does not count", job.topic, job.id, job.delivery)
         except ChatError as exc:
             log.warning("%s %s: its outcome cannot be written: %s", job.topic, job.id, exc.message)
@@ -326,10 +320,11 @@ class SQLiteConsumer:
         running = [e for e in self._running if not e.abandoned()]
         if not running:
             return
-        until = safe_until(clock.mono_ms(), settings.lease_ms)
+        now = clock.mono_ms()
+        until = safe_until(now, settings.lease_ms)
         try:
             held: list[bool] = await queue.write(
-                lambda tx: ops.renew(tx, [e.job for e in running], queue.lease, settings.lease_ms, clock.mono_ms())
+                ops.QueueRenew([ops.Taken.of(e.job) for e in running], queue.lease, settings.lease_ms, now)
             )
         except ChatError as exc:
             log.warning("%s: leases cannot be renewed: %s", self.topic, exc.message)

@@ -1,28 +1,32 @@
-"""The embedded queue's tables, and what a transaction does to them.
+"""The embedded queue's tables, the requests that change them, and the queries.
 
 ``queue_keys`` has a row for each key of a topic that has messages. The first message of a key is the one that may
 be handled. ``at`` says when: 0 now, otherwise the wall clock's ms of its next try, NULL while a worker has taken
 the key. That worker holds a lease: until a moment of the monotonic clock, which all processes of a host share, in
 this boot of the machine (after another boot no worker of this one runs).
 
-All functions but the queries run inside a write transaction, so they read the newest state; they raise ChatError
-only. :func:`put` can be part of any transaction, such as one that appends an entry.
+A request is applied inside a write transaction of the store's writer, so it reads the newest state. It carries the
+times of its sender, who decides by the same ones how long its leases hold. None of them refuses anything: what cannot
+be done is a result.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import apsw
 
-from ..store.sqlite.ops import Transaction
-from .base import DIED, DeadLetter, Job, QueueFull, QueueSettings, TopicStats
+from ..store.sqlite.requests import Request
+from .base import DIED, DeadLetter, Job, QueueSettings, TopicStats
 
-# Delayed messages made ready, and dedupe ids deleted, in one transaction: the writer has others to serve.
+if TYPE_CHECKING:
+    from ..store.sqlite.transaction import Transaction
+
+# Delayed messages made ready, and dedupe ids deleted, by one request: the writer has others to serve.
 DUE_BATCH: Final = 100
 FORGET_BATCH: Final = 10
-# Dead letters retried or dropped in one transaction.
+# Dead letters retried or dropped by one request.
 LETTERS_BATCH: Final = 200
 
 _DDL: Final = """
@@ -63,18 +67,6 @@ CREATE INDEX IF NOT EXISTS queue_dedupe_expires ON queue_dedupe(expires);
 
 
 @dataclass(frozen=True, slots=True)
-class PutRequest:
-    """A message to put; ``id`` is the one it gets if it is new."""
-
-    id: str
-    topic: str
-    key: str
-    payload: bytes
-    delay_ms: int = 0
-    dedupe_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Lease:
     """The holder of a lease: ``owner`` is one queue of one process in one ``boot`` of the machine."""
 
@@ -82,54 +74,89 @@ class Lease:
     boot: str
 
 
-def make_tables(tx: Transaction) -> None:
-    """Create the tables that are missing. They are no part of the store's schema version: an older program
-    ignores them."""
-    tx.db.execute(_DDL)
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A key that was taken: what of a :class:`~.base.Job` says under which lease."""
+
+    topic: str
+    key: str
+    fence: int
+
+    @staticmethod
+    def of(job: Job) -> Taken:
+        """The key that was taken for a job."""
+        return Taken(job.topic, job.key, job.fence)
+
+
+class MakeQueueTables(Request, frozen=True, gc=False):
+    """Create the tables that are missing. They are no part of the store's schema version: an older program ignores
+    them."""
+
+    # Repeatable: tables that are there stay as they are.
+
+    def apply(self, tx: Transaction) -> None:
+        tx.db.execute(_DDL)
 
 
 def has_tables(db: apsw.Connection) -> bool:
-    """Whether :func:`make_tables` was ever called."""
+    """Whether :class:`MakeQueueTables` was ever applied."""
     return bool(db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'queue_topics'").fetchall())
 
 
 # -- putting
 
 
-def put(tx: Transaction, m: PutRequest, settings: QueueSettings, now_ms: int) -> str:
-    """Put a message that was checked (:func:`~.base.check_message`); returns its id, or that of its first put.
+class QueuePut(Request, frozen=True, gc=False):
+    """Put a message that was checked (:func:`~.base.check_message`).
 
-    :raises QueueFull: nothing was changed. If it is not caught, the rest of the operation is rolled back, too.
+    ``id`` is the one that it gets if it is new. The result is its id, or that of its first put; or a number: so many
+    messages wait, which is as many as may, and nothing was put.
     """
-    if m.dedupe_id is not None:
-        tx.db.execute(
-            "DELETE FROM queue_dedupe WHERE rowid IN"
-            " (SELECT rowid FROM queue_dedupe WHERE expires <= ? ORDER BY expires LIMIT ?)",
-            (now_ms, FORGET_BATCH),
-        )
-        row = tx.one(
-            "SELECT id FROM queue_dedupe WHERE topic = ? AND key = ? AND dedupe_id = ? AND expires > ?",
-            (m.topic, m.key, m.dedupe_id, now_ms),
-        )
-        if row is not None:
-            return str(row[0])
-    row = tx.one("SELECT depth FROM queue_topics WHERE topic = ?", (m.topic,))
-    if row is not None and row[0] >= settings.max_length:
-        raise QueueFull(m.topic, row[0])
-    if m.dedupe_id is not None:
-        tx.db.execute(
-            "INSERT OR REPLACE INTO queue_dedupe VALUES (?, ?, ?, ?, ?)",
-            (m.topic, m.key, m.dedupe_id, m.id, now_ms + settings.dedupe_ms),
-        )
-    _count(tx, m.topic, depth=1, delayed=1 if m.delay_ms else 0)
-    if m.delay_ms:
-        tx.db.execute(
-            "INSERT INTO queue_delayed(id, topic, key, payload, created, due) VALUES (?, ?, ?, ?, ?, ?)",
-            (m.id, m.topic, m.key, m.payload, now_ms, now_ms + m.delay_ms),
-        )
-    else:
-        _make_ready(tx, m.id, m.topic, m.key, m.payload, now_ms, now_ms)
-    return m.id
+
+    id: str
+    topic: str
+    key: str
+    payload: bytes
+    delay_ms: int
+    dedupe_id: str | None
+    settings: QueueSettings
+    wall_ms: int
+
+    result = str | int
+    # A first try that was committed is known by nothing but a dedupe id, and one for each put would cost two more
+    # pages. The caller repeats it with the same dedupe id, as after every unknown outcome.
+    repeatable = False
+
+    def apply(self, tx: Transaction) -> str | int:
+        if self.dedupe_id is not None:
+            tx.db.execute(
+                "DELETE FROM queue_dedupe WHERE rowid IN"
+                " (SELECT rowid FROM queue_dedupe WHERE expires <= ? ORDER BY expires LIMIT ?)",
+                (self.wall_ms, FORGET_BATCH),
+            )
+            row = tx.one(
+                "SELECT id FROM queue_dedupe WHERE topic = ? AND key = ? AND dedupe_id = ? AND expires > ?",
+                (self.topic, self.key, self.dedupe_id, self.wall_ms),
+            )
+            if row is not None:
+                return str(row[0])
+        row = tx.one("SELECT depth FROM queue_topics WHERE topic = ?", (self.topic,))
+        if row is not None and row[0] >= self.settings.max_length:
+            return int(row[0])
+        if self.dedupe_id is not None:
+            tx.db.execute(
+                "INSERT OR REPLACE INTO queue_dedupe VALUES (?, ?, ?, ?, ?)",
+                (self.topic, self.key, self.dedupe_id, self.id, self.wall_ms + self.settings.dedupe_ms),
+            )
+        _count(tx, self.topic, depth=1, delayed=1 if self.delay_ms else 0)
+        if self.delay_ms:
+            tx.db.execute(
+                "INSERT INTO queue_delayed(id, topic, key, payload, created, due) VALUES (?, ?, ?, ?, ?, ?)",
+                (self.id, self.topic, self.key, self.payload, self.wall_ms, self.wall_ms + self.delay_ms),
+            )
+        else:
+            _make_ready(tx, self.id, self.topic, self.key, self.payload, self.wall_ms, self.wall_ms)
+        return self.id
 
 
 def _make_ready(tx: Transaction, id: str, topic: str, key: str, payload: bytes, created: int, now_ms: int) -> None:
@@ -169,40 +196,51 @@ def wait_ms(db: apsw.Connection, topic: str, lease: Lease, wall_ms: int, mono_ms
     return 0 if rows[0][0] is not None and rows[0][0] > wall_ms + retry_max_ms else min(waits)
 
 
-def take(
-    tx: Transaction,
-    topic: str,
-    lease: Lease,
-    most: int,
-    busy: frozenset[str],
-    settings: QueueSettings,
-    wall_ms: int,
-    mono_ms: int,
-) -> list[Job]:
-    """Take up to ``most`` keys, except the ``busy`` ones, and begin a delivery of the first message of each."""
-    _update_ready(tx, topic, lease, settings, wall_ms, mono_ms)
-    jobs: list[Job] = []
-    ready: list[Any] = tx.db.execute(
-        "SELECT key FROM queue_keys WHERE topic = ? AND at = 0 ORDER BY place LIMIT ?", (topic, most + len(busy))
-    ).fetchall()
-    for key in [key for (key,) in ready if key not in busy][:most]:
-        while (first := _first(tx, topic, key)) is not None and first[4] >= settings.deliveries:
-            _move_to_dead(tx, topic, key, first[0], DIED, settings, wall_ms)
-        if first is None:
-            _next(tx, topic, key)
-            continue
-        place, id, payload, created, deliveries = first
-        tx.db.execute("UPDATE queue_messages SET deliveries = deliveries + 1 WHERE place = ?", (place,))
-        _count(tx, topic, fence=1, retries=1 if deliveries else 0)
-        row = tx.one("SELECT fence FROM queue_topics WHERE topic = ?", (topic,))
-        assert row is not None
-        tx.db.execute(
-            "UPDATE queue_keys SET at = NULL, place = ?, owner = ?, boot = ?, until = ?, fence = ?"
-            " WHERE topic = ? AND key = ?",
-            (place, lease.owner, lease.boot, mono_ms + settings.lease_ms, row[0], topic, key),
-        )
-        jobs.append(Job(id, topic, key, payload, deliveries + 1, created, row[0]))
-    return jobs
+class QueueTake(Request, frozen=True, gc=False):
+    """Take up to ``most`` keys, except the ``busy`` ones, and begin a delivery of the first message of each.
+
+    The result is the jobs.
+    """
+
+    topic: str
+    lease: Lease
+    most: int
+    busy: frozenset[str]
+    settings: QueueSettings
+    wall_ms: int
+    mono_ms: int
+
+    result = list[Job]
+    # What a first try took is held already, so another would take the next keys. The leases run out, and the messages
+    # are delivered again.
+    repeatable = False
+
+    def apply(self, tx: Transaction) -> list[Job]:
+        topic, settings = self.topic, self.settings
+        _update_ready(tx, topic, self.lease, settings, self.wall_ms, self.mono_ms)
+        jobs: list[Job] = []
+        ready: list[Any] = tx.db.execute(
+            "SELECT key FROM queue_keys WHERE topic = ? AND at = 0 ORDER BY place LIMIT ?",
+            (topic, self.most + len(self.busy)),
+        ).fetchall()
+        for key in [key for (key,) in ready if key not in self.busy][: self.most]:
+            while (first := _first(tx, topic, key)) is not None and first[4] >= settings.deliveries:
+                _move_to_dead(tx, topic, key, first[0], DIED, settings, self.wall_ms)
+            if first is None:
+                _next(tx, topic, key)
+                continue
+            place, id, payload, created, deliveries = first
+            tx.db.execute("UPDATE queue_messages SET deliveries = deliveries + 1 WHERE place = ?", (place,))
+            _count(tx, topic, fence=1, retries=1 if deliveries else 0)
+            row = tx.one("SELECT fence FROM queue_topics WHERE topic = ?", (topic,))
+            assert row is not None
+            tx.db.execute(
+                "UPDATE queue_keys SET at = NULL, place = ?, owner = ?, boot = ?, until = ?, fence = ?"
+                " WHERE topic = ? AND key = ?",
+                (place, self.lease.owner, self.lease.boot, self.mono_ms + settings.lease_ms, row[0], topic, key),
+            )
+            jobs.append(Job(id, topic, key, payload, deliveries + 1, created, row[0]))
+        return jobs
 
 
 def _update_ready(
@@ -248,64 +286,99 @@ def _next(tx: Transaction, topic: str, key: str) -> None:
         )
 
 
-# -- leases and outcomes. Each returns whether the lease was still held: a stale fence changes nothing.
+# -- leases and outcomes. The result is whether the lease was still held: a stale fence changes nothing. All are
+# repeatable: a renewal that is repeated in its place changes nothing more, and an outcome has ended the lease, so that
+# it finds nothing to do again. It is then told that the lease was lost, which callers only log.
 
 
-def _held(tx: Transaction, job: Job, lease: Lease) -> int | None:
-    """The place of the job's message, if the lease under which it was taken still holds."""
+def _held(tx: Transaction, taken: Taken, lease: Lease) -> int | None:
+    """The place of the message for which a key was taken, if that lease still holds."""
     row = tx.one(
         "SELECT place FROM queue_keys WHERE topic = ? AND key = ? AND owner = ? AND fence = ?",
-        (job.topic, job.key, lease.owner, job.fence),
+        (taken.topic, taken.key, lease.owner, taken.fence),
     )
     return None if row is None else int(row[0])
 
 
-def renew(tx: Transaction, jobs: list[Job], lease: Lease, lease_ms: int, mono_ms: int) -> list[bool]:
-    """Hold the keys for another ``lease_ms``."""
-    held = []
-    for job in jobs:
-        held.append(_held(tx, job, lease) is not None)
-        if held[-1]:
-            tx.db.execute(
-                "UPDATE queue_keys SET until = ? WHERE topic = ? AND key = ?", (mono_ms + lease_ms, job.topic, job.key)
-            )
-    return held
+class QueueRenew(Request, frozen=True, gc=False):
+    """Hold the keys for another ``lease_ms``; the result is for each whether it was still held."""
+
+    taken: list[Taken]
+    lease: Lease
+    lease_ms: int
+    mono_ms: int
+
+    result = list[bool]
+
+    def apply(self, tx: Transaction) -> list[bool]:
+        held = [_held(tx, taken, self.lease) is not None for taken in self.taken]
+        for taken, still in zip(self.taken, held, strict=True):
+            if still:
+                tx.db.execute(
+                    "UPDATE queue_keys SET until = ? WHERE topic = ? AND key = ?",
+                    (self.mono_ms + self.lease_ms, taken.topic, taken.key),
+                )
+        return held
 
 
-def done(tx: Transaction, job: Job, lease: Lease) -> bool:
+class QueueDone(Request, frozen=True, gc=False):
     """The message is done: delete it."""
-    if (place := _held(tx, job, lease)) is None:
-        return False
-    tx.db.execute("DELETE FROM queue_messages WHERE place = ?", (place,))
-    _count(tx, job.topic, depth=-1)
-    _next(tx, job.topic, job.key)
-    return True
+
+    taken: Taken
+    lease: Lease
+
+    result = bool
+
+    def apply(self, tx: Transaction) -> bool:
+        if (place := _held(tx, self.taken, self.lease)) is None:
+            return False
+        tx.db.execute("DELETE FROM queue_messages WHERE place = ?", (place,))
+        _count(tx, self.taken.topic, depth=-1)
+        _next(tx, self.taken.topic, self.taken.key)
+        return True
 
 
-def failed(
-    tx: Transaction, job: Job, lease: Lease, error: str, wait_ms: int, settings: QueueSettings, wall_ms: int
-) -> bool:
-    """The delivery failed: try again after ``wait_ms``, or make a dead letter if it was the last."""
-    if (place := _held(tx, job, lease)) is None:
-        return False
-    if job.delivery >= settings.deliveries:
-        _move_to_dead(tx, job.topic, job.key, place, error, settings, wall_ms)
-        _next(tx, job.topic, job.key)
-    else:
-        tx.db.execute(
-            "UPDATE queue_keys SET at = ?, owner = NULL WHERE topic = ? AND key = ?",
-            (wall_ms + wait_ms, job.topic, job.key),
-        )
-    return True
+class QueueFailed(Request, frozen=True, gc=False):
+    """The delivery failed: try again after ``wait_ms``; None: it was the last, make a dead letter."""
+
+    taken: Taken
+    lease: Lease
+    error: str
+    wait_ms: int | None
+    settings: QueueSettings
+    wall_ms: int
+
+    result = bool
+
+    def apply(self, tx: Transaction) -> bool:
+        topic, key = self.taken.topic, self.taken.key
+        if (place := _held(tx, self.taken, self.lease)) is None:
+            return False
+        if self.wait_ms is None:
+            _move_to_dead(tx, topic, key, place, self.error, self.settings, self.wall_ms)
+            _next(tx, topic, key)
+        else:
+            tx.db.execute(
+                "UPDATE queue_keys SET at = ?, owner = NULL WHERE topic = ? AND key = ?",
+                (self.wall_ms + self.wait_ms, topic, key),
+            )
+        return True
 
 
-def give_back(tx: Transaction, job: Job, lease: Lease) -> bool:
+class QueueGiveBack(Request, frozen=True, gc=False):
     """The delivery does not count: another worker may begin it at once."""
-    if (place := _held(tx, job, lease)) is None:
-        return False
-    tx.db.execute("UPDATE queue_messages SET deliveries = deliveries - 1 WHERE place = ?", (place,))
-    _next(tx, job.topic, job.key)
-    return True
+
+    taken: Taken
+    lease: Lease
+
+    result = bool
+
+    def apply(self, tx: Transaction) -> bool:
+        if (place := _held(tx, self.taken, self.lease)) is None:
+            return False
+        tx.db.execute("UPDATE queue_messages SET deliveries = deliveries - 1 WHERE place = ?", (place,))
+        _next(tx, self.taken.topic, self.taken.key)
+        return True
 
 
 def _move_to_dead(
@@ -359,23 +432,39 @@ def dead(db: apsw.Connection, topic: str | None, limit: int) -> list[DeadLetter]
     return [DeadLetter(*row) for row in rows]
 
 
-def retry(tx: Transaction, id: str | None, now_ms: int) -> int:
-    """Make dead letters (None: up to :data:`LETTERS_BATCH` of all) ready again, as new; how many."""
-    letters = _letters(tx, id)
-    for n, mid, topic, key, payload, created in letters:
-        tx.db.execute("DELETE FROM queue_dead WHERE n = ?", (n,))
-        _make_ready(tx, mid, topic, key, payload, created, now_ms)
-        _count(tx, topic, depth=1, dead=-1)
-    return len(letters)
+class QueueRetry(Request, frozen=True, gc=False):
+    """Make dead letters (None: up to :data:`LETTERS_BATCH` of all) ready again, as new; the result is how many."""
+
+    id: str | None
+    wall_ms: int
+
+    result = int
+    # The count of a second try would say that there was nothing, or leave out what the first has done.
+    repeatable = False
+
+    def apply(self, tx: Transaction) -> int:
+        letters = _letters(tx, self.id)
+        for n, id, topic, key, payload, created in letters:
+            tx.db.execute("DELETE FROM queue_dead WHERE n = ?", (n,))
+            _make_ready(tx, id, topic, key, payload, created, self.wall_ms)
+            _count(tx, topic, depth=1, dead=-1)
+        return len(letters)
 
 
-def drop(tx: Transaction, id: str | None) -> int:
-    """Delete dead letters (None: up to :data:`LETTERS_BATCH` of all); how many."""
-    letters = _letters(tx, id)
-    for n, _, topic, *_ in letters:
-        tx.db.execute("DELETE FROM queue_dead WHERE n = ?", (n,))
-        _count(tx, topic, dead=-1)
-    return len(letters)
+class QueueDrop(Request, frozen=True, gc=False):
+    """Delete dead letters (None: up to :data:`LETTERS_BATCH` of all); the result is how many."""
+
+    id: str | None
+
+    result = int
+    repeatable = False  # as above
+
+    def apply(self, tx: Transaction) -> int:
+        letters = _letters(tx, self.id)
+        for n, _, topic, *_ in letters:
+            tx.db.execute("DELETE FROM queue_dead WHERE n = ?", (n,))
+            _count(tx, topic, dead=-1)
+        return len(letters)
 
 
 def _letters(tx: Transaction, id: str | None) -> list[Any]:
@@ -385,3 +474,17 @@ def _letters(tx: Transaction, id: str | None) -> list[Any]:
         (*args, LETTERS_BATCH),
     ).fetchall()
     return letters
+
+
+#: All requests of the queue, for the store's writer.
+QUEUE_REQUESTS: Final[tuple[type[Request], ...]] = (
+    MakeQueueTables,
+    QueuePut,
+    QueueTake,
+    QueueRenew,
+    QueueDone,
+    QueueFailed,
+    QueueGiveBack,
+    QueueRetry,
+    QueueDrop,
+)

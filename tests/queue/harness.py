@@ -18,9 +18,12 @@ from chatcore.errors import Unavailable
 from chatcore.queue.base import Clock, Job, Queue, QueueSettings
 from chatcore.queue.redis import RedisQueue
 from chatcore.queue.sqlite import SQLiteQueue
+from chatcore.queue.sqlite_ops import QUEUE_REQUESTS
 from chatcore.settings import Settings
 from chatcore.store.sqlite.schema import prepare
-from chatcore.store.sqlite.threads import Reader, Writer
+from chatcore.store.sqlite.store import SQLiteStore
+from chatcore.store.sqlite.writer import STORE_REQUESTS
+from tests.store.hosting import hosted
 
 #: Nothing here takes a second on an idle machine; a busy one gets its time.
 PATIENCE_S = 30.0
@@ -43,32 +46,42 @@ class Backend(Protocol):
 
 
 class SQLiteBackend:
+    """
+    :param hosts: its writer and its indexer run in this process, as long as there are workers; otherwise they run in
+        another one.
+    """
+
     name = "sqlite"
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, *, hosts: bool = True) -> None:
         self.data = data
-        prepare(data)
+        self._hosts = hosts
+        self._workers = 0
+        self._host = contextlib.ExitStack()
+        if hosts:
+            prepare(data)
 
     @asynccontextmanager
     async def worker(
         self, settings: QueueSettings = SETTINGS, clock: Clock | None = None
     ) -> AsyncIterator[SQLiteQueue]:
-        loop = asyncio.get_running_loop()
-        reader = Reader(self.data, loop)
-        writer = Writer(
-            self.data, loop, b"", lambda entries: None, queue=10_000, batch=500, checkpoint_pages=1000,
-            max_conversations=1000,
-        )  # fmt: skip
-        reader.start()
-        writer.start()
-        queue = SQLiteQueue(writer.put, reader.put, settings, clock)
+        if self._hosts and self._workers == 0:
+            self._host.enter_context(hosted(self.data, STORE_REQUESTS + QUEUE_REQUESTS))
+        self._workers += 1
         try:
-            await queue.start()
-            yield queue
+            store = SQLiteStore(self.data, lambda entries: None)
+            await store.start()
+            queue = SQLiteQueue(store.write, store.read, settings, clock)
+            try:
+                await queue.start()
+                yield queue
+            finally:
+                await queue.close(0)
+                await store.close()
         finally:
-            await queue.close(0)
-            await writer.stop()
-            await reader.stop()
+            self._workers -= 1
+            if self._workers == 0:
+                self._host.close()
 
     def where(self) -> list[str]:
         return [self.name, str(self.data)]
@@ -99,7 +112,7 @@ class RedisBackend:
 
 def backend(where: list[str]) -> Backend:
     """What :meth:`Backend.where` says, in another process."""
-    return SQLiteBackend(Path(where[1])) if where[0] == "sqlite" else RedisBackend(where[1], where[2])
+    return SQLiteBackend(Path(where[1]), hosts=False) if where[0] == "sqlite" else RedisBackend(where[1], where[2])
 
 
 def run(work: Callable[[], Awaitable[Any]]) -> Any:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from dataclasses import replace
 
 import pytest
@@ -101,6 +103,27 @@ def test_after_five_deliveries_it_is_a_dead_letter_with_payload_and_error(backen
             [stats] = await queue.stats()
             assert (stats.depth, stats.retries, stats.dead) == (0, 4, 1)
             assert await queue.dead("other") == []
+
+    run(work)
+
+
+def test_an_error_that_is_no_unicode_text_is_kept_as_far_as_it_is(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The outcome of such a delivery could not be written: the message was held until its lease ran out, and the
+    dead letter did not say why."""
+    caplog.set_level(logging.CRITICAL, "chatcore.queue")  # pytest-xdist sends no such text, either
+
+    async def work() -> None:
+        async def handler(job: Job) -> None:
+            raise FileNotFoundError(os.fsdecode(b"caf\xe9.txt"))
+
+        async with backend.worker(replace(SETTINGS, deliveries=1)) as queue:
+            await queue.put("t", "k", b"x")
+            queue.consume("t", handler)
+            await empty(queue)
+            [letter] = await queue.dead()
+            assert letter.error == "FileNotFoundError: caf?.txt"
 
     run(work)
 

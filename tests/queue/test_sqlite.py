@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import pytest
 
 from chatcore.errors import Unavailable
-from chatcore.queue.base import Clock, Job
+from chatcore.queue.base import Clock, Job, QueueFull
 from chatcore.queue.sqlite import SQLiteQueue
-from chatcore.queue.sqlite_ops import Lease
-from chatcore.store.sqlite.ops import Op, Transaction
+from chatcore.queue.sqlite_ops import Lease, QueueDone, QueueFailed, QueueGiveBack, QueueTake, Taken
+from chatcore.store.sqlite.requests import Request
 
 from .harness import SETTINGS, Log, SQLiteBackend, depth, empty, run, until
 
@@ -21,33 +22,6 @@ from .harness import SETTINGS, Log, SQLiteBackend, depth, empty, run, until
 @pytest.fixture
 def backend(tmp_path: Path) -> SQLiteBackend:
     return SQLiteBackend(tmp_path)
-
-
-def test_a_put_can_be_part_of_another_transaction(backend: SQLiteBackend) -> None:
-    async def work() -> None:
-        log = Log()
-        async with backend.worker() as queue:
-            queue.consume("t", log)
-            put = queue.put_op("t", "k", b"1")
-
-            def both(tx: Transaction) -> None:
-                tx.db.execute("INSERT INTO meta VALUES ('mine', 1)")
-                put(tx)
-
-            await queue.write(both)
-            queue.wake("t")
-            await until(lambda: log.done, "it is handled")
-
-            def neither(tx: Transaction) -> None:
-                queue.put_op("t", "k", b"2")(tx)
-                raise Unavailable("no")
-
-            with pytest.raises(Unavailable):
-                await queue.write(neither)
-            await empty(queue)
-            assert log.payloads() == [b"1"], "what is undone is undone with it"
-
-    run(work)
 
 
 def test_a_delay_is_kept_by_the_wall_clock(backend: SQLiteBackend) -> None:
@@ -150,10 +124,10 @@ def test_a_worker_that_cannot_renew_its_leases_ends_its_handlers(backend: SQLite
 
         async with backend.worker() as inner:
 
-            def write(op: Op) -> asyncio.Future[Any]:
+            def write(request: Request) -> asyncio.Future[Any]:
                 if not away:
-                    renewed.append(op)
-                    return inner._write(op)
+                    renewed.append(request)
+                    return inner._write(request)
                 # As a store that hangs: its answer never comes.
                 return asyncio.get_running_loop().create_future()
 
@@ -166,6 +140,56 @@ def test_a_worker_that_cannot_renew_its_leases_ends_its_handlers(backend: SQLite
             for task in asyncio.all_tasks():
                 if task.get_name().startswith("queue-"):
                     task.cancel()
+
+    run(work)
+
+
+def test_a_full_topic_does_not_make_the_queue_unhealthy(backend: SQLiteBackend) -> None:
+    """It did, since "full" is a kind of "unavailable": the health of the worker said that its queue was down."""
+
+    async def work() -> None:
+        async with backend.worker(replace(SETTINGS, max_length=1)) as queue:
+            await queue.put("t", "k", b"1")
+            with pytest.raises(QueueFull):
+                await queue.put("t", "k", b"2")
+            assert queue.healthy
+
+    run(work)
+
+
+def test_an_outcome_that_is_written_twice_changes_nothing_more(backend: SQLiteBackend) -> None:
+    """A worker asks again when the writer died before it answered."""
+
+    async def work() -> None:
+        async with backend.worker() as queue:
+            settings, lease = queue.settings, queue.lease
+
+            async def take() -> Job:
+                now = queue.clock.mono_ms()
+                jobs: list[Job] = await queue.write(
+                    QueueTake("t", lease, 1, frozenset(), settings, queue.clock.wall_ms(), now)
+                )
+                [job] = jobs
+                return job
+
+            for payload in (b"1", b"2"):
+                await queue.put("t", "k", payload)
+            outcomes: list[Callable[[Taken], Request]] = [
+                lambda taken: QueueFailed(taken, lease, "no", 0, settings, queue.clock.wall_ms()),
+                lambda taken: QueueGiveBack(taken, lease),
+                lambda taken: QueueFailed(taken, lease, "no", None, settings, queue.clock.wall_ms()),
+                lambda taken: QueueDone(taken, lease),
+            ]
+            begun = []
+            for outcome in outcomes:
+                job = await take()
+                begun.append((job.payload, job.delivery))
+                request = outcome(Taken.of(job))
+                assert await queue.write(request) is True
+                assert await queue.write(request) is False
+            assert begun == [(b"1", 1), (b"1", 2), (b"1", 2), (b"2", 1)]
+            [stats] = await queue.stats()
+            assert (stats.depth, stats.dead) == (0, 1)
 
     run(work)
 
