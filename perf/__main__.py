@@ -12,7 +12,7 @@ from typing import Any
 from .show import show
 
 #: Each is a module of this package with a `main`.
-BENCHES = ("fanout", "send", "idle", "storm", "history", "users", "echo", "cache", "instructions", "report")
+BENCHES = ("fanout", "send", "store", "idle", "storm", "history", "users", "echo", "cache", "instructions", "report")
 
 Main = Callable[[list[str]], dict[str, Any]]
 

@@ -1,12 +1,12 @@
 """``cache``: how many reads the two levels of the cache keep from the store, by kind.
 
 Some workers, each a cached store over the same SQLite file with the real local bus between them, in
-this one process; Redis is a real one (``--redis``, else one is started). A *visit* is what a client
-does: log in to any worker (session, list, views), open some conversations (role, last 50 entries,
-names of the authors), write in some, now and then be asked for its session again by HTTP. Users open
-the conversations that they are active in, some more often than others; one open in ten is *cold*: of a
-conversation without active members. After half of the visits one worker is replaced by a new one,
-whose memory is empty.
+this one process, whose CPU is shown (the store's writer and indexer are others). Redis is a real one
+(``--redis``, else one is started). A *visit* is what a client does: log in to any worker (session,
+list, views), open some conversations (role, last 50 entries, names of the authors), write in some, now
+and then be asked for its session again by HTTP. Users open the conversations that they are active in,
+some more often than others; one open in ten is *cold*: of a conversation without active members. After
+half of the visits one worker is replaced by a new one, whose memory is empty.
 
 So that lives end within a short run, clocks run faster: with ``--speed 30`` a run of 20 s stands for ten
 minutes (lives in Redis are shortened by the same factor). Hit ratios are of the whole run, the first
@@ -42,10 +42,10 @@ from chatcore.common.redis_client import RedisClient, parse_url
 from chatcore.entries import MsgFields, new_entry
 from chatcore.settings import BusSettings, CacheSettings
 from chatcore.store.base import Entry, Opening, View
-from chatcore.store.sqlite.schema import prepare
 from chatcore.store.sqlite.store import SQLiteStore
 
 from .machine import machine, versions
+from .store_processes import OWN, copy, host
 
 KINDS = ("last_entries", "sessions", "profiles", "roles")
 #: The hit ratio that each kind is to reach.
@@ -366,8 +366,8 @@ def main(argv: list[str]) -> dict[str, Any]:
         seeded.mkdir()
         redis = args.redis or stack.enter_context(redis_server())
         runner = stack.enter_context(asyncio.Runner(loop_factory=uvloop.new_event_loop))
-        prepare(seeded)
-        people = runner.run(seed(seeded, load, random.Random(0)))
+        with host(OWN, seeded):
+            people = runner.run(seed(seeded, load, random.Random(0)))
         for i, (case, settings, url) in enumerate(
             (
                 ("two levels, warming and prefetch", on, redis),
@@ -377,8 +377,8 @@ def main(argv: list[str]) -> dict[str, Any]:
             )
         ):
             data = folder / f"case{i}"
-            shutil.copytree(seeded, data)
-            (data / "run").mkdir()
-            result = runner.run(measure(data, people, load, settings, url))
+            copy(seeded, data)
+            with host(OWN, data):
+                result = runner.run(measure(data, people, load, settings, url))
             rows.append({"case": case, "unit": "open", **result})
     return {"bench": "cache", "machine": machine(), "versions": versions("chatcore", "redis", "lru-dict"), "rows": rows}

@@ -65,7 +65,14 @@ def spread(values: list[float | None]) -> float | None:
 
 def goals(measured: Measured) -> list[Goal]:
     """All of them, in the order of the benches."""
-    return [*_fanout(measured), *_idle_and_send(measured), *_sessions(measured), *_history(measured)]
+    return [
+        *_fanout(measured),
+        *_idle_and_send(measured),
+        *_sessions(measured),
+        *_history(measured),
+        *_store(measured),
+        *_stored_sends(measured),
+    ]
 
 
 def _fanout(measured: Measured) -> list[Goal]:
@@ -147,3 +154,94 @@ def _history(measured: Measured) -> list[Goal]:
         ]
         found.append(Goal(f"newest page from {level}, 10^3 to 10^6 entries, p50 differs by", 0.2, spread(values), ""))
     return found
+
+
+def _store(measured: Measured) -> list[Goal]:
+    """The store alone; where an older version was measured beside it, to that."""
+    f = Figures(measured, "store")
+    own = "chatcore"
+    older = next((row["server"] for row in f.rows if row["server"] != own), "")
+    small, large, huge = "10,000 entries", "1,000,000 entries", "10,000,000 entries"
+    cpu, written, per_s = "cpu_us_per_unit", "write_bytes_per_unit", "units_per_s"
+    flood, lonely = "batches of 64", "one message at a time"
+    reads = ("newest page", "page in the middle", "resume after 100 missed")
+
+    def beside(case: str, metric: str, was: str = "") -> float | None:
+        return over(f.get(own, case, metric), f.get(older, was or case, metric))
+
+    return [
+        *(
+            Goal(f"store, {flood}, {n}, bytes written per message", limit, f.get(own, f"{flood}, {n}", written), " B")
+            for n, limit in ((large, 2000), (huge, 2500))
+        ),
+        *(
+            Goal(f"store, {flood}, {n}, CPU of writer and indexer", 20, f.get(own, f"{flood}, {n}", cpu), " µs")
+            for n in (large, huge)
+        ),
+        *(
+            Goal(f"store, batches of {n}, {large}", limit, f.get(own, f"batches of {n}, {large}", per_s), "/s", True)
+            for n, limit in ((64, 30_000), (500, 50_000))
+        ),
+        *(
+            Goal(f"store, {lonely}, {name}, to the older version", 1.0, beside(f"{lonely}, {small}", metric))
+            for name, metric in (("p50", "p50_ms"), ("CPU", cpu))
+        ),
+        *(
+            Goal(
+                f"store, {kind}, p99 with {n}, to the older version with {small}",
+                limit,
+                beside(f"{kind}, {n}", "p99_ms", f"{kind}, {small}"),
+            )
+            for n, limit in ((small, 1.2), (huge, 1.5))
+            for kind in reads
+        ),
+        Goal(
+            f"store, size of the files with {large}, to the older version",
+            0.75,
+            beside(f"size, {large}", "file_bytes_per_unit"),
+        ),
+    ]
+
+
+def _stored_sends(measured: Measured) -> list[Goal]:
+    """What storing costs the whole server."""
+    f = Figures(measured, "send")
+    own, cpu, offered, two = "chatcore", "cpu_us_per_unit", "paced 10000/s", ", 2 processes"
+    few, many = "100 rooms of 10, ", "10000 rooms of 10, "
+    return [
+        Goal(
+            "10,000 rooms to 100, flood, CPU per durable send",
+            1.2,
+            over(f.get(own, f"{many}flood", cpu), f.get(own, f"{few}flood", cpu)),
+        ),
+        *(
+            Goal(
+                f"two workers to one, {mode}, CPU per durable send",
+                1.1,
+                over(f.get(own, f"{few}{mode}{two}", cpu), f.get(own, f"{few}{mode}", cpu)),
+            )
+            for mode in ("flood", offered)
+        ),
+        Goal(
+            "two workers to one, 10,000/s offered, durable sends per second",
+            0.99,  # both reach what is offered, within its jitter
+            over(f.get(own, f"{few}{offered}{two}", "units_per_s"), f.get(own, f"{few}{offered}", "units_per_s")),
+            at_least=True,
+        ),
+        *(
+            Goal(
+                f"p99 of `ok` at 10,000/s, {rooms} rooms, {workers}",
+                15,
+                f.get(own, f"{case}{offered}{end}", "p99_ms"),
+                " ms",
+            )
+            for rooms, case in (("100", few), ("10,000", many))
+            for workers, end in (("one worker", ""), ("two workers", two))
+        ),
+        Goal(
+            "10,000 rooms, two workers, flood, bytes written per durable send",
+            3000,
+            f.get(own, f"{many}flood{two}", "write_bytes_per_unit"),
+            " B",
+        ),
+    ]

@@ -30,6 +30,7 @@ from .peers.base import World
 from .peers.chatcore import Chatcore
 from .processes import Running
 from .results import Results, Sample, sample
+from .store_processes import OWN, copy, host
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 SESSIONS = 50
@@ -50,7 +51,7 @@ class Seeded(Chatcore):
         self._remembers = remembers
 
     def prepare(self, data: Path, world: World) -> None:
-        shutil.copytree(self._data, data, dirs_exist_ok=True)
+        copy(self._data, data)
 
     def env(self, workers: int) -> dict[str, str]:
         return super().env(workers) | {"CHATCORE_CACHE_ENABLED": str(self._remembers).lower()}
@@ -115,14 +116,13 @@ async def in_worker(
 ) -> None:
     """Pages as the session in a worker gets them."""
     data = Path(tempfile.mkdtemp(dir=folder))
-    shutil.copytree(seed, data, dirs_exist_ok=True)
-    (data / "run").mkdir()
+    copy(seed, data)
     calls = 20 if opts.tiny else CALLS
     on = replace(CacheSettings(), warm_conversations=0, prefetch_conversations=0, refresh=False)
     # Memory's part is over before the next call; Redis' is not.
     short = replace(on, recent_ttl_ms=1)
     try:
-        with redis_server() as url:
+        with redis_server() as url, host(OWN, data):
             await level(data, "chatcore, L1", on, None, origin, sizes, calls, results)
             await level(data, "chatcore, L2", short, url, origin, sizes, calls, results)
             await level(data, "chatcore, store", None, None, origin, sizes, calls, results)

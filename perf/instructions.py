@@ -2,7 +2,8 @@
 
 Time on a shared machine varies by a tenth; instructions hardly do, so two versions of the source can be compared to
 better than 2 %. The real server (one worker, SQLite, local bus, no io_uring) runs under callgrind, which counts the
-instructions of all threads of the worker; those of the kernel are not counted. The load comes from this process:
+instructions of all threads of the worker, and of the store's writer and indexer where the server has them; those of the
+kernel are not counted. The load comes from this process:
 
 - rooms of 10, batches of 1: one member sends, waits until it has its ``ok`` and all members have the message, and
   sends the next;
@@ -57,6 +58,7 @@ from .bench import progress
 from .machine import machine
 from .processes import tree as process_tree
 from .show import WIDTH, heading
+from .store_processes import copy
 
 TOOLS: Final = ("valgrind", "vgdb")
 SWITCH_S: Final = 5.0
@@ -88,6 +90,7 @@ SETTINGS: Final = {
     "timeouts.replay_stall_ms": MINUTES,
     "timeouts.still_worker_ms": HOUR,
     "timeouts.stuck_worker_ms": HOUR,
+    "timeouts.stuck_writer_ms": HOUR,
     "timeouts.worker_start_ms": HOUR,
     "accounts.password_hash_memory_kib": "8",
     "accounts.password_hash_time": "1",
@@ -199,7 +202,7 @@ def main(argv: list[str]) -> dict[str, Any]:
                 out = (folder if args.keep is None else args.keep.resolve()) / run
                 out.mkdir(parents=True, exist_ok=True)
                 data = folder / f"{run}-data"
-                shutil.copytree(folder / "seed", data)
+                copy(folder / "seed", data)
                 for case, count in measure(tree, data, out, rooms, args.messages, idle_s):
                     counts[i, case].append(count)
     return {
@@ -291,13 +294,16 @@ def environment(tree: Path) -> dict[str, str]:
     done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{tree} does not start: {done.stderr}")
-    cached = [name for name in json.loads(done.stdout) if CACHED.fullmatch(name)]
-    return env | variables(SETTINGS) | variables(dict.fromkeys(cached, HOUR))
+    known = json.loads(done.stdout)
+    cached = [name for name in known if CACHED.fullmatch(name)]
+    wanted = {name: value for name, value in SETTINGS.items() if name in known}
+    return env | variables(wanted) | variables(dict.fromkeys(cached, HOUR))
 
 
 @contextlib.contextmanager
-def serving(tree: Path, data: Path, command: Sequence[str]) -> Iterator[tuple[int, int]]:
-    """The server of a tree, while the context is open: its port, and the process id of its worker."""
+def serving(tree: Path, data: Path, command: Sequence[str]) -> Iterator[tuple[int, list[int]]]:
+    """The server of a tree, while the context is open: its port, and the ids of its processes but for the supervisor.
+    The last one is the worker."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
     env = environment(tree) | variables({"server.port": str(port), "server.data": str(data)})
@@ -313,7 +319,7 @@ def serving(tree: Path, data: Path, command: Sequence[str]) -> Iterator[tuple[in
         )
         try:
             _wait_ready(process, port, Path(log.name))
-            yield port, process_tree(process.pid)[1]
+            yield port, process_tree(process.pid)[1:]
         except Exception as exc:
             exc.add_note(f"the server's log ends with: {Path(log.name).read_text(errors='replace')[-2000:]}")
             raise
@@ -507,10 +513,10 @@ class Counted:
 
 
 class Callgrind:
-    """Directs callgrind in a running process, and reads what it writes to ``out``."""
+    """Directs callgrind in running processes, and reads what it writes to ``out``."""
 
-    def __init__(self, pid: int, out: Path) -> None:
-        self._pid = pid
+    def __init__(self, pids: Sequence[int], out: Path) -> None:
+        self._pids = pids
         self._out = out
         self._dumps = 0
 
@@ -531,9 +537,19 @@ class Callgrind:
         """The counts since the last of `zero` and `dump`."""
         self._tell("dump")
         self._dumps += 1
-        path = self._out / f"callgrind.out.{self._pid}.{self._dumps}"
-        names: dict[str, str] = {}
         calls: Counter[str] = Counter()
+        total = 0
+        for pid in self._pids:
+            total += self._read(self._out / f"callgrind.out.{pid}.{self._dumps}", calls)
+        if not total:
+            raise RuntimeError(f"callgrind counted nothing in {self._out}")
+        commits, ticks = (sum(n for name, n in calls.items() if which.match(name)) for which in (COMMIT, TICK))
+        return Counted(total, commits, ticks)
+
+    @staticmethod
+    def _read(path: Path, calls: Counter[str]) -> int:
+        """The instructions in a file; its calls are added to ``calls``."""
+        names: dict[str, str] = {}
         callee, total = "", 0
         with path.open() as lines:
             for line in lines:
@@ -546,22 +562,20 @@ class Callgrind:
                     calls[callee] += int(value.split()[0])
                 elif line.startswith("totals:"):
                     total = int(line.partition(":")[2])
-        if not total:
-            raise RuntimeError(f"callgrind counted nothing in {path}")
-        commits, ticks = (sum(n for name, n in calls.items() if which.match(name)) for which in (COMMIT, TICK))
-        return Counted(total, commits, ticks)
+        return total
 
     def _tell(self, command: str) -> None:
-        done = subprocess.run(
-            ["vgdb", f"--pid={self._pid}", *command.split()],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=STEP_S,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"callgrind does not obey {command!r}: {done.stderr}")
+        for pid in self._pids:
+            done = subprocess.run(
+                ["vgdb", f"--pid={pid}", *command.split()],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=STEP_S,
+                check=False,
+            )
+            if done.returncode:
+                raise RuntimeError(f"callgrind does not obey {command!r}: {done.stderr}")
 
 
 def measure(
@@ -577,13 +591,13 @@ def measure(
         "--dump-line=no",
         f"--callgrind-out-file={out}/callgrind.out.%p",
     ]
-    with serving(tree, data, [*valgrind, sys.executable, "-c", PROGRAM]) as (port, pid):
-        callgrind = Callgrind(pid, out)
+    with serving(tree, data, [*valgrind, sys.executable, "-c", PROGRAM]) as (port, pids):
+        callgrind = Callgrind(pids, out)
         for room, cases in rooms:
             with Load(port, room) as load, callgrind.counting():
                 for case in cases:
                     load.send(WARM_BATCHES, case.batch)
-                stall(pid)
+                stall(pids[-1])
                 time.sleep(SETTLE_S)
                 callgrind.zero()
                 time.sleep(idle_s)

@@ -26,7 +26,8 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 class Usage:
     """The resources that some processes have used since they began, and hold now.
 
-    ``cpu_ns`` is exact; ``user_s`` and ``kernel_s`` are counted in ticks and only good for their ratio.
+    ``cpu_ns`` is exact; ``user_s`` and ``kernel_s`` are counted in ticks and only good for their ratio. ``written`` is
+    in bytes that went or will go to a disk.
     """
 
     cpu_ns: int
@@ -34,6 +35,7 @@ class Usage:
     kernel_s: float
     rss_bytes: int
     services_cpu_ns: int = 0
+    written: int = 0
 
     def since(self, before: Usage) -> Usage:
         """The usage between; memory is the growth."""
@@ -43,6 +45,7 @@ class Usage:
             self.kernel_s - before.kernel_s,
             self.rss_bytes - before.rss_bytes,
             self.services_cpu_ns - before.services_cpu_ns,
+            self.written - before.written,
         )
 
     @property
@@ -70,9 +73,18 @@ def _cpu_ns(pid: int) -> int:
     return total
 
 
+def _written(pid: int) -> int:
+    """Bytes, of all threads, also of those that have ended."""
+    for line in Path(f"/proc/{pid}/io").read_text().splitlines():
+        key, _, value = line.partition(": ")
+        if key == "write_bytes":
+            return int(value)
+    return 0
+
+
 def usage(pids: list[int], services: list[int]) -> Usage:
-    """The usage of these processes."""
-    cpu = rss = 0
+    """The usage of these processes. What services write is added to what the others do."""
+    cpu = rss = written = 0
     user = kernel = 0.0
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -81,7 +93,10 @@ def usage(pids: list[int], services: list[int]) -> Usage:
             user += int(fields[11]) / TICK
             kernel += int(fields[12]) / TICK
             rss += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * PAGE
-    return Usage(cpu, user, kernel, rss, sum(_cpu_ns(pid) for pid in services))
+    for pid in (*pids, *services):
+        with contextlib.suppress(OSError):  # ended, or of another user
+            written += _written(pid)
+    return Usage(cpu, user, kernel, rss, sum(_cpu_ns(pid) for pid in services), written)
 
 
 class Running:

@@ -1,6 +1,7 @@
 """``report``: run all benches and write ``perf/REPORT.md`` with tables and plots.
 
-The results are kept in ``build/perf/results``; with ``--again`` the report is written anew from what is there.
+The results are kept in ``build/perf/results``; with ``--again`` the report is written anew from what is there. With
+``--only NAME`` one bench is run, and its section alone is replaced: it says when and on which commit it was measured.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from .show import columns, figure, heading
 
 HERE = Path(__file__).parent
 RESULTS = BUILD / "results"
-#: All of it takes less than 25 minutes on two cores.
+#: All of it takes less than 50 minutes on two cores.
 ALL: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("fanout", ("--seconds", "0.8")),
     ("send", ("--rounds", "2", "--seconds", "1.0")),
+    ("store", ()),
     ("idle", ("--rounds", "1")),
     ("storm", ()),
     ("history", ("--rounds", "1")),
@@ -31,8 +33,10 @@ ALL: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("users", ("--seconds", "6")),
     ("cache", ("--seconds", "8")),
 )
-#: It measures the cache of chatcore alone, and knows neither peers nor rounds.
-ALONE = "cache"
+#: They measure a part of chatcore alone, and know no peers.
+ALONE = ("cache", "store")
+#: It knows no rounds.
+WITHOUT_ROUNDS = "cache"
 
 
 def main(argv: list[str]) -> dict[str, Any]:
@@ -41,13 +45,17 @@ def main(argv: list[str]) -> dict[str, Any]:
     p.add_argument("--again", action="store_true", help="from the results that are there")
     p.add_argument("--quick", action="store_true", help="one round of less, for development")
     p.add_argument("--tiny", action="store_true", help="once and smallest, to see that it works")
+    p.add_argument("--only", choices=[name for name, _ in ALL], help="this bench; the rest of the report stays")
     p.add_argument("--peers", default="all", help="as in each bench")
+    p.add_argument("--tree", action="append", default=[], help="of other checkouts, as in the bench store")
     p.add_argument("--out", type=Path, default=HERE / "REPORT.md")
     args = p.parse_args(argv)
     RESULTS.mkdir(parents=True, exist_ok=True)
     if not args.again:
         began = time.monotonic()
         for name, full in ALL:
+            if args.only not in (None, name):
+                continue
             CONSOLE.print(f"{name} …")
             result = import_module(f"perf.{name}").main(arguments(name, full, args))
             (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -55,18 +63,23 @@ def main(argv: list[str]) -> dict[str, Any]:
     measured = {name: json.loads(path.read_text()) for name, _ in ALL if (path := RESULTS / f"{name}.json").exists()}
     if not measured:
         raise SystemExit("there are no results yet")
-    write(measured, args.out)
+    if args.only:
+        replace_section(args.only, measured[args.only], args.out)
+    else:
+        write(measured, args.out)
     CONSOLE.print(f"wrote {args.out}")
     return {"bench": "report", "machine": next(iter(measured.values()))["machine"], "versions": {}, "rows": []}
 
 
 def arguments(name: str, full: tuple[str, ...], args: argparse.Namespace) -> list[str]:
     """The command line of one bench."""
-    found = [] if name == ALONE else ["--peers", args.peers]
+    found = [] if name in ALONE else ["--peers", args.peers]
+    if name == "store" and args.tree:
+        found = [option for tree in (*args.tree, str(HERE.parent)) for option in ("--tree", tree)]
     if args.tiny:
         return [*found, "--tiny"]
     if args.quick:
-        return [*found, *(("--seconds", "3") if name == ALONE else ("--quick",))]
+        return [*found, *(("--seconds", "3") if name == WITHOUT_ROUNDS else ("--quick",))]
     return [*found, *full]
 
 
@@ -92,19 +105,47 @@ def write(measured: dict[str, dict[str, Any]], out: Path) -> None:
         "",
         *servers(measured),
     ]
+    for name, result in measured.items():
+        lines += ["", f"## {name}", "", *about(name), *measurements(name, result, out)]
+    out.write_text("\n".join(lines) + "\n")
+
+
+def measurements(name: str, result: dict[str, Any], out: Path) -> list[str]:
+    """The plot, the tables and the notes of one bench."""
     plots = out.parent / "plots"
     plots.mkdir(parents=True, exist_ok=True)
-    for name, result in measured.items():
-        lines += ["", f"## {name}", "", *about(name)]
-        picture = plots / f"{name}.svg"
-        picture.unlink(missing_ok=True)
-        draw(result, picture)
-        if picture.exists():
-            lines += ["", f"![{name}](plots/{name}.svg)"]
-        lines += tables(result["rows"])
-        notes = result.get("notes", [])
-        lines += ["", *(f"- {note}" for note in notes)] if notes else []
-    out.write_text("\n".join(lines) + "\n")
+    lines: list[str] = []
+    picture = plots / f"{name}.svg"
+    picture.unlink(missing_ok=True)
+    draw(result, picture)
+    if picture.exists():
+        lines += ["", f"![{name}](plots/{name}.svg)"]
+    lines += tables(result["rows"])
+    notes = result.get("notes", [])
+    return [*lines, "", *(f"- {note}" for note in notes)] if notes else lines
+
+
+def replace_section(name: str, result: dict[str, Any], out: Path) -> None:
+    """One bench in a report that is there, with its goals."""
+    own = [goal for goal in goals({name: result}) if goal.found is not None]
+    section = [
+        f"## {name}",
+        "",
+        *about(name),
+        "",
+        f"This section was measured by itself, on {heading(result).partition(': ')[2]}: "
+        + "; ".join(
+            f"{server} ({', '.join(f'{what} {version}' for what, version in of.items())})"
+            for server, of in result["versions"].items()
+        )
+        + ".",
+        *(["", *goal_table(own)] if own else []),
+        *measurements(name, result, out),
+    ]
+    before, heading_line, rest = (out.read_text() if out.exists() else "").partition(f"\n## {name}\n")
+    after = rest.partition("\n## ")[2] if heading_line else ""
+    parts = [before.rstrip(), "", *section, *(["", f"## {after.rstrip()}"] if after else [])]
+    out.write_text("\n".join(parts).lstrip() + "\n")
 
 
 def about(name: str) -> list[str]:
@@ -137,7 +178,7 @@ def servers(measured: dict[str, dict[str, Any]]) -> list[str]:
     found: dict[str, dict[str, str]] = {}
     raised: dict[str, dict[str, str]] = {}
     for name, result in measured.items():
-        if name not in (ALONE, "echo"):
+        if name not in (*ALONE, "echo"):
             about |= result.get("about", {})
             found |= result["versions"]
             raised |= result.get("settings", {})

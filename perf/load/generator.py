@@ -34,8 +34,8 @@ class Client:
 
     join: Sequence[Step] = ()
     resume: Sequence[Step] = ()
-    #: None: it only listens.
-    template: str | None = None
+    #: Of its messages; several are used in turn. None: it only listens.
+    template: str | Sequence[str] | None = None
     #: Deliveries expected of each of its messages.
     fan: int = 0
 
@@ -298,8 +298,10 @@ def _plan(peer: Peer, port: int, clients: Sequence[Client], body: int, net: int,
         lines.append("conn")
         for prefix, steps in (("", client.join), ("r", client.resume)):
             lines += [_step(prefix, step) for step in steps]
-        if client.template is not None:
-            lines += [f"template {client.template}", f"fan {client.fan}"]
+        templates = [client.template] if isinstance(client.template, str) else client.template or ()
+        lines += [f"template {text}" for text in templates]
+        if templates:
+            lines.append(f"fan {client.fan}")
     return "\n".join(lines) + "\n"
 
 

@@ -48,7 +48,6 @@ enum piece { PIECE_END, PIECE_ID, PIECE_CID, PIECE_BODY };
 struct template {
     struct text literal[8];
     enum piece then[8];
-    bool usable;
 };
 
 enum state { CLOSED, WAITING, CONNECTING, UPGRADING, SCRIPT, LIVE };
@@ -69,7 +68,8 @@ struct conn {
     size_t rx_n, tx_n, tx_done;
     char *captured;
     struct script scripts[2];
-    struct template send;
+    struct template *sends; /* in turn; without any it only listens */
+    unsigned sends_n, send_turn;
 };
 
 struct stats {

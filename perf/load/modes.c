@@ -22,13 +22,14 @@ static void send_message(struct load *l, struct conn *c, uint64_t intended)
     static char scratch[128 << 10];
     char *at = scratch;
     unsigned id = c->next_id++;
+    const struct template *t = &c->sends[c->send_turn++ % c->sends_n];
     for (unsigned i = 0;; i++) {
-        at = put(at, c->send.literal[i]);
-        if (c->send.then[i] == PIECE_END)
+        at = put(at, t->literal[i]);
+        if (t->then[i] == PIECE_END)
             break;
-        if (c->send.then[i] == PIECE_ID)
+        if (t->then[i] == PIECE_ID)
             at += sprintf(at, "%u", id);
-        else if (c->send.then[i] == PIECE_CID)
+        else if (t->then[i] == PIECE_CID)
             at = put_hex(put_hex(at, random_u64(l), 16), (uint64_t)(l->base + conn_index(l, c)) << 12 ^ id, 8);
         else {
             char *body = at;
@@ -88,7 +89,7 @@ static void fill_window(struct load *l, struct conn *c)
 
 void mode_live(struct load *l, struct conn *c)
 {
-    if (!c->send.usable)
+    if (!c->sends_n)
         return;
     if (l->mode == MODE_FLOOD)
         fill_window(l, c);
@@ -119,7 +120,7 @@ void mode_answered(struct load *l, struct conn *c)
 {
     if (c->in_flight)
         c->in_flight--;
-    if (l->mode == MODE_FLOOD && c->send.usable)
+    if (l->mode == MODE_FLOOD && c->sends_n)
         fill_window(l, c);
 }
 

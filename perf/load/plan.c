@@ -42,7 +42,7 @@ static struct step wait_step(const char *value)
 static struct template parse_template(struct text text)
 {
     static const char *const names[] = {"@ID@", "@CID@", "@BODY@"};
-    struct template t = {.usable = true};
+    struct template t = {0};
     const char *at = text.at;
     for (unsigned i = 0;; i++) {
         if (i == 8)
@@ -79,7 +79,10 @@ static void conn_line(struct load *l, struct conn *c, const char *key, const cha
     else if (!strcmp(key, "fan"))
         c->fan = (unsigned)strtoul(value, NULL, 10);
     else if (!strcmp(key, "template")) {
-        c->send = parse_template(keep(value, n));
+        c->sends = realloc(c->sends, (c->sends_n + 1) * sizeof *c->sends);
+        c->sends[c->sends_n++] = parse_template(keep(value, n));
+        if (c->sends_n > 1)
+            return;
         c->sent = calloc(SENT_RING, sizeof *c->sent);
         l->senders = realloc(l->senders, (l->senders_n + 1) * sizeof *l->senders);
         l->senders[l->senders_n++] = conn_index(l, c);

@@ -1,19 +1,21 @@
 """chatcore itself: ``chatcore serve`` with the embedded store, every message durable before it is acknowledged.
 
-Accounts, tokens, conversations and members are seeded by the store's own operations: registering thousands of users
-by HTTP would measure argon2.
+Accounts, tokens, conversations and members are seeded through the store: registering thousands of users by HTTP would
+measure argon2.
 """
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import apsw
 
@@ -21,10 +23,10 @@ from chatcore import __version__
 from chatcore.accounts.service import token_hash
 from chatcore.entries import MsgFields, new_entry
 from chatcore.store.base import Opening
-from chatcore.store.sqlite import accounts, ops
-from chatcore.store.sqlite.schema import connect, database_path, prepare
+from chatcore.store.sqlite.store import SQLiteStore
 
 from ..machine import commit
+from ..store_processes import OWN, host
 from .base import BODY, CID, REQUEST_ID, Peer, Send, Step, Wait, World
 
 #: Limits that protect a server from a client that sends like a benchmark.
@@ -35,9 +37,12 @@ RAISED = {
     "limits.outstanding": "256",
     "timeouts.auth_ms": "600000",  # bare connections are measured, too
 }
-BATCH = 500
+#: Requests that are under way at the same time while the data is made.
+TOGETHER = 2000
 #: As fresh tokens have: older ones are extended when they are used.
 TOKEN_MS = 30 * 86_400_000
+
+T = TypeVar("T")
 
 
 class Chatcore(Peer):
@@ -84,39 +89,36 @@ class Chatcore(Peer):
         return dict(RAISED)
 
     def prepare(self, data: Path, world: World) -> None:
-        self._tokens = [secrets.token_urlsafe(32) for _ in range(world.users)]
-        prepare(data)
-        db = connect(database_path(data), write=True)
-        try:
-            rows: list[Any] = db.execute("SELECT value FROM meta WHERE key = 'secret'").fetchall()
-            db.execute("BEGIN IMMEDIATE")
-            tx = ops.Transaction(db, rows[0][0])
-            expires = int(time.time() * 1000) + TOKEN_MS
-            users = self.users = [accounts.add_user(f"user-{i}", "none")(tx).id for i in range(world.users)]
-            for user, token in zip(users, self._tokens, strict=True):
-                accounts.add_token(token_hash(token), user, expires, "none")(tx)
-            self.convs, self._first = [], []
-            for i, members in enumerate(world.rooms):
-                self._open(tx, i, [users[member] for member in members])
-                entries = world.entries_of[i] if world.entries_of else world.entries
-                self._fill(tx, i, [users[member] for member in members], entries)
-            db.execute("COMMIT")
-            db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
-        finally:
-            db.close()
+        with host(OWN, data), asyncio.Runner() as runner:
+            runner.run(self._seed(data, world))
 
-    def _open(self, tx: ops.Transaction, room: int, users: list[str]) -> None:
-        opening = Opening(users[0], f"perf-{room}", "group", f"room {room}", tuple(users[1:]), b"perf....")
-        self.convs.append(ops.open_conversation(opening)(tx).conv)
-        self._first.append(len(users) + 1)
-        tx.appended.clear()
-
-    def _fill(self, tx: ops.Transaction, room: int, users: list[str], entries: int) -> None:
-        conv, body = self.convs[room], MsgFields("x" * 80)
-        for start in range(0, entries, BATCH):
-            some = range(start, min(entries, start + BATCH))
-            ops.append_messages(tx, [new_entry(conv, users[i % len(users)], f"seed-{i}", body) for i in some])
-            tx.appended.clear()
+    async def _seed(self, data: Path, world: World) -> None:
+        store = SQLiteStore(data, lambda entries: None)
+        await store.start()
+        made = await together(store.add_user(f"user-{i}", "none") for i in range(world.users))
+        users = self.users = [user.id for user in made]
+        self._tokens = [secrets.token_urlsafe(32) for _ in users]
+        expires = int(time.time() * 1000) + TOKEN_MS
+        await together(
+            store.add_token(token_hash(token), user, expires, "none")
+            for user, token in zip(users, self._tokens, strict=True)
+        )
+        rooms = [[users[member] for member in members] for members in world.rooms]
+        opened = await together(
+            store.open(Opening(members[0], f"perf-{i}", "group", f"room {i}", tuple(members[1:]), b"perf...."))
+            for i, members in enumerate(rooms)
+        )
+        self.convs = [conversation.conv for conversation in opened]
+        self._first = [len(members) + 1 for members in rooms]
+        body = MsgFields("x" * 80)
+        await together(
+            store.append(new_entry(conv, members[i % len(members)], f"seed-{i}", body))
+            for conv, members, entries in zip(
+                self.convs, rooms, world.entries_of or [world.entries] * len(rooms), strict=True
+            )
+            for i in range(entries)
+        )
+        await store.close()
 
     def _auth(self, user: int, **more: object) -> list[Step]:
         text = json.dumps({"t": "auth", "id": 1, "v": 1, "token": self._tokens[user], **more}, separators=(",", ":"))
@@ -135,6 +137,14 @@ class Chatcore(Peer):
     def history(self, user: int, room: int, before: int | None = None) -> str:
         bound = "" if before is None else f'"before":{before},'
         return f'{{"t":"history","id":{REQUEST_ID},"c":"{self.convs[room]}",{bound}"limit":50}}'
+
+
+async def together(requests: Iterator[Awaitable[T]]) -> list[T]:
+    """The results of all, so many at a time as one worker may ask for."""
+    found: list[T] = []
+    while some := list(itertools.islice(requests, TOGETHER)):
+        found += await asyncio.gather(*some)
+    return found
 
 
 PEERS = (Chatcore(),)

@@ -61,6 +61,25 @@ def test_bench(name: str, tmp_path: Path) -> None:
     assert not [note for note in result["notes"] if "arrived" in note or "came back" in note]
 
 
+def test_store(tmp_path: Path) -> None:
+    file = tmp_path / "result.json"
+    done = perf("store", "--tiny", "--json", file)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(file.read_text())["rows"]
+    assert {row["server"] for row in rows} == {"chatcore"}
+    assert all(row["case"] in done.stdout for row in rows)
+    found = {row["case"]: row for row in rows}
+    assert found["size, 500 entries"]["file_bytes_per_unit"] > 0
+    for batch in (64, 500):
+        row = found[f"batches of {batch}, 2,000 entries"]
+        # Each message is in the log, and the log is written.
+        assert row["write_bytes_per_unit"] > 128
+        assert min(row[key] for key in ("units_per_s", "cpu_us_per_unit", "workers_us_per_unit", "p99_ms")) > 0
+        assert row["errors"] == 0
+    for kind in ("newest page", "page in the middle", "resume after 100 missed", "one message at a time"):
+        assert 0 < found[f"{kind}, 500 entries"]["p50_ms"] <= found[f"{kind}, 500 entries"]["p99_ms"]
+
+
 def test_cache(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     done = perf("cache", "--tiny", "--json", file)
@@ -88,7 +107,7 @@ def test_instructions(tmp_path: Path) -> None:
 
 
 def test_all_are_tested() -> None:
-    assert set(BENCHES) == {*FIGURES, "cache", "instructions", "report"}
+    assert set(BENCHES) == {*FIGURES, "cache", "store", "instructions", "report"}
 
 
 def test_usage() -> None:

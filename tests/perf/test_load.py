@@ -221,6 +221,18 @@ def test_own_delivery_is_the_answer(server: Counting) -> None:
     assert {len(text.split()[3]) for text in server.got if text.startswith("m ")} == {1024}
 
 
+def test_templates_take_turns(server: Counting) -> None:
+    templates = [f"{kind} {REQUEST_ID} {CID} {BODY}" for kind in ("ma", "mb", "mc")]
+    one = Client(Plain().join(0, [0]), (), templates, 1)
+    with Generator(Plain(), server.port, [one]) as generator:
+        generator.connect()
+        spent(lambda: generator.flood(1), lambda: generator.stats().counts["acked"] >= 7, generator.idle)
+        totals = generator.drain()
+    kinds = [text.split()[0] for text in server.got if text.startswith("m")]
+    assert len(kinds) == totals.counts["acked"] >= 7
+    assert kinds == [("ma", "mb", "mc")[i % 3] for i in range(len(kinds))]
+
+
 def test_flood_keeps_the_window(server: Counting) -> None:
     """With a delay of d, w messages under way and one sender, there are w / d messages per second."""
     server.delay_s = 0.1
