@@ -104,12 +104,60 @@ async def kill_in_batch(scene: Scene, fault: Fault) -> None:
         await asyncio.sleep(0.1)
         site.mongo.resume()
         return
-    # Killed as it enters the system call that would make its next commit durable.
-    async with traced([pid], "fdatasync,fsync", "signal=KILL:when=1"):
+    writer = await store_pid(scene.host(fault), "writer")
+    os.kill(writer, signal.SIGSTOP)
+    try:
+        await asyncio.sleep(fault.kind.lasts_s)
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.sleep(0.1)
+    finally:
+        os.kill(writer, signal.SIGCONT)
+
+
+async def store_pid(host: Host, name: str) -> int:
+    """Of the writer or the indexer, as soon as it is ready."""
+    while (pid := (await asyncio.to_thread(host.store_now)).get(name)) is None:
+        await asyncio.sleep(0.02)
+    return pid
+
+
+async def _kill_as_it_calls(host: Host, name: str, calls: str) -> None:
+    """SIGKILL a process of the store as it enters one of these system calls."""
+    pid = await store_pid(host, name)
+    async with traced([pid], calls, "signal=KILL:when=1"):
         deadline = time.monotonic() + TRACE_S
-        while Path(f"/proc/{pid}").exists() and await pid_of(scene.host(fault), fault.slot) == pid:
-            assert time.monotonic() < deadline, f"worker {pid} did not commit within {TRACE_S} s"
+        while (await asyncio.to_thread(host.store_now)).get(name, pid) == pid:
+            assert time.monotonic() < deadline, f"{name} {pid} made no {calls} within {TRACE_S} s"
             await asyncio.sleep(0.02)
+
+
+async def kill_writer(scene: Scene, fault: Fault) -> None:
+    # As it enters the system call that would make its next commit durable.
+    await _kill_as_it_calls(scene.host(fault), "writer", "fdatasync,fsync")
+
+
+async def stop_writer(scene: Scene, fault: Fault) -> None:
+    pid = await store_pid(scene.host(fault), "writer")
+    os.kill(pid, signal.SIGSTOP)
+    deadline = time.monotonic() + fault.kind.lasts_s
+    try:
+        while (await asyncio.to_thread(scene.host(fault).store_now)).get("writer", pid) == pid:
+            if time.monotonic() > deadline:
+                scene.crowd.broken.add("stuck", f"{fault}: the writer stood still for {fault.kind.lasts_s} s")
+                break
+            await asyncio.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+async def kill_in_slice(scene: Scene, fault: Fault) -> None:
+    host = scene.host(fault)
+    writer = await store_pid(host, "writer")
+    # As it writes rows of a run: portions are small here, so that one is never far.
+    await _kill_as_it_calls(host, "indexer", "pwrite64")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(writer, signal.SIGKILL)
 
 
 @contextlib.asynccontextmanager
@@ -129,7 +177,7 @@ async def traced(pids: list[int], calls: str, inject: str | None, output: Path |
             process.terminate()  # it lets them go
         _, said = await process.communicate()
         if b"Operation not permitted" in said:
-            raise Skipped("strace may not attach to the workers here (ptrace)")
+            raise Skipped("strace may not attach to the processes here (ptrace)")
 
 
 async def stop_worker(scene: Scene, fault: Fault) -> None:
@@ -274,7 +322,7 @@ async def disk_full(scene: Scene, fault: Fault) -> None:
 
 async def sync_fails(scene: Scene, fault: Fault) -> None:
     host = scene.host(fault)
-    pids = list((await asyncio.to_thread(host.workers_now)).values())
+    pids = [await store_pid(host, name) for name in ("writer", "indexer")]
     trace = scene.site.folder / "trace"
     async with traced(pids, "fdatasync,fsync", "error=EIO", trace):
         await asyncio.sleep(fault.kind.lasts_s)
@@ -360,9 +408,9 @@ async def never_reads(scene: Scene, fault: Fault) -> None:
 HARM: dict[str, Callable[[Scene, Fault], Awaitable[None]]] = {
     one.__name__: one
     for one in (
-        kill_worker, kill_in_batch, stop_worker, kill_supervisor, drain_host, reload, drain_worker, store_stalls,
-        store_killed, disk_full, sync_fails, redis_killed, redis_emptied, redis_stops, bus_late, bus_swallows_up,
-        bus_swallows_down, bus_half_closed, clock, never_reads,
+        kill_worker, kill_in_batch, kill_writer, stop_writer, kill_in_slice, stop_worker, kill_supervisor, drain_host,
+        reload, drain_worker, store_stalls, store_killed, disk_full, sync_fails, redis_killed, redis_emptied,
+        redis_stops, bus_late, bus_swallows_up, bus_swallows_down, bus_half_closed, clock, never_reads,
     )
 }  # fmt: skip
 #: Those that replace workers without resetting any connection.

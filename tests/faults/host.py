@@ -40,7 +40,7 @@ class Host(Server):
     def start(self) -> Host:
         """Start it; wait until it says that it is ready."""
         super().start()
-        self._once |= {self.process.pid, *self.pids().values()}
+        self._once |= {self.process.pid, *self.pids().values(), *self.store_pids().values()}
         return self
 
     def restart(self) -> None:
@@ -57,7 +57,7 @@ class Host(Server):
 
     def kill_supervisor(self) -> None:
         """SIGKILL it alone; its workers see it, drain and end."""
-        self._once |= set(self.pids().values())
+        self._once |= {*self.pids().values(), *self.store_now().values()}
         self.process.kill()
         self.process.wait()
         self._close()
@@ -75,14 +75,24 @@ class Host(Server):
         self._once |= set(pids.values())
         return pids
 
+    def store_now(self) -> dict[str, int]:
+        """Pids of the store's processes that are ready, by name; empty if the supervisor does not answer."""
+        try:
+            pids = self.store_pids()
+        except (OSError, AssertionError, ValueError):
+            return {}
+        self._once |= set(pids.values())
+        return pids
+
     def processes(self) -> list[int]:
-        """The supervisor and its workers."""
-        return [self.process.pid, *self.workers_now().values()]
+        """The supervisor, its workers, and the processes of the store."""
+        return [self.process.pid, *self.workers_now().values(), *self.store_now().values()]
 
     def end(self) -> None:
         """Leave nothing running, orphans included."""
         with contextlib.suppress(Exception):
             self.workers_now()
+            self.store_now()
         self.kill()
         for pid in self._once:
             with contextlib.suppress(OSError):

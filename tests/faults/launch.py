@@ -15,6 +15,7 @@ from pathlib import Path
 import uvloop
 
 from chatcore import cli
+from chatcore.server.store_processes import STORE_MAINS
 from chatcore.server.worker import SWITCH_INTERVAL_S, Worker
 from chatcore.supervisor.worker_process import WorkerContext, WorkerMain
 
@@ -55,7 +56,7 @@ def main(arguments: list[str]) -> int:
 
         made_of = PLANTED[arguments[1]]
         arguments = arguments[2:]
-    return cli.main(arguments, worker_main=worker_main(made_of))
+    return cli.main(arguments, worker_main=worker_main(made_of), store_mains=STORE_MAINS)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,11 @@ KINDS: Final = {
     kind.name: kind
     for kind in (
         Kind("kill_worker", "SIGKILL of a worker", 0.0, share=4),
-        Kind("kill_in_batch", "SIGKILL of a worker in the middle of a commit", 0.5, share=2),
+        Kind("kill_in_batch", "SIGKILL of a worker while its batch is on the way to the store", 0.5, share=2),
+        Kind("kill_writer", "SIGKILL of the writer of the store in the middle of a commit", 0.0, (SQLITE,), share=4),
+        Kind("stop_writer", "SIGSTOP of the writer of the store, for 8 s if nobody ends it", 8.0, (SQLITE,), share=2),
+        Kind("kill_in_slice", "SIGKILL of the indexer in the middle of a slice, and of the writer", 0.0, (SQLITE,),
+             share=2),
         Kind("stop_worker", "SIGSTOP of a worker for 8 s", 8.0),
         Kind("reload", "rolling reload: every worker is replaced, one by one", 0.0, share=2),
         Kind("drain_worker", "a worker is drained and taken out, then back in", 3.0),
@@ -48,7 +52,7 @@ KINDS: Final = {
              takes_host=True),
         Kind("store_killed", "SIGKILL of the store, which is restarted after 2 s", 2.0, (MONGODB,), takes_host=True),
         Kind("disk_full", "the disk is full for 6 s", 6.0, (SQLITE,), takes_host=True),
-        Kind("sync_fails", "fdatasync fails with EIO for 4 s, in every worker", 4.0, (SQLITE,), takes_host=True),
+        Kind("sync_fails", "fdatasync fails with EIO for 4 s, in writer and indexer", 4.0, (SQLITE,), takes_host=True),
         Kind("redis_killed", "SIGKILL of Redis, back after 2 s with its data", 2.0, (MONGODB,)),
         Kind("redis_emptied", "SIGKILL of Redis, back after 2 s without its data", 2.0, (MONGODB,)),
         Kind("redis_stops", "Redis stands still for 10 s", 10.0, (MONGODB,)),
@@ -61,7 +65,7 @@ KINDS: Final = {
 
 #: The faults of the short lane for each pair, in this order.
 SHORT: Final = {
-    SQLITE: ("kill_in_batch", "disk_full", "reload"),
+    SQLITE: ("kill_writer", "disk_full", "reload"),
     MONGODB: ("kill_worker", "bus_swallows_down", "redis_emptied"),
 }
 

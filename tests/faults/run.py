@@ -12,6 +12,8 @@ from typing import Any
 
 import orjson
 
+from chatcore.store.sqlite.verify import verify
+
 from . import check, stored
 from .crowd import Crowd, Scale
 from .figures import Figures, Happened, figure
@@ -190,6 +192,9 @@ class Run:
         self._say(f"{acked} acknowledged, {landed} stored without; {compared} deliveries compared")
         async for where, pages in self._all_pages(site, crowd):
             check.pages_are_the_log(logs, where, pages, broken)
+        if site.mongo is None:
+            for problem in await asyncio.to_thread(verify, site.hosts[0].data, self._say):
+                broken.add("store", problem)
 
     async def _all_pages(self, site: Site, crowd: Crowd) -> AsyncIterator[tuple[str, dict[str, list[Message]]]]:
         """Of every worker: its name, and the newest page of every conversation."""

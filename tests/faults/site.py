@@ -98,9 +98,11 @@ class Site:
         self.clock = Clock(folder)
         self._stack.callback(self.clock.close)
         if self.backend == "sqlite-local":
-            # A write-ahead log keeps the blocks that it has: with the default of 64 MiB no client would notice a
-            # full disk in the seconds for which it lasts here, as the log goes round in them.
-            self._host("a", 4, {"CHATCORE_STORE_CHECKPOINT_PAGES": "1000"})
+            # A write-ahead log keeps the blocks that it has: with the default of 16 MiB no client would notice a
+            # full disk in the seconds for which it lasts here, as the log goes round in them. With small portions
+            # the index is written all the time, and what is in memory does not grow over the whole run.
+            small = {"CHATCORE_STORE_CHECKPOINT_PAGES": "200", "CHATCORE_STORE_PORTION_ENTRIES": "2000"}
+            self._host("a", 4, small)
         else:
             await self._services()
             for name, proxy in zip("ab", self.proxies, strict=True):

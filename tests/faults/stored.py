@@ -40,8 +40,9 @@ def heads(site: Site, convs: list[str]) -> dict[str, int]:
     if site.backend == "sqlite-local":
         db = _open(site)
         try:
-            newest = "SELECT ifnull(max(seq), 0) FROM entries WHERE conv = ?"
-            return {conv: int(db.execute(newest, (conv,)).get) for conv in convs}
+            newest = "SELECT c.id, max(e.seq) FROM entries e JOIN ids c ON c.n = e.conv GROUP BY e.conv"
+            found = dict(cast(list[tuple[str, int]], db.execute(newest).fetchall()))
+            return {conv: found.get(conv, 0) for conv in convs}
         finally:
             db.close()
     found = dict.fromkeys(convs, 0)
@@ -62,7 +63,10 @@ def _open(site: Site) -> apsw.Connection:
 def _sqlite(site: Site) -> list[Stored]:
     db = _open(site)
     try:
-        rows = db.execute("SELECT t, conv, seq, sender, ts, cid, fields FROM entries").fetchall()
+        rows = db.execute(
+            "SELECT t, c.id, seq, s.id, ts, cid, fields FROM entries e"
+            " JOIN ids c ON c.n = e.conv JOIN ids s ON s.n = e.sender"
+        ).fetchall()
     finally:
         db.close()
     return cast(list[Stored], rows)

@@ -51,7 +51,7 @@ async def _traced_sends(server: Server, output: Path) -> tuple[list[tuple[str, i
     await ask({"t": "auth", "id": 1, "v": 1, "token": user["token"]})
     opened = await ask({"t": "open", "id": 2, "kind": "group", "title": "g", "cid": secrets.token_hex(12)})
     sent: list[tuple[str, int]] = []
-    async with traced([server.pids()[0]], CALLS, None, output):
+    async with traced([server.pids()[0], server.store_pids()["writer"]], CALLS, None, output):
         while not output.exists() or not output.stat().st_size:  # it is attached when it sees the first call
             await ask({"t": "ping", "id": 3})
         for id in range(10, 10 + MESSAGES):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-WRITES = ("pwrite64", "pwritev", "pwritev2", "write", "writev")
+#: To files: requests to the writer of the store are written, too, but to a socket.
+WRITES = ("pwrite64", "pwritev", "pwritev2")
 SYNCS = ("fdatasync", "fsync")
 SENDS = ("sendto", "sendmsg", "send", "write", "writev")
 CALLS = ",".join(dict.fromkeys((*WRITES, *SYNCS, *SENDS)))

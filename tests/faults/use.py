@@ -34,7 +34,8 @@ async def measure(site: Site) -> Use:
     memory = files = threads = tasks = 0
     for host in site.hosts:
         workers = await asyncio.to_thread(host.workers_now)
-        for pid in (host.process.pid, *workers.values()):
+        store = await asyncio.to_thread(host.store_now)
+        for pid in (host.process.pid, *workers.values(), *store.values()):
             rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
             memory += sum(map(int, re.findall(r"^Private_\w+:\s+(\d+) kB", rollup, re.MULTILINE)))
             files += len(os.listdir(f"/proc/{pid}/fd"))
