@@ -55,7 +55,8 @@ class Folding:
         return None
 
     def _to_trim(self) -> int:
-        upto = min(self._folded, self._state.position - KEEP_CHANGES)
+        # Readers look up the marks that are not indexed, however long the index has stood still.
+        upto = min(self._folded, self._state.mark, self._state.position - KEEP_CHANGES)
         return upto if upto > self._trimmed else 0
 
     def step(self, db: apsw.Connection, requests: int) -> None:
