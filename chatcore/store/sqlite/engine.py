@@ -45,6 +45,9 @@ ERASE_WAIT_MS: Final = 20
 # With so many times store.checkpoint_pages in the write-ahead log the writer moves them itself, whatever it takes.
 OVERDUE: Final = 16
 
+#: The answer to what would make the tail grow while the index lags too much.
+BEHIND: Final = refusal(Unavailable("the index of the store is behind"))
+
 
 class Superseded(Exception):
     """Another writer has written: this one must end at once."""
@@ -85,6 +88,8 @@ class Engine:
         #: Requests at the front of the batch that may be committed, although COMMIT failed.
         self._unknown = 0
         self._erase_at = 0.0
+        #: The last transaction refused what would make the tail grow.
+        self.full = False
         #: Overwritten text is still in the write-ahead log. True at first: a writer that died may have left some.
         self.erasing = True
 
@@ -192,7 +197,7 @@ class Engine:
         self._unknown = again
         db = self._connect()
         until = time.monotonic() + BATCH_S
-        full = self.behind > self._tail_entries
+        full = self.full = self.behind > self._tail_entries
         try:
             db.execute("BEGIN IMMEDIATE")
         except apsw.BusyError as exc:
@@ -204,7 +209,7 @@ class Engine:
             at = 0
             while at < len(batch) and (at == 0 or at < again or time.monotonic() < until):
                 if full and batch[at].grows:
-                    replies.append(refusal(Unavailable("the index of the store is behind")))
+                    replies.append(BEHIND)
                     at += 1
                     continue
                 run: list[Append] = []

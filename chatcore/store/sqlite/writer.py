@@ -35,7 +35,7 @@ from .accounts import (
     SetRead,
     UpdateUser,
 )
-from .engine import ERASE_S, Busy, Engine, Failed
+from .engine import BEHIND, ERASE_S, Busy, Engine, Failed
 from .lock import socket_path
 from .ops import Append, OpenConversation, refusal
 from .requests import FRAME_HEAD, FRAME_MAX_BYTES, LAST, Reply, Request
@@ -262,6 +262,10 @@ class Writer:
             answers.setdefault(connection, []).append(reply)
         for connection, mine in answers.items():
             self._answer(connection, mine)
+            if self._engine.full and BEHIND in mine:
+                # Whatever the worker sent before it hears of this fails, too: no entry overtakes one that was refused.
+                self._answer(connection, [BEHIND], last=True)
+                self._drop(connection)
 
     def _fail(self, batch: list[tuple[_Connection, Request]], why: Failed) -> None:
         """Answer `unavailable` to the batch and all that waits behind it: no entry overtakes one that failed. What
