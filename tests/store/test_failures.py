@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import uvloop
 from chatcore.entries import NewEntry
 from chatcore.errors import Unavailable
 from chatcore.store.base import Appended, Entry, Opening, User
+from chatcore.store.sqlite.engine import Engine
+from chatcore.store.sqlite.folding import Folding
 from chatcore.store.sqlite.schema import database_path
 from chatcore.store.sqlite.store import SQLiteStore
 
@@ -198,3 +201,98 @@ def test_a_database_left_empty_by_a_first_start_that_was_killed_is_made(tmp_path
         assert len(await o.log(conv)) == 2
 
     run(tmp_path, work)
+
+
+# --- work between requests ---------------------------------------------------------------------
+
+
+def test_changes_of_rows_alone_do_not_keep_the_index_behind(tmp_path: Path) -> None:
+    """They take values of the counter without entries or marks: the marks of such a portion were never said to be in
+    the rows, so the index waited for them, and in the end messages were refused for ever."""
+
+    async def work(o: Opened) -> None:
+        alice = await o.user("alice")
+        conv = await o.conversation(alice, title=None)
+        for i in range(300):
+            await o.store.set_notify(alice.id, conv, ("none", "all")[i % 2])
+        async with asyncio.timeout(PATIENCE_S):
+            while True:
+                try:
+                    assert (await o.store.append(message(conv, alice))).seq == 2
+                    return
+                except Unavailable:
+                    await asyncio.sleep(0.05)
+
+    run(tmp_path, work, hosting={"portion": 20, "tail_entries": 100})
+
+
+def test_work_between_requests_that_fails_is_tried_again_after_a_pause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was tried without any pause, and each failure cut off all workers."""
+
+    async def work(o: Opened) -> None:
+        alice = await o.user("alice")
+        conv = await o.conversation(alice, title=None)
+        for _ in range(30):
+            await o.store.append(message(conv, alice))
+        step, failed = Folding.step, threading.Event()
+
+        def fail(self: Folding, db: apsw.Connection, requests: int) -> None:
+            if not requests:
+                failed.set()
+                raise apsw.FullError("no room")
+            step(self, db, requests)
+
+        monkeypatch.setattr(Folding, "step", fail)
+        await o.store.append(message(conv, alice))
+        assert await asyncio.to_thread(failed.wait, PATIENCE_S)
+        await asyncio.sleep(0.3)  # in which it was tried a hundred times
+        assert o.store.healthy
+        assert sum("write failed" in record.getMessage() for record in caplog.records) <= 4
+        monkeypatch.undo()
+
+    run(tmp_path, work, hosting={"portion": 16})
+
+
+def test_more_than_a_frame_holds_is_sent_in_several(tmp_path: Path) -> None:
+    """After the writer was away, all that waited went into one frame, which was refused for its size, for ever."""
+    text = "x" * 16_000
+
+    async def work(o: Opened) -> None:
+        alice = await o.user("alice")
+        conv = await o.conversation(alice, title=None)
+        sent = [o.store.append(message(conv, alice, text)) for _ in range(300)]
+        assert [done.seq for done in await asyncio.gather(*sent)] == list(range(2, 302))
+
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("chatcore.store.sqlite.writer.FRAME_MAX_BYTES", 1_500_000)
+    try:
+        run(tmp_path, work)
+    finally:
+        monkey.undo()
+
+
+def test_old_changes_are_not_trimmed_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond so many changes each commit was followed by another one, which deleted one row."""
+    monkeypatch.setattr("chatcore.store.sqlite.folding.KEEP_CHANGES", 50)
+    monkeypatch.setattr("chatcore.store.sqlite.folding.TRIM_ROWS", 20)
+    commits = 0
+    commit = Engine._commit
+
+    def counted(self: Engine, batch: Any, again: int) -> Any:
+        nonlocal commits
+        commits += 1
+        return commit(self, batch, again)
+
+    monkeypatch.setattr(Engine, "_commit", counted)
+
+    async def work(o: Opened) -> None:
+        alice = await o.user("alice")
+        conv = await o.conversation(alice, title=None)
+        for _ in range(200):
+            await o.store.append(message(conv, alice))
+
+    run(tmp_path, work, hosting={"portion": 10})
+    # Each portion takes two more: its marks, and that they are in the rows.
+    assert commits < 203 + 2 * 20 + 200 // 20 + 10

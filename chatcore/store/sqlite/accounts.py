@@ -177,6 +177,8 @@ class SetNotify(Request, frozen=True, gc=False):
     conv: str
     level: str
 
+    grows = True
+
     def apply(self, tx: Transaction) -> None:
         if _membership(tx, self.user, self.conv, "notify")[0] != self.level:
             rev = tx.row_changed(self.conv, self.user)

@@ -33,6 +33,9 @@ log = logging.getLogger("chatcore.store")
 CONNECT_FIRST_S: Final = 0.005
 CONNECT_MAX_S: Final = 0.1
 
+# The body of a frame that has several requests, at most.
+FRAME_BYTES: Final = 1024 * 1024
+
 _ERRORS: Final[dict[str, type[ChatError]]] = {cls.code: cls for cls in ALL}
 _encode: Final = msgspec.msgpack.Encoder().encode
 _decode: Final[Callable[[bytes | bytearray | memoryview], list[Reply]]] = msgspec.msgpack.Decoder(list[Reply]).decode
@@ -67,6 +70,7 @@ class WriterClient(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._flushing = False
         self._closing = False
+        self._heard = False
         self._connected = asyncio.Event()
         self._answered = asyncio.Event()
         self._connecting: asyncio.Task[None] | None = None
@@ -111,13 +115,17 @@ class WriterClient(asyncio.Protocol):
             try:
                 with unix_address(self._path) as address:
                     await self._loop.sock_connect(sock, address)
+                self._heard = False
                 await self._loop.create_unix_connection(lambda: self, sock=sock)
             except OSError:
                 sock.close()
                 await asyncio.sleep(pauses.next())
                 continue
-            pauses.reset()
             await closed
+            if self._heard:  # a writer that answers nothing is tried ever less
+                pauses.reset()
+            else:
+                await asyncio.sleep(pauses.next())
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
@@ -182,10 +190,19 @@ class WriterClient(asyncio.Protocol):
         self._flushing = False
         if self._transport is None or not self._new:
             return
-        body = _encode([item.request for item in self._new])
-        self._asked.extend(self._new)
-        self._new.clear()
-        self._transport.write(FRAME_HEAD.pack(len(body)) + body)
+        new, self._new = self._new, []
+        self._asked.extend(new)
+        self._send(self._transport, [item.request for item in new])
+
+    def _send(self, transport: asyncio.Transport, requests: list[Request]) -> None:
+        """In one frame, or in as many as it takes for none to be too large."""
+        body = _encode(requests)
+        if len(body) > FRAME_BYTES and len(requests) > 1:
+            half = len(requests) // 2
+            self._send(transport, requests[:half])
+            self._send(transport, requests[half:])
+        else:
+            transport.write(FRAME_HEAD.pack(len(body)) + body)
 
     # --- answers --------------------------------------------------------------------------
     def data_received(self, data: bytes) -> None:
@@ -207,7 +224,7 @@ class WriterClient(asyncio.Protocol):
                 self._fail_all(_ERRORS[code](message))
                 self._asked.clear()
             else:
-                self.healthy = True
+                self.healthy = self._heard = True
                 self._resolve(replies)
         del received[:at]
 

@@ -21,7 +21,7 @@ from .catch_up import catch_up
 from .engine import Busy, Engine, Failed
 from .lock import WriterLock, socket_path
 from .requests import FRAME_HEAD, LAST, Reply, Request
-from .schema import BrokenStore, connect, database_path, prepare
+from .schema import BrokenStore, check_version, connect, database_path, prepare
 
 T = TypeVar("T")
 
@@ -62,17 +62,16 @@ def read(data: Path, query: Callable[[apsw.Connection], T]) -> T:
     """
     with _usable(data):
         _must_exist(data)
-        lock = WriterLock(data)
-        if lock.acquire(0):  # otherwise it is in use, and so it is prepared
-            try:
-                prepare(data)
-            finally:
-                lock.release()
-        db = connect(database_path(data), write=False)
+        path = database_path(data)
         try:
-            return query(db)
-        finally:
-            db.close()
+            db = connect(path, write=False)
+            try:
+                check_version(db, path)
+                return query(db)
+            finally:
+                db.close()
+        except apsw.Error as exc:
+            raise Unavailable(f"the database {path} cannot be used: {exc}") from None
 
 
 def _must_exist(data: Path) -> None:

@@ -22,6 +22,7 @@ import msgspec
 from ...entries import MESSAGES
 from ...errors import ChatError, Unavailable
 from .folding import Folding
+from .lock import IndexerLock
 from .ops import Append, append_messages, refusal
 from .requests import Reply, Request
 from .schema import BUSY_TIMEOUT_MS, connect, database_path
@@ -90,8 +91,8 @@ class Engine:
         self._erase_at = 0.0
         #: The last transaction refused what would make the tail grow.
         self.full = False
-        #: Overwritten text is still in the write-ahead log. True at first: a writer that died may have left some.
-        self.erasing = True
+        #: Overwritten text is still in the write-ahead log.
+        self.erasing = False
 
     def open(self) -> None:
         """Take over: no other writer's transaction commits from now on.
@@ -140,12 +141,12 @@ class Engine:
         key = hashlib.blake2b(self._secret, digest_size=16, person=b"cid-index").digest()
         self._state = LogState(self._snapshot, key)
         self._folding = Folding(self._state, self._meta("folded"), self._meta("trimmed"))
+        self.erasing = self.erasing or bool(self._meta("erasing"))
 
     def _meta(self, key: str) -> Any:
         assert self._db is not None
-        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-        assert row is not None
-        return row[0]
+        row: Any = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return 0 if row is None else row[0]
 
     @property
     def behind(self) -> int:
@@ -225,7 +226,9 @@ class Engine:
                     replies.append(_apply(tx, batch[at]))
                     at += 1
             self._folding.step(db, at)
-            self.erasing = self.erasing or tx.erased
+            if tx.erased:
+                db.execute("INSERT OR REPLACE INTO meta VALUES ('erasing', 1)")
+                self.erasing = True
             self._unknown = at
             db.execute("COMMIT")
         except BaseException:
@@ -280,6 +283,7 @@ class Engine:
                 try:
                     db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
                     self.erasing = False
+                    db.execute("UPDATE meta SET value = 0 WHERE key = 'erasing'")
                 finally:
                     db.set_busy_timeout(BUSY_MS)
                 return
@@ -287,13 +291,22 @@ class Engine:
             pages, moved = db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
             if pages < self._checkpoint_pages or pages == moved:
                 return
-            if pages - moved <= FINAL_PAGES or pages >= self._checkpoint_pages * OVERDUE:
+            if pages - moved <= FINAL_PAGES or (pages >= self._checkpoint_pages * OVERDUE and self._without_indexer()):
                 db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         except apsw.BusyError:
             pass  # the indexer is at it, or a reader on an older state: again after the next turn
         except apsw.Error as exc:
             # The commit before it stands; the next write finds out whether the disk works.
             log.error("checkpoint failed: %s", exc)
+
+    def _without_indexer(self) -> bool:
+        """Nobody else moves pages: a reader may have kept them where they are for long, and the indexer will move them
+        now without any commit having to wait."""
+        lock = IndexerLock(self._data)
+        try:
+            return lock.acquire(0)
+        finally:
+            lock.release()
 
 
 def _apply(tx: Transaction, request: Request) -> Reply:

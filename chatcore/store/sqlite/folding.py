@@ -7,7 +7,7 @@ tail, only when its marks are in the rows (``meta.folded``). Marks only move for
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 import apsw
@@ -45,19 +45,22 @@ class Folding:
     @property
     def due(self) -> bool:
         """There are marks to bring into rows, or old changes to delete."""
-        return self._steps is not None or self._complete() is not None or self._to_trim() > 0
+        return self._steps is not None or self._complete() > 0 or self._to_trim() > 0
 
-    def _complete(self) -> Portion | None:
-        """The oldest portion that is complete and whose marks are not in the rows."""
-        for portion in self._state.portions:
-            if self._folded < portion.high <= self._state.position:
-                return portion
-        return None
+    def _complete(self) -> int:
+        """The end of the oldest portion that is complete and whose marks are not in the rows (0: there is none).
+
+        It may have no marks, and nothing but changes of rows: they take values of the counter, too.
+        """
+        mark, size = self._state.mark, self._state.snapshot.portion
+        high = mark + (max(self._folded - mark, 0) // size + 1) * size
+        return high if high <= self._state.position else 0
 
     def _to_trim(self) -> int:
         # Readers look up the marks that are not indexed, however long the index has stood still.
         upto = min(self._folded, self._state.mark, self._state.position - KEEP_CHANGES)
-        return upto if upto > self._trimmed else 0
+        # Not one by one: that would be a commit more for each.
+        return upto if upto >= self._trimmed + TRIM_ROWS else 0
 
     def step(self, db: apsw.Connection, requests: int) -> None:
         """Do some of it within the open transaction.
@@ -65,9 +68,9 @@ class Folding:
         :param requests: how many the transaction has: marks are brought in faster than they come.
         """
         self._after = (self._folded, self._trimmed)
-        if self._steps is None and (portion := self._complete()) is not None:
-            self._steps = _marks_of(portion)
-            self._to = portion.high
+        if self._steps is None and (high := self._complete()):
+            self._steps = _marks_of([p for p in self._state.portions if self._folded < p.high <= high])
+            self._to = high
         if self._steps is not None:
             for _ in range(1 + requests * 2 // FOLD_ROWS):
                 rows = next(self._steps, None)
@@ -90,16 +93,18 @@ class Folding:
         self._folded, self._trimmed = self._after
 
 
-def _marks_of(portion: Portion) -> Iterator[list[tuple[Any, ...]]]:
-    """The read marks of a portion, in the order of the rows that they go to, so that those of one page come together:
+def _marks_of(portions: Sequence[Portion]) -> Iterator[list[tuple[Any, ...]]]:
+    """The read marks of portions, in the order of the rows that they go to, so that those of one page come together:
     (conversation, user, seq, msgs, rev). Each step is short."""
     rows: list[tuple[Any, ...]] = []
-    for conv in sorted(portion.marks):
-        rows += [(conv, user, *mark) for user, mark in portion.marks[conv].items()]
-        while len(rows) >= FOLD_ROWS:
-            yield rows[:FOLD_ROWS]
-            del rows[:FOLD_ROWS]
-    yield rows
+    for portion in portions:
+        for conv in sorted(portion.marks):
+            rows += [(conv, user, *mark) for user, mark in portion.marks[conv].items()]
+            while len(rows) >= FOLD_ROWS:
+                yield rows[:FOLD_ROWS]
+                del rows[:FOLD_ROWS]
+        yield rows  # no two rows of one member in one step
+        rows = []
 
 
 def _set(db: apsw.Connection, key: str, value: int) -> None:

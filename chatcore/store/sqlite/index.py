@@ -24,6 +24,7 @@ from urllib.parse import quote
 import apsw
 
 from ..._fast.runs import Filter, any_has, find_ids
+from ...common.files import make_private
 from .schema import BUSY_TIMEOUT_MS
 
 log = logging.getLogger("chatcore.store")
@@ -118,6 +119,7 @@ def connect(data: Path) -> apsw.Connection:
 
     :raises apsw.Error: as SQLite says.
     """
+    make_private(index_path(data))
     db = apsw.Connection(os.fspath(index_path(data)))
     db.set_busy_timeout(BUSY_TIMEOUT_MS)
     db.wal_autocheckpoint(0)
@@ -267,14 +269,20 @@ class Filters:
             self.generation = index.generation
         for run, (own, part, at) in self._loading.items():
             sql = "SELECT bits FROM idx.filters WHERE run = ? AND part = ?"
-            for (bits,) in rows(index.db, sql, (run.run, part)):
+            found = rows(index.db, sql, (run.run, part))
+            for (bits,) in found:
                 own.put(at, bits)
                 at += len(bits)
-            if at < own.size:
+            if found and at < own.size:
                 self._loading[run] = (own, part + 1, at)
-            else:
+                break
+            if at == own.size:
                 self._known[run] = [own]
-                del self._loading[run]
+            else:
+                log.error(
+                    "run %d of the index lacks a part of its filter: all its keys are looked for in the file", run.run
+                )
+            del self._loading[run]
             break
         self._all = [keys for filters in self._known.values() for keys in filters]
         self._unknown = not all(self._known.values())

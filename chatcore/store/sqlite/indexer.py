@@ -15,6 +15,7 @@ is broken that no retry repairs: the indexer raises :class:`IndexAlarm` and inde
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import itertools
@@ -485,6 +486,17 @@ class Indexer:
         self._dead.remove(number)
         self._deleting = None
 
+    def move_pages(self) -> None:
+        """Checkpoint the log although the index cannot be used, so that the writer need not."""
+        with contextlib.suppress(apsw.Error, OSError):
+            db = schema.connect(schema.database_path(self._data), write=False)
+            try:
+                pages, _ = db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_NOOP)
+                if pages >= self._checkpoint_pages:
+                    db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+            finally:
+                db.close()
+
     def _checkpoint_log(self) -> bool:
         """Move pages from the WAL of the log into its file, if there are enough; False: none were moved.
 
@@ -544,6 +556,7 @@ def run(indexer: Indexer, *, beat: Callable[[], None], stopping: Callable[[], bo
                     pause = pauses.next()
                     log.error("indexing failed, next try in %.1f s: %s", pause, exc)
                     resume_at = time.monotonic() + pause
+                    indexer.move_pages()
             if not worked:
                 time.sleep(POLL_S)
     finally:

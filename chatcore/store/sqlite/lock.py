@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Final
 
+from ...common.files import make_private
+
 #: Pause between two tries to get the lock: ``flock`` itself knows no time limit.
 RETRY_S: Final = 0.005
 
@@ -33,7 +35,8 @@ class _Lock:
 
         :raises OSError: the file cannot be opened.
         """
-        fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        make_private(self.path)
+        fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
         until = time.monotonic() + timeout_s
         while True:
             try:

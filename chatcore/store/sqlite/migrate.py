@@ -20,6 +20,8 @@ from typing import Any, Final
 
 import apsw
 
+from ...common.files import make_private
+
 #: The version that can be migrated.
 OLD_VERSION: Final = 1
 #: Appended to the name of the file while it is built.
@@ -144,7 +146,8 @@ def _check_space(path: Path, new: Path, free: Callable[[Path], int]) -> None:
 def _open(path: Path, new: Path, version: int) -> apsw.Connection:
     """The new file (``main``) and the old one (``old``), both for this connection alone."""
     for _ in range(2):
-        db = apsw.Connection(os.fspath(new), flags=apsw.SQLITE_OPEN_READWRITE | apsw.SQLITE_OPEN_CREATE)
+        make_private(new)
+        db = apsw.Connection(os.fspath(new), flags=apsw.SQLITE_OPEN_READWRITE)
         try:
             db.set_busy_timeout(BUSY_TIMEOUT_MS)
             # Before ATTACH, so that it holds for both files.

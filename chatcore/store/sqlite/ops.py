@@ -286,6 +286,7 @@ class OpenConversation(Request, frozen=True, gc=False):
     most: int
 
     result = Opened
+    grows = True
 
     def apply(self, tx: Transaction) -> Opened | Reply:
         o = self.opening

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import apsw
 
+from ...common.files import make_private
 from .migrate import OLD_VERSION, CannotMigrate, Progress, migrate
 
 APPLICATION_ID: Final = 0x63686174  # "chat"
@@ -117,6 +118,7 @@ def prepare(data: Path, progress: Progress | None = None) -> None:
                     _verify(db, path)
             finally:
                 db.close()
+        make_private(path)
         db = connect(path, write=True)
         try:
             if fresh or _is_empty(db):
@@ -150,6 +152,16 @@ def _create(db: apsw.Connection, path: Path) -> None:
         )
         db.execute(f"PRAGMA application_id = {APPLICATION_ID}; PRAGMA user_version = {SCHEMA_VERSION}")
     path.chmod(0o600)
+
+
+def check_version(db: apsw.Connection, path: Path) -> None:
+    """For a program that only reads.
+
+    :raises BrokenStore: it is no database of ours, or of another version.
+    """
+    version = _verify(db, path)
+    if version != SCHEMA_VERSION:
+        raise BrokenStore(f"{path} has schema version {version}; a start of the server makes it {SCHEMA_VERSION}")
 
 
 def _verify(db: apsw.Connection, path: Path) -> int:

@@ -62,6 +62,8 @@ STORE_REQUESTS: Final[tuple[type[Request], ...]] = (
 LOOK_S: Final = 0.25
 # The pause after each commit while the index lags too much.
 PRESSED_S: Final = 0.005
+# The pause after a transaction without requests that failed.
+REST_S: Final = 1.0
 # Unprocessed requests of one worker after which the writer reads no more of them; and bytes read at once.
 CONNECTION_REQUESTS: Final = 2_000
 READ_BYTES: Final = 262_144
@@ -107,6 +109,7 @@ class Writer:
         self._path = socket_path(data)
         self._connections: dict[int, _Connection] = {}
         self._turn = 0
+        self._rest_until = 0.0
         self._poll = select.epoll()
 
     @property
@@ -139,7 +142,7 @@ class Writer:
         try:
             while not (stopping() and not self._waiting()):
                 self._beat()
-                busy = self._waiting() or self._engine.due
+                busy = self._waiting() or self._due()
                 self.turn(0.0 if busy else ERASE_S if self._engine.erasing else LOOK_S)
         finally:
             self.close()
@@ -150,6 +153,9 @@ class Writer:
             self._drop(connection)
         self._listener.close()
         self._poll.close()
+
+    def _due(self) -> bool:
+        return self._engine.due and time.monotonic() >= self._rest_until
 
     def _waiting(self) -> bool:
         return any(c.requests for c in self._connections.values())
@@ -170,7 +176,7 @@ class Writer:
             if event & select.EPOLLOUT and connection.open:
                 self._send(connection)
         batch = self._take()
-        if batch or self._engine.due:
+        if batch or self._due():
             self._commit(batch)
             self._engine.checkpoint()
             if self._engine.pressed:
@@ -253,7 +259,10 @@ class Writer:
         except Busy:
             replies = []
         except Failed as exc:
-            self._fail(batch, exc)
+            if batch:
+                self._fail(batch, exc)
+            else:
+                self._rest_until = time.monotonic() + REST_S
             return
         for connection, request in reversed(batch[len(replies) :]):
             connection.requests.appendleft(request)
