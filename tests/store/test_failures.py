@@ -234,18 +234,17 @@ def test_work_between_requests_that_fails_is_tried_again_after_a_pause(
     async def work(o: Opened) -> None:
         alice = await o.user("alice")
         conv = await o.conversation(alice, title=None)
-        for _ in range(30):
-            await o.store.append(message(conv, alice))
-        step, failed = Folding.step, threading.Event()
+        failed = threading.Event()
 
         def fail(self: Folding, db: apsw.Connection, requests: int) -> None:
+            self._after = (self._folded, self._trimmed)  # it is left for later
             if not requests:
                 failed.set()
                 raise apsw.FullError("no room")
-            step(self, db, requests)
 
         monkeypatch.setattr(Folding, "step", fail)
-        await o.store.append(message(conv, alice))
+        for _ in range(30):
+            await o.store.append(message(conv, alice))
         assert await asyncio.to_thread(failed.wait, PATIENCE_S)
         await asyncio.sleep(0.3)  # in which it was tried a hundred times
         assert o.store.healthy

@@ -109,6 +109,8 @@ class Writer:
         self._path = socket_path(data)
         self._connections: dict[int, _Connection] = {}
         self._turn = 0
+        # One for all: a buffer of this size that is made for each read costs more than the read.
+        self._buffer = memoryview(bytearray(READ_BYTES))
         self._rest_until = 0.0
         self._poll = select.epoll()
 
@@ -204,17 +206,17 @@ class Writer:
 
     def _receive(self, connection: _Connection) -> None:
         try:
-            data = connection.sock.recv(READ_BYTES)
+            n = connection.sock.recv_into(self._buffer)
         except BlockingIOError:
             return
         except OSError:
-            data = b""
-        if not data:
+            n = 0
+        if not n:
             # Its requests are not done: a worker that lost its connection asks again on a new one.
             self._drop(connection)
             return
         received = connection.received
-        received += data
+        received += self._buffer[:n]
         at = 0
         try:
             while len(received) - at >= FRAME_HEAD.size:
