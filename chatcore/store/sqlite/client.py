@@ -53,7 +53,41 @@ class _Item:
         self.again = False  # asked before, on another connection
 
 
-class WriterClient(asyncio.Protocol):
+class _Link(asyncio.Protocol):
+    """One connection. The end of one may be told after the next has begun, so each has what belongs to it."""
+
+    def __init__(self, client: WriterClient, closed: asyncio.Future[None]) -> None:
+        self._client = client
+        self._received = bytearray()
+        self.closed = closed
+        self.heard = False  # it has been answered on
+        self.transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self._client.connected(self)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.closed.done():
+            self.closed.set_result(None)
+        self._client.disconnected(self)
+
+    def data_received(self, data: bytes) -> None:
+        received = self._received
+        received += data
+        at = 0
+        while len(received) - at >= FRAME_HEAD.size:
+            (length,) = FRAME_HEAD.unpack_from(received, at)
+            last, length = length & LAST, length & ~LAST
+            start = at + FRAME_HEAD.size
+            if len(received) - start < length:
+                break
+            self._client.answered(self, _decode(bytes(received[start : start + length])), bool(last))
+            at = start + length
+        del received[:at]
+
+
+class WriterClient:
     """One per worker. Made inside the running loop.
 
     :param limit: requests that are not answered, at most; further ones are refused.
@@ -66,15 +100,12 @@ class WriterClient(asyncio.Protocol):
         self._loop = asyncio.get_running_loop()
         self._asked: deque[_Item] = deque()  # on this connection, in order
         self._new: list[_Item] = []
-        self._received = bytearray()
-        self._transport: asyncio.Transport | None = None
+        self._link: _Link | None = None
         self._flushing = False
         self._closing = False
-        self._heard = False
         self._connected = asyncio.Event()
         self._answered = asyncio.Event()
         self._connecting: asyncio.Task[None] | None = None
-        self._closed: asyncio.Future[None]
         #: False while the writer does not answer.
         self.healthy = True
 
@@ -103,33 +134,34 @@ class WriterClient(asyncio.Protocol):
             self._connecting.cancel()
             await asyncio.gather(self._connecting, return_exceptions=True)
         self._fail_all(Unavailable("the server is stopping"))
-        if self._transport is not None:
-            self._transport.abort()
+        if self._link is not None and self._link.transport is not None:
+            self._link.transport.abort()
 
     async def _connect(self) -> None:
         """Keep a connection as long as the worker lives."""
         pauses = Backoff(CONNECT_FIRST_S, CONNECT_MAX_S)
         while True:
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
-            closed = self._closed = self._loop.create_future()
+            link = _Link(self, self._loop.create_future())
             try:
                 with unix_address(self._path) as address:
                     await self._loop.sock_connect(sock, address)
-                self._heard = False
-                await self._loop.create_unix_connection(lambda: self, sock=sock)
+                await self._loop.create_unix_connection(lambda link=link: link, sock=sock)  # type: ignore[misc]
             except OSError:
+                if link.transport is not None:
+                    link.transport.abort()
                 sock.close()
                 await asyncio.sleep(pauses.next())
                 continue
-            await closed
-            if self._heard:  # a writer that answers nothing is tried ever less
+            await link.closed
+            if link.heard:  # a writer that answers nothing is tried ever less
                 pauses.reset()
             else:
                 await asyncio.sleep(pauses.next())
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
-        self._received.clear()
+    def connected(self, link: _Link) -> None:
+        """A connection was made: ask everything unanswered again, in its order, then what is new."""
+        self._link = link
         again: list[_Item] = []
         for item in self._asked:
             if item.future.done():
@@ -144,13 +176,14 @@ class WriterClient(asyncio.Protocol):
         self._connected.set()
         self._flush()
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
+    def disconnected(self, link: _Link) -> None:
+        """A connection has ended."""
+        if self._link is not link:
+            return  # another one took its place
+        self._link = None
         self._connected.clear()
         if not self._closing:
             log.warning("the writer of the store is gone; %d requests wait", len(self._asked) + len(self._new))
-        if not self._closed.done():
-            self._closed.set_result(None)
 
     # --- asking ---------------------------------------------------------------------------
     def put(self, request: Request) -> asyncio.Future[Any]:
@@ -188,11 +221,12 @@ class WriterClient(asyncio.Protocol):
     def _flush(self) -> None:
         """Send what is new, in one frame."""
         self._flushing = False
-        if self._transport is None or not self._new:
+        transport = None if self._link is None else self._link.transport
+        if transport is None or not self._new:
             return
         new, self._new = self._new, []
         self._asked.extend(new)
-        self._send(self._transport, [item.request for item in new])
+        self._send(transport, [item.request for item in new])
 
     def _send(self, transport: asyncio.Transport, requests: list[Request]) -> None:
         """In one frame, or in as many as it takes for none to be too large."""
@@ -205,28 +239,19 @@ class WriterClient(asyncio.Protocol):
             transport.write(FRAME_HEAD.pack(len(body)) + body)
 
     # --- answers --------------------------------------------------------------------------
-    def data_received(self, data: bytes) -> None:
-        received = self._received
-        received += data
-        at = 0
-        while len(received) - at >= FRAME_HEAD.size:
-            (length,) = FRAME_HEAD.unpack_from(received, at)
-            last, length = length & LAST, length & ~LAST
-            start = at + FRAME_HEAD.size
-            if len(received) - start < length:
-                break
-            replies = _decode(bytes(received[start : start + length]))
-            at = start + length
-            if last:
-                # Neither what the writer has nor what is on the way to it is done.
-                self.healthy = False
-                code, message = replies[0].error or ("unavailable", "the store does not answer")
-                self._fail_all(_ERRORS[code](message))
-                self._asked.clear()
-            else:
-                self.healthy = self._heard = True
-                self._resolve(replies)
-        del received[:at]
+    def answered(self, link: _Link, replies: list[Reply], last: bool) -> None:
+        """Answers to the oldest requests; ``last``: one error for all that is asked, and the end of the connection."""
+        if self._link is not link:
+            return  # what was asked on it has been asked again
+        if last:
+            # Neither what the writer has nor what is on the way to it is done.
+            self.healthy = False
+            code, message = replies[0].error or ("unavailable", "the store does not answer")
+            self._fail_all(_ERRORS[code](message))
+            self._asked.clear()
+        else:
+            self.healthy = link.heard = True
+            self._resolve(replies)
 
     def _resolve(self, replies: list[Reply]) -> None:
         """Answer, and announce the new entries.
