@@ -147,7 +147,9 @@ class WriterClient:
                 with unix_address(self._path) as address:
                     await self._loop.sock_connect(sock, address)
                 await self._loop.create_unix_connection(lambda link=link: link, sock=sock)  # type: ignore[misc]
-            except OSError:
+            except Exception as exc:
+                if not isinstance(exc, OSError):
+                    log.exception("connecting to the writer of the store")  # a mistake of ours must not end this loop
                 if link.transport is not None:
                     link.transport.abort()
                 sock.close()
@@ -249,6 +251,10 @@ class WriterClient:
             code, message = replies[0].error or ("unavailable", "the store does not answer")
             self._fail_all(_ERRORS[code](message))
             self._asked.clear()
+        elif len(replies) > len(self._asked):
+            log.error("the writer of the store answers more than it was asked: connecting anew")
+            assert link.transport is not None
+            link.transport.abort()
         else:
             self.healthy = link.heard = True
             self._resolve(replies)
