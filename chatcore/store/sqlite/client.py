@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -141,18 +140,17 @@ class WriterClient:
         """Keep a connection as long as the worker lives."""
         pauses = Backoff(CONNECT_FIRST_S, CONNECT_MAX_S)
         while True:
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
             link = _Link(self, self._loop.create_future())
             try:
                 with unix_address(self._path) as address:
-                    await self._loop.sock_connect(sock, address)
-                await self._loop.create_unix_connection(lambda link=link: link, sock=sock)  # type: ignore[misc]
+                    # The loop makes the socket: one that is given to it is closed by it, too, if this fails, and then
+                    # its number may be that of another file already.
+                    await self._loop.create_unix_connection(lambda link=link: link, address)  # type: ignore[misc]
             except Exception as exc:
                 if not isinstance(exc, OSError):
                     log.exception("connecting to the writer of the store")  # a mistake of ours must not end this loop
                 if link.transport is not None:
                     link.transport.abort()
-                sock.close()
                 await asyncio.sleep(pauses.next())
                 continue
             await link.closed
