@@ -166,8 +166,8 @@ class AsksRunsThatWereMerged(FlakyEngine):
 class Ahead(Folding):
     """Folds a portion that is not complete."""
 
-    def _complete(self) -> Portion | None:
-        return next((portion for portion in self._state.portions if self._folded < portion.high), None)
+    def _complete(self) -> int:
+        return next((portion.high for portion in self._state.portions if self._folded < portion.high), 0)
 
 
 class FoldsAhead(FlakyEngine):
@@ -176,8 +176,8 @@ class FoldsAhead(FlakyEngine):
     parts = ((engine_module, "Folding", Ahead),)
 
 
-def half_of(portion: Portion) -> Iterator[list[tuple[Any, ...]]]:
-    yield next(marks_of(portion))
+def half_of(portions: Sequence[Portion]) -> Iterator[list[tuple[Any, ...]]]:
+    yield next(marks_of(portions))
 
 
 marks_of = folding._marks_of
