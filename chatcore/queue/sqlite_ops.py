@@ -321,8 +321,8 @@ class QueueRenew(Request, frozen=True, gc=False):
         return held
 
 
-class QueueDone(Request, frozen=True, gc=False):
-    """The message is done: delete it."""
+class _Outcome(Request, frozen=True, gc=False):
+    """What came of a delivery. False: the lease under which it was begun is lost, and nothing was changed."""
 
     taken: Taken
     lease: Lease
@@ -332,28 +332,33 @@ class QueueDone(Request, frozen=True, gc=False):
     def apply(self, tx: Transaction) -> bool:
         if (place := _held(tx, self.taken, self.lease)) is None:
             return False
+        self.settle(tx, place)
+        return True
+
+    def settle(self, tx: Transaction, place: int) -> None:
+        """Do it; ``place`` is that of the message."""
+        raise NotImplementedError
+
+
+class QueueDone(_Outcome, frozen=True, gc=False):
+    """The message is done: delete it."""
+
+    def settle(self, tx: Transaction, place: int) -> None:
         tx.db.execute("DELETE FROM queue_messages WHERE place = ?", (place,))
         _count(tx, self.taken.topic, depth=-1)
         _next(tx, self.taken.topic, self.taken.key)
-        return True
 
 
-class QueueFailed(Request, frozen=True, gc=False):
+class QueueFailed(_Outcome, frozen=True, gc=False):
     """The delivery failed: try again after ``wait_ms``; None: it was the last, make a dead letter."""
 
-    taken: Taken
-    lease: Lease
     error: str
     wait_ms: int | None
     settings: QueueSettings
     wall_ms: int
 
-    result = bool
-
-    def apply(self, tx: Transaction) -> bool:
+    def settle(self, tx: Transaction, place: int) -> None:
         topic, key = self.taken.topic, self.taken.key
-        if (place := _held(tx, self.taken, self.lease)) is None:
-            return False
         if self.wait_ms is None:
             _move_to_dead(tx, topic, key, place, self.error, self.settings, self.wall_ms)
             _next(tx, topic, key)
@@ -362,23 +367,14 @@ class QueueFailed(Request, frozen=True, gc=False):
                 "UPDATE queue_keys SET at = ?, owner = NULL WHERE topic = ? AND key = ?",
                 (self.wall_ms + self.wait_ms, topic, key),
             )
-        return True
 
 
-class QueueGiveBack(Request, frozen=True, gc=False):
+class QueueGiveBack(_Outcome, frozen=True, gc=False):
     """The delivery does not count: another worker may begin it at once."""
 
-    taken: Taken
-    lease: Lease
-
-    result = bool
-
-    def apply(self, tx: Transaction) -> bool:
-        if (place := _held(tx, self.taken, self.lease)) is None:
-            return False
+    def settle(self, tx: Transaction, place: int) -> None:
         tx.db.execute("UPDATE queue_messages SET deliveries = deliveries - 1 WHERE place = ?", (place,))
         _next(tx, self.taken.topic, self.taken.key)
-        return True
 
 
 def _move_to_dead(
