@@ -6,7 +6,7 @@ is ``internal``.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 
 class ChatError(Exception):
@@ -102,3 +102,10 @@ ALL: tuple[type[ChatError], ...] = (
     Unavailable,
     Internal,
 )
+
+_BY_CODE: Final = {cls.code: cls for cls in ALL}
+
+
+def error_of(code: str, message: str) -> ChatError:
+    """The error with a code, as it comes from another process; an unknown code is a bug there."""
+    return _BY_CODE.get(code, Internal)(message)

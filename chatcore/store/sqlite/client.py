@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -19,12 +18,12 @@ import msgspec
 
 from ...common.backoff import Backoff
 from ...common.unix_address import unix_address
-from ...errors import ALL, ChatError, Internal, Unavailable
+from ...errors import ChatError, Unavailable, error_of
 from ...protocol import encode_entry
 from ..base import Appended, Entry, OnCommit
 from .lock import socket_path
 from .ops import Append
-from .requests import FRAME_HEAD, LAST, Reply, Request
+from .requests import Reply, Request, frame, result_of, take_frames
 
 log = logging.getLogger("chatcore.store")
 
@@ -32,12 +31,10 @@ log = logging.getLogger("chatcore.store")
 CONNECT_FIRST_S: Final = 0.005
 CONNECT_MAX_S: Final = 0.1
 
-# The body of a frame that has several requests, at most.
+# A frame that has several requests, at most.
 FRAME_BYTES: Final = 1024 * 1024
 
-_ERRORS: Final[dict[str, type[ChatError]]] = {cls.code: cls for cls in ALL}
-_encode: Final = msgspec.msgpack.Encoder().encode
-_decode: Final[Callable[[bytes | bytearray | memoryview], list[Reply]]] = msgspec.msgpack.Decoder(list[Reply]).decode
+_decode: Final = msgspec.msgpack.Decoder(list[Reply]).decode
 
 
 class _Item:
@@ -72,18 +69,9 @@ class _Link(asyncio.Protocol):
         self._client.disconnected(self)
 
     def data_received(self, data: bytes) -> None:
-        received = self._received
-        received += data
-        at = 0
-        while len(received) - at >= FRAME_HEAD.size:
-            (length,) = FRAME_HEAD.unpack_from(received, at)
-            last, length = length & LAST, length & ~LAST
-            start = at + FRAME_HEAD.size
-            if len(received) - start < length:
-                break
-            self._client.answered(self, _decode(bytes(received[start : start + length])), bool(last))
-            at = start + length
-        del received[:at]
+        self._received += data
+        for body, last in take_frames(self._received):
+            self._client.answered(self, _decode(body), last)
 
 
 class WriterClient:
@@ -230,13 +218,13 @@ class WriterClient:
 
     def _send(self, transport: asyncio.Transport, requests: list[Request]) -> None:
         """In one frame, or in as many as it takes for none to be too large."""
-        body = _encode(requests)
-        if len(body) > FRAME_BYTES and len(requests) > 1:
+        encoded = frame(requests)
+        if len(encoded) > FRAME_BYTES and len(requests) > 1:
             half = len(requests) // 2
             self._send(transport, requests[:half])
             self._send(transport, requests[half:])
         else:
-            transport.write(FRAME_HEAD.pack(len(body)) + body)
+            transport.write(encoded)
 
     # --- answers --------------------------------------------------------------------------
     def answered(self, link: _Link, replies: list[Reply], last: bool) -> None:
@@ -246,8 +234,7 @@ class WriterClient:
         if last:
             # Neither what the writer has nor what is on the way to it is done.
             self.healthy = False
-            code, message = replies[0].error or ("unavailable", "the store does not answer")
-            self._fail_all(_ERRORS[code](message))
+            self._fail_all(error_of(*(replies[0].error or ("unavailable", "the store does not answer"))))
             self._asked.clear()
         elif len(replies) > len(self._asked):
             log.error("the writer of the store answers more than it was asked: connecting anew")
@@ -285,10 +272,9 @@ class WriterClient:
 
 def _outcome(item: _Item, reply: Reply, entries: list[Entry]) -> Any:
     """The result or the error of a request; what is to be announced is added to ``entries``."""
-    if reply.error is not None:
-        code, message = reply.error
-        return _ERRORS.get(code, Internal)(message)
     request = item.request
+    if reply.error is not None:
+        return result_of(request, reply)
     # An entry that was asked for on a connection before this one may never have been announced.
     announce = reply.announce or (reply.dup and item.again)
     if reply.entries is not None:
@@ -301,6 +287,4 @@ def _outcome(item: _Item, reply: Reply, entries: list[Entry]) -> Any:
         entries.append(Entry(e.conv, reply.seq, e.t, e.sender, reply.msgs, reply.seq, wire))
     if type(request) is Append:
         return Appended(reply.seq, reply.ts, reply.dup)
-    if reply.value is None or type(request).result is None:
-        return None
-    return msgspec.msgpack.decode(reply.value, type=type(request).result)
+    return result_of(request, reply)

@@ -16,11 +16,11 @@ import apsw
 import msgspec
 
 from ...common.unix_address import unix_address
-from ...errors import ALL, BadRequest, ChatError, Internal, Unavailable
+from ...errors import BadRequest, ChatError, Unavailable
 from .catch_up import catch_up
 from .engine import Busy, Engine, Failed
 from .lock import WriterLock, socket_path
-from .requests import FRAME_HEAD, LAST, Reply, Request
+from .requests import FRAME_HEAD, LAST, Reply, Request, frame, result_of
 from .schema import BrokenStore, check_version, connect, database_path, prepare
 
 T = TypeVar("T")
@@ -29,8 +29,6 @@ T = TypeVar("T")
 TIMEOUT_S: Final = 10.0
 #: Between two looks whether the writer listens, or is gone.
 PAUSE_S: Final = 0.05
-
-_ERRORS: Final[dict[str, type[ChatError]]] = {cls.code: cls for cls in ALL}
 
 
 class _Lost(Exception):
@@ -51,7 +49,10 @@ def submit(data: Path, request: Request, *, create: bool, timeout_s: float = TIM
             data.mkdir(parents=True, exist_ok=True, mode=0o700)
         else:
             _must_exist(data)
-        return _result(request, _submit(data, request, time.monotonic() + timeout_s))
+        result = result_of(request, _submit(data, request, time.monotonic() + timeout_s))
+    if isinstance(result, ChatError):
+        raise result
+    return result
 
 
 def read(data: Path, query: Callable[[apsw.Connection], T]) -> T:
@@ -136,9 +137,8 @@ def _ask(data: Path, request: Request, until: float) -> Reply | None:
                 connection.connect(address)
         except (FileNotFoundError, ConnectionRefusedError, BlockingIOError):
             return None  # BlockingIOError: too many wait to be accepted
-        body = msgspec.msgpack.encode([request])
         try:
-            connection.sendall(FRAME_HEAD.pack(len(body)) + body)
+            connection.sendall(frame([request]))
             with connection.makefile("rb") as answers:
                 (length,) = FRAME_HEAD.unpack(_exactly(answers.read, FRAME_HEAD.size))
                 answer = _exactly(answers.read, length & ~LAST)
@@ -160,12 +160,3 @@ def _exactly(read: Callable[[int], bytes], size: int) -> bytes:
     if len(found) < size:
         raise _Lost
     return found
-
-
-def _result(request: Request, reply: Reply) -> Any:
-    if reply.error is not None:
-        code, message = reply.error
-        raise _ERRORS.get(code, Internal)(message)
-    if reply.value is None or request.result is None:
-        return None
-    return msgspec.msgpack.decode(reply.value, type=request.result)

@@ -11,10 +11,12 @@ writer is given all of them when it is made.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
 import msgspec
 
+from ...errors import error_of
 from .transaction import Committed, Transaction
 
 #: Length of a frame's body.
@@ -65,3 +67,41 @@ class Reply(msgspec.Struct, frozen=True, gc=False, array_like=True):
     #: MessagePack of what ``apply`` returned.
     value: bytes | None = None
     entries: list[Committed] | None = None
+
+
+_encode: Final = msgspec.msgpack.Encoder().encode
+
+
+def frame(items: Sequence[Request] | Sequence[Reply], *, last: bool = False) -> bytes:
+    """A frame with these requests or answers, to be sent as it is."""
+    body = _encode(items)
+    return FRAME_HEAD.pack(len(body) | (LAST if last else 0)) + body
+
+
+def take_frames(received: bytearray, most_bytes: int = LAST - 1) -> list[tuple[bytes, bool]]:
+    """Take the whole frames off the front of what was received: the body of each, and whether it is the last.
+
+    :raises ValueError: a frame says that it is longer than ``most_bytes``.
+    """
+    found: list[tuple[bytes, bool]] = []
+    at = 0
+    while len(received) - at >= FRAME_HEAD.size:
+        (head,) = FRAME_HEAD.unpack_from(received, at)
+        start, length = at + FRAME_HEAD.size, head & ~LAST
+        if length > most_bytes:
+            raise ValueError(f"a frame of {length} bytes")
+        if len(received) - start < length:
+            break
+        at = start + length
+        found.append((bytes(received[start:at]), bool(head & LAST)))
+    del received[:at]
+    return found
+
+
+def result_of(request: Request, reply: Reply) -> Any:
+    """What the request returned; for an error, that error (which is not raised)."""
+    if reply.error is not None:
+        return error_of(*reply.error)
+    if reply.value is None or request.result is None:
+        return None
+    return msgspec.msgpack.decode(reply.value, type=request.result)

@@ -38,7 +38,7 @@ from .accounts import (
 from .engine import BEHIND, ERASE_S, Busy, Engine, Failed
 from .lock import socket_path
 from .ops import Append, OpenConversation, refusal
-from .requests import FRAME_HEAD, FRAME_MAX_BYTES, LAST, Reply, Request
+from .requests import FRAME_MAX_BYTES, Reply, Request, frame, take_frames
 
 log = logging.getLogger("chatcore.writer")
 
@@ -105,7 +105,6 @@ class Writer:
         self._batch = batch
         self._beat = beat
         self._decoder = msgspec.msgpack.Decoder(list[functools.reduce(operator.or_, requests)])  # type: ignore[misc]
-        self._encode = msgspec.msgpack.Encoder().encode
         self._path = socket_path(data)
         self._connections: dict[int, _Connection] = {}
         self._turn = 0
@@ -215,25 +214,16 @@ class Writer:
             # Its requests are not done: a worker that lost its connection asks again on a new one.
             self._drop(connection)
             return
-        received = connection.received
-        received += self._buffer[:n]
-        at = 0
+        connection.received += self._buffer[:n]
         try:
-            while len(received) - at >= FRAME_HEAD.size:
-                (length,) = FRAME_HEAD.unpack_from(received, at)
-                if length > FRAME_MAX_BYTES:
-                    raise msgspec.DecodeError(f"a frame of {length} bytes")
-                if len(received) - at - FRAME_HEAD.size < length:
-                    break
-                start = at + FRAME_HEAD.size
-                connection.requests.extend(self._decoder.decode(memoryview(received)[start : start + length]))
-                at = start + length
-        except (msgspec.MsgspecError, ValueError, RecursionError) as exc:  # ValueError: text that is none
+            for body, last in take_frames(connection.received, FRAME_MAX_BYTES):
+                if last:
+                    raise ValueError("a frame of answers")
+                connection.requests.extend(self._decoder.decode(body))
+        except (msgspec.MsgspecError, ValueError, RecursionError) as exc:  # ValueError: also text that is none
             log.error("a request that cannot be read: %s", exc)
             self._drop(connection)
             return
-        if at:
-            del received[:at]
         if len(connection.requests) >= CONNECTION_REQUESTS:
             connection.paused = True
             self._watch(connection)
@@ -262,7 +252,7 @@ class Writer:
             replies = []
         except Failed as exc:
             if batch:
-                self._fail(batch, exc)
+                self._fail(exc)
             else:
                 self._rest_until = time.monotonic() + REST_S
             return
@@ -278,20 +268,18 @@ class Writer:
                 self._answer(connection, [BEHIND], last=True)
                 self._drop(connection)
 
-    def _fail(self, batch: list[tuple[_Connection, Request]], why: Failed) -> None:
+    def _fail(self, why: Failed) -> None:
         """Answer `unavailable` to the batch and all that waits behind it: no entry overtakes one that failed. What
         has not been read yet is lost with the connection, so the worker fails it, too."""
         failed = refusal(Unavailable(str(why)))
-        for connection in {connection for connection, _ in batch} | set(self._connections.values()):
-            if connection.open:
-                self._answer(connection, [failed], last=True)
-                self._drop(connection)
+        for connection in list(self._connections.values()):
+            self._answer(connection, [failed], last=True)
+            self._drop(connection)
 
     def _answer(self, connection: _Connection, replies: list[Reply], last: bool = False) -> None:
         if not connection.open:
             return
-        body = self._encode(replies)
-        connection.unsent += FRAME_HEAD.pack(len(body) | (LAST if last else 0)) + body
+        connection.unsent += frame(replies, last=last)
         self._send(connection)
 
     def _send(self, connection: _Connection) -> None:
