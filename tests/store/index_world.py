@@ -13,8 +13,8 @@ import apsw
 from hypothesis import strategies as st
 
 from chatcore._fast.runs import key_of
-from chatcore.store.sqlite.index import Filters, Index, attach, rows
-from chatcore.store.sqlite.indexer import Indexer, cid_secret
+from chatcore.store.sqlite.index import Filters, Index, attach, cid_secret, rows
+from chatcore.store.sqlite.indexer import Indexer
 from chatcore.store.sqlite.schema import POSITION, connect, database_path, prepare
 
 #: Small, so that short logs have many slices, runs and levels.

@@ -6,10 +6,11 @@ from typing import Any
 
 from ...common.clock import now_ms
 from ...errors import Conflict, NotFound, Unauthenticated
+from ...protocol import MEMBER_ROLES
 from ..base import User
 from ..names import name_key
 from .requests import Request
-from .transaction import Transaction, is_member
+from .transaction import Transaction
 
 
 class Ping(Request, frozen=True, gc=False):
@@ -207,6 +208,6 @@ class Block(Request, frozen=True, gc=False):
 
 def _membership(tx: Transaction, user: str, conv: str, column: str) -> tuple[Any, ...]:
     row = tx.one(f"SELECT {column}, role FROM members WHERE conv = ? AND user = ?", (conv, user))
-    if row is None or not is_member(row[1]):
+    if row is None or row[1] not in MEMBER_ROLES:
         raise NotFound("no such conversation")
     return row

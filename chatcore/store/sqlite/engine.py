@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import logging
 import time
 from collections.abc import Sequence
@@ -43,7 +42,7 @@ FINAL_PAGES: Final = 256
 # readers on an older state: one may stand in the way for 500 ms.
 ERASE_S: Final = 0.1
 ERASE_WAIT_MS: Final = 20
-# With so many times store.checkpoint_pages in the write-ahead log the writer moves them itself, whatever it takes.
+# With so many times store.checkpoint_pages in the write-ahead log the writer moves them itself, if there is no indexer.
 OVERDUE: Final = 16
 
 #: The answer to what would make the tail grow while the index lags too much.
@@ -83,7 +82,6 @@ class Engine:
         self._snapshot: Snapshot | None = None
         self._state: LogState
         self._epoch = 0
-        self._secret = b""
         self._folding: Folding
         self._look_at = 0.0
         #: Requests at the front of the batch that may be committed, although COMMIT failed.
@@ -137,11 +135,12 @@ class Engine:
 
     def _read(self) -> None:
         self._snapshot = Snapshot(self._data)
-        self._secret = bytes(self._meta("secret"))
-        key = hashlib.blake2b(self._secret, digest_size=16, person=b"cid-index").digest()
-        self._state = LogState(self._snapshot, key)
-        self._folding = Folding(self._state, self._meta("folded"), self._meta("trimmed"))
+        self._state = LogState(self._snapshot, bytes(self._meta("secret")))
+        self._fold_anew()
         self.erasing = self.erasing or bool(self._meta("erasing"))
+
+    def _fold_anew(self) -> None:
+        self._folding = Folding(self._state, self._meta("folded"), self._meta("trimmed"))
 
     def _meta(self, key: str) -> Any:
         assert self._db is not None
@@ -205,7 +204,7 @@ class Engine:
             raise Busy(str(exc)) from None
         try:
             self._check_alone(db)
-            tx = Transaction(db, self._state, self._secret)
+            tx = Transaction(db, self._state)
             replies: list[Reply] = []
             at = 0
             while at < len(batch) and (at == 0 or at < again or time.monotonic() < until):
@@ -234,7 +233,7 @@ class Engine:
         except BaseException:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            self._folding = Folding(self._state, self._meta("folded"), self._meta("trimmed"))
+            self._fold_anew()
             raise
         self._folding.committed()
         tx.keep()
@@ -256,14 +255,11 @@ class Engine:
         """Look at what the index covers by now."""
         try:
             self._connect()
-            self._follow()
+            self._look_at = time.monotonic() + LOOK_S
+            self._state.follow()
         except (apsw.Error, OSError, StaleIndex) as exc:
             log.error("the store cannot be read: %s", exc)
             self.close()
-
-    def _follow(self) -> None:
-        self._look_at = time.monotonic() + LOOK_S
-        self._state.follow()
 
     def checkpoint(self) -> None:
         """Move the last pages of the write-ahead log into the file, so that it begins anew with the next commit.

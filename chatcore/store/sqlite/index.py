@@ -12,6 +12,7 @@ is written once for each level, in order, however large the file is, and a look-
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import secrets
@@ -94,6 +95,11 @@ def live_runs(db: apsw.Connection, table: str) -> list[Run]:
 def index_path(data: Path) -> Path:
     """Where the index of a data directory is."""
     return data / FILE_NAME
+
+
+def cid_secret(secret: bytes) -> bytes:
+    """The key of :func:`~chatcore._fast.runs.key_of` for a store."""
+    return hashlib.blake2b(secret, digest_size=16, person=b"cid-index").digest()
 
 
 def rows(db: apsw.Connection, sql: str, args: Sequence[Any] = ()) -> list[Any]:
@@ -267,23 +273,20 @@ class Filters:
                 if run not in old or run in self._loading
             }
             self.generation = index.generation
-        for run, (own, part, at) in self._loading.items():
-            sql = "SELECT bits FROM idx.filters WHERE run = ? AND part = ?"
-            found = rows(index.db, sql, (run.run, part))
+        if self._loading:
+            run, (own, part, at) = next(iter(self._loading.items()))
+            found = rows(index.db, "SELECT bits FROM idx.filters WHERE run = ? AND part = ?", (run.run, part))
             for (bits,) in found:
                 own.put(at, bits)
                 at += len(bits)
             if found and at < own.size:
                 self._loading[run] = (own, part + 1, at)
-                break
-            if at == own.size:
-                self._known[run] = [own]
             else:
-                log.error(
-                    "run %d of the index lacks a part of its filter: all its keys are looked for in the file", run.run
-                )
-            del self._loading[run]
-            break
+                del self._loading[run]
+                if at == own.size:
+                    self._known[run] = [own]
+                else:
+                    log.error("run %d of the index lacks a part of its filter: keys are looked for in it", run.run)
         self._all = [keys for filters in self._known.values() for keys in filters]
         self._unknown = not all(self._known.values())
 

@@ -41,6 +41,7 @@ from .index import (
     RECORD_BYTES,
     RECORDS_PER_ROW,
     Run,
+    cid_secret,
     connect,
     live_runs,
     make,
@@ -111,11 +112,6 @@ def digest_at(log: apsw.Connection, mark: int) -> bytes:
     ((id, conv, seq, cid, digest),) = found
     text = cid.encode()
     return hashlib.blake2b(struct.pack("<qqqq", id, conv, seq, len(text)) + text + digest, digest_size=16).digest()
-
-
-def cid_secret(secret: bytes) -> bytes:
-    """The key of :func:`~chatcore._fast.runs.key_of` for a store."""
-    return hashlib.blake2b(secret, digest_size=16, person=b"cid-index").digest()
 
 
 class Indexer:

@@ -31,10 +31,11 @@ from ...entries import (
     takes_no_messages,
 )
 from ...errors import ChatError, Conflict, NotFound
+from ...protocol import MEMBER_ROLES
 from ..base import Opened, Opening
 from ..opening import DM_REQUEST, conversation_id, first_entries, first_members, request_id
 from .requests import Reply, Request
-from .transaction import Committed, Found, Log, Transaction, in_bulk, is_member
+from .transaction import Committed, Found, Log, Transaction, in_bulk
 
 _ROLES: Final = "('member', 'admin', 'owner')"
 
@@ -254,7 +255,7 @@ def apply(tx: Transaction, conv: str, change: Change | None, as_of: int, msgs: i
 def set_role(tx: Transaction, conv: str, user: str, role: str, as_of: int, msgs: int) -> None:
     """Write a member's row as of an entry; a user who comes in starts with everything read."""
     before = tx.role(conv, user)
-    was, is_ = is_member(before), is_member(role)
+    was, is_ = before in MEMBER_ROLES, role in MEMBER_ROLES
     rev = tx.row_changed(conv, user)
     if before is None:
         tx.db.execute(

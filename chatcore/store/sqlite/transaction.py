@@ -19,7 +19,7 @@ from ..._fast.runs import key_of
 from ...entries import MESSAGES
 from ...protocol import MEMBER_ROLES
 from ..opening import DM_REQUEST
-from .index import Filters
+from .index import Filters, cid_secret
 from .schema import POSITION
 from .tail import Snapshot, StaleIndex
 
@@ -131,11 +131,14 @@ class LogState:
     """What is committed: position, heads, cids, and the rows that every message is judged by.
 
     :param snapshot: of the writer's own.
+    :param secret: of the store.
     """
 
     def __init__(self, snapshot: Snapshot, secret: bytes) -> None:
         self.snapshot = snapshot
         self.secret = secret
+        #: Of :func:`~chatcore._fast.runs.key_of`.
+        self.key_secret = cid_secret(secret)
         self._filters = Filters()
         #: In order, from the mark on.
         self.portions: list[Portion] = []
@@ -174,7 +177,7 @@ class LogState:
     def _read_portions(self) -> None:
         for id, n, sender, cid, t, seq, msgs, conv, user in self.snapshot.db.execute(_UNINDEXED, (self.mark,)):
             portion = self.portion_of(id)
-            portion.add_key(key_of(self.secret, n, sender, cid), id)
+            portion.add_key(key_of(self.key_secret, n, sender, cid), id)
             if t in MESSAGES:
                 portion.add_mark(conv, user, seq, msgs, 0)
         for id, conv, user, seq, msgs in self.snapshot.db.execute(_UNINDEXED_MARKS, (self.mark,)):
@@ -236,11 +239,11 @@ class LogState:
 class Transaction:
     """One open write transaction: the counter, the heads and entries that it adds, and the facts as it sees them."""
 
-    def __init__(self, db: apsw.Connection, state: LogState, secret: bytes) -> None:
+    def __init__(self, db: apsw.Connection, state: LogState) -> None:
         self.db = db
-        self.secret = secret
-        #: Of :func:`~chatcore._fast.runs.key_of`.
-        self.key_secret = state.secret
+        #: Of the store, and of :func:`~chatcore._fast.runs.key_of`.
+        self.secret = state.secret
+        self.key_secret = state.key_secret
         self._state = state
         #: The newest value of the change counter that is taken.
         self.position = state.position
@@ -333,7 +336,7 @@ class Transaction:
         return n
 
     def log(self, conv: str) -> Log:
-        """A conversation and the head of its log; only :meth:`add` moves the head."""
+        """A conversation and the head of its log; only :meth:`own_log` is for moving the head."""
         log = self._logs.get(conv) or self._state.logs.get(conv)
         if log is None:
             row = self.one("SELECT kind, a, b FROM convs WHERE id = ?", (conv,))
@@ -405,7 +408,7 @@ class Transaction:
 
     def key(self, conv: int, sender: int, cid: str) -> int:
         """The key of a cid."""
-        return key_of(self._state.secret, conv, sender, cid)
+        return key_of(self.key_secret, conv, sender, cid)
 
     def own_log(self, conv: str) -> Log:
         """The same as :meth:`log`, to move its head: call :meth:`wrote` with each entry then."""
@@ -485,8 +488,3 @@ class Transaction:
             "INSERT INTO row_changes VALUES (?, ?, ?, NULL, NULL)", (rev, self.number(conv), self.number(user))
         )
         return rev
-
-
-def is_member(role: str | None) -> bool:
-    """Whether a role is that of a member."""
-    return role in MEMBER_ROLES

@@ -20,8 +20,8 @@ from ...entries import CHANGING, ENTRY_TYPES, MESSAGES, ConversationChange, Role
 from ...protocol import MEMBER_ROLES
 from ..opening import DM_REQUEST
 from . import index
-from .index import rows
-from .indexer import cid_secret, digest_at
+from .index import cid_secret, rows
+from .indexer import digest_at
 from .schema import POSITION, SCHEMA_VERSION, BrokenStore, connect, database_path
 
 #: Problems of one kind that are told; a damaged file has millions.
